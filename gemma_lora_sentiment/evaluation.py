@@ -463,7 +463,7 @@ def plot_confusion_matrix(
     _use_fonts(ax, names)
     return ax
 
-# %% ../nbs/06_evaluation.ipynb #1d19e3e3
+# %% ../nbs/06_evaluation.ipynb #c8ff6a62
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -510,8 +510,11 @@ def _finish_curves(
     n_entries = len(ax.get_legend_handles_labels()[0])
     if n_entries:
         title = "each class against the rest" if len(names.texts) > 2 else None
-        # A long legend would cover the curves: it stands outside, on the right.
-        place = {"loc": corner} if n_entries <= 4 else {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        place = {"loc": corner}
+        if n_entries > 4:
+            # It would cover the curves, so it stands outside on the right; a fixed square would push it off the page.
+            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+            ax.set_aspect("auto")
         ax.legend(fontsize="small", title=title, title_fontsize="small", **place)
     _use_fonts(ax, names)
     return ax

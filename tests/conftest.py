@@ -1,0 +1,22 @@
+"""What every test needs before it imports anything: JAX on the CPU, and a cache folder of its own."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest runs the same tests on a GPU
+# The user's downloads must neither help a test nor be touched by one. Removed when the session ends.
+_cache = tempfile.TemporaryDirectory(prefix="gemma_lora_sentiment_", ignore_cleanup_errors=True)
+os.environ["GEMMA_LORA_SENTIMENT_CACHE"] = _cache.name
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real comments that may lie beside the repository; they are not ours to distribute."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "tarr_train.txt").is_file():
+        pytest.skip(f"the real comments are not on this machine: no {folder}")
+    return folder

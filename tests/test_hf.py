@@ -1,0 +1,197 @@
+"""Our model against transformers: checkpoints in its format give its label probabilities, adapters load in PEFT.
+
+The fixtures and their numbers are made by `fixtures/make_hf_fixtures.py`. The live tests need the [hf] extra.
+"""
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_lora_sentiment import GemmaLoraClassifier
+from gemma_lora_sentiment.adapter import Adapter, load_adapter, new_adapter, save_adapter
+from gemma_lora_sentiment.model import load_base
+from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
+from gemma_lora_sentiment.training import log_softmax, score_labels
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FAMILIES = {"hf_gemma": "gemma", "hf_gemma2": "gemma2", "hf_gemma3": "gemma3_text"}
+LABEL_SETS = ("one token each", "several tokens", "one begins another")
+ALL_TARGETS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+TOLERANCE = 1e-4
+
+each_family = pytest.mark.parametrize("folder", FAMILIES)
+each_label_set = pytest.mark.parametrize("label_set", LABEL_SETS)
+
+
+def expected_of(folder):
+    return json.loads((FIXTURES / folder / "expected.json").read_text(encoding="utf-8"))
+
+
+def prompts_of(base, comments):
+    return encode_prompts(comments, TextTokenizer(base.tokenizer_proto), PromptTemplate(), 256, 8).token_ids
+
+
+def words_of(base, words):
+    return label_words(range(len(words)), TextTokenizer(base.tokenizer_proto), PromptTemplate(), dict(enumerate(words)))
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@each_family
+def test_token_ids_are_those_of_sentencepiece(folder):
+    base, expected = load_base(FIXTURES / folder), expected_of(folder)
+    assert [ids.tolist() for ids in prompts_of(base, expected["comments"])] == expected["prompt_ids"]
+    for label_set in expected["label_sets"].values():
+        assert [list(ids) for ids in words_of(base, label_set["words"]).word_ids] == label_set["word_ids"]
+
+
+@each_family
+def test_logits_over_the_vocabulary(folder):
+    base, expected = load_base(FIXTURES / folder), expected_of(folder)
+    scorer = base.scorer()
+    chosen = [(expected["prompt_ids"][int(i)], logits) for i, logits in expected["logits"].items()]
+    length = max(len(prompt) for prompt, _ in chosen) + 3
+    token_ids, padding_mask = np.zeros((2, len(chosen), length), np.int32)
+    for row, (prompt, _) in enumerate(chosen):
+        token_ids[row, : len(prompt)], padding_mask[row, : len(prompt)] = prompt, 1
+    positions = np.array([[len(prompt) - 1] for prompt, _ in chosen], np.int32)
+    with base.lock:
+        scorer.assign(new_adapter(scorer).arrays)
+        logits = scorer({"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions})
+    close(np.asarray(logits)[:, 0], [logits for _, logits in chosen])
+
+
+@each_label_set
+@each_family
+def test_scores_batched_and_padded(folder, label_set):
+    base, expected = load_base(FIXTURES / folder), expected_of(folder)
+    prompts, label_set = prompts_of(base, expected["comments"]), expected["label_sets"][label_set]
+    words, scorer = words_of(base, label_set["words"]), base.scorer()
+    scores = score_labels(scorer, new_adapter(scorer), prompts, words, buckets=(24, 48), batch_size=6)
+    close(np.exp(log_softmax(scores)), label_set["probabilities"])
+    if not words.single_token:
+        close(scores, label_set["log_probabilities"])
+
+
+@each_family
+def test_scores_one_at_a_time(folder):
+    base, expected = load_base(FIXTURES / folder), expected_of(folder)
+    label_set, scorer = expected["label_sets"]["one token each"], base.scorer()
+    words, longest = words_of(base, label_set["words"]), max(expected["prompt_ids"], key=len)
+    row = expected["prompt_ids"].index(longest)
+    prompt = np.array(longest, np.int32)
+    scores = score_labels(scorer, new_adapter(scorer), [prompt], words, buckets=(len(prompt),), batch_size=1)
+    close(np.exp(log_softmax(scores))[0], label_set["probabilities"][row])
+
+
+@each_label_set
+@each_family
+def test_classifier_of_no_epochs(folder, label_set):
+    expected = expected_of(folder)
+    label_set, comments = expected["label_sets"][label_set], expected["comments"]
+    n_labels = len(label_set["words"])
+    clf = GemmaLoraClassifier(
+        preset=str(FIXTURES / folder), epochs=0, label_words=dict(enumerate(label_set["words"])), dtype="float32"
+    )
+    clf.fit(comments, np.arange(len(comments)) % n_labels)
+    probabilities = clf.predict_proba(comments)
+    assert clf.classes_.tolist() == list(range(n_labels))
+    close(probabilities, label_set["probabilities"])
+
+
+@pytest.fixture(scope="module")
+def hf():
+    "The script that made the fixtures, as a module, with all of the [hf] extra at hand."
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name, reason=f"{name} is absent: install the [hf] extra for the live tests")
+    spec = importlib.util.spec_from_file_location("make_hf_fixtures", FIXTURES / "make_hf_fixtures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.transformers.utils.logging.disable_progress_bar()
+    return module
+
+
+def fresh_checkpoint(hf, tmp_path, folder, **changes):
+    proto = (FIXTURES / folder / "tokenizer.model").read_bytes()
+    return hf.make_checkpoint(tmp_path / "checkpoint", FAMILIES[folder], proto, seed=7, **changes)
+
+
+def live_log_probabilities(hf, model, prompts, words, eos_id=1):
+    word_ids = [list(ids) for ids in words.word_ids]
+    return np.array([hf.log_probabilities(model, prompt.tolist(), word_ids, eos_id) for prompt in prompts])
+
+
+@each_family
+def test_live_fixtures_are_what_transformers_computes(hf, folder):
+    now, stored = hf.expected(hf.load(FIXTURES / folder), FIXTURES / folder), expected_of(folder)
+    assert now["prompt_ids"] == stored["prompt_ids"]
+    for name in LABEL_SETS:
+        close(now["label_sets"][name]["log_probabilities"], stored["label_sets"][name]["log_probabilities"])
+
+
+LIVE_CHECKPOINTS = {
+    "gemma": ("hf_gemma", {}),
+    "gemma with as many key as query heads, as 7B": ("hf_gemma", dict(num_key_value_heads=2)),
+    "gemma2": ("hf_gemma2", {}),
+    "gemma2 scaled by hidden size and heads, as 27B": ("hf_gemma2", dict(query_pre_attn_scalar=8)),
+    "gemma3": ("hf_gemma3", {}),
+    "gemma3 with scaled rope, as 4B": ("hf_gemma3", dict(rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    })),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpoint", LIVE_CHECKPOINTS)
+def test_live_fresh_checkpoint(hf, tmp_path, checkpoint):
+    folder, changes = LIVE_CHECKPOINTS[checkpoint]
+    path = fresh_checkpoint(hf, tmp_path, folder, **changes)
+    base, model = load_base(path), hf.load(path)
+    prompts = prompts_of(base, expected_of(folder)["comments"])
+    for label_set in ("one token each", "several tokens"):
+        words, scorer = words_of(base, hf.WORD_SETS[label_set]), base.scorer()
+        theirs = live_log_probabilities(hf, model, prompts, words)
+        scores = score_labels(scorer, new_adapter(scorer), prompts, words)
+        close(np.exp(log_softmax(scores)), np.exp(log_softmax(theirs)))
+        if not words.single_token:
+            close(scores, theirs)
+
+
+def random_adapter(scorer, alpha, seed=3):
+    rng = np.random.default_rng(seed)
+    arrays = {v.path: rng.normal(0, 0.15, v.shape).astype(np.float32) for v in scorer.trainable_variables}
+    return Adapter(arrays, scorer.rank, alpha, scorer.targets)
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ALL_TARGETS], ids=["query and value", "all seven"])
+@each_family
+def test_live_peft_computes_with_our_adapter(hf, tmp_path, folder, targets):
+    import peft
+
+    base = load_base(FIXTURES / folder)
+    scorer, prompts = base.scorer(targets, rank=3), prompts_of(base, expected_of(folder)["comments"])
+    adapter = random_adapter(scorer, alpha=6.0)
+    save_adapter(tmp_path / "run", adapter, str(FIXTURES / folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # how PEFT says that tensors are missing
+        model = peft.PeftModel.from_pretrained(hf.load(FIXTURES / folder), tmp_path / "run").eval()
+
+    layers = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert len(layers) == len(targets) * base.backbone.num_layers
+    for label_set in ("one token each", "several tokens"):
+        words = words_of(base, hf.WORD_SETS[label_set])
+        theirs = live_log_probabilities(hf, model, prompts, words)
+        scores = score_labels(scorer, adapter, prompts, words)
+        close(np.exp(log_softmax(scores)), np.exp(log_softmax(theirs)))
+        untrained = expected_of(folder)["label_sets"][label_set]["probabilities"]
+        assert np.abs(np.exp(log_softmax(scores)) - untrained).max() > 0.05  # the adapter does something
+
+    back = load_adapter(tmp_path / "run", scorer)
+    for path, array in adapter.arrays.items():
+        np.testing.assert_array_equal(back.arrays[path], array)
