@@ -145,22 +145,50 @@ LIVE_CHECKPOINTS = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     })),
+    "gemma3 scaled by hidden size and heads, as 27B": ("hf_gemma3", dict(head_dim=8)),
 }  # fmt: skip
+NOT_YET = pytest.mark.xfail(
+    strict=True, reason="KerasHub 0.32 builds every decoder block with query_head_dim_normalize=True"
+)
 
 
-@pytest.mark.parametrize("checkpoint", LIVE_CHECKPOINTS)
+def compare_live(hf, base, model, adapter, comments, label_set):
+    "Our scores and transformers' own, one batch of one length."
+    words = words_of(base, hf.WORD_SETS[label_set])
+    scorer, prompts = base.scorer(adapter.targets, adapter.rank), prompts_of(base, comments)
+    theirs = live_log_probabilities(hf, model, prompts, words)
+    scores = score_labels(scorer, adapter, prompts, words, buckets=(48,), batch_size=8)
+    probabilities = np.exp(log_softmax(scores))
+    close(probabilities, np.exp(log_softmax(theirs)))
+    if not words.single_token:
+        close(scores, theirs)
+    return probabilities
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [pytest.param(name, marks=NOT_YET if "27B" in name else ()) for name in LIVE_CHECKPOINTS]
+)
 def test_live_fresh_checkpoint(hf, tmp_path, checkpoint):
     folder, changes = LIVE_CHECKPOINTS[checkpoint]
     path = fresh_checkpoint(hf, tmp_path, folder, **changes)
     base, model = load_base(path), hf.load(path)
-    prompts = prompts_of(base, expected_of(folder)["comments"])
     for label_set in ("one token each", "several tokens"):
-        words, scorer = words_of(base, hf.WORD_SETS[label_set]), base.scorer()
-        theirs = live_log_probabilities(hf, model, prompts, words)
-        scores = score_labels(scorer, new_adapter(scorer), prompts, words)
-        close(np.exp(log_softmax(scores)), np.exp(log_softmax(theirs)))
-        if not words.single_token:
-            close(scores, theirs)
+        compare_live(hf, base, model, new_adapter(base.scorer()), expected_of(folder)["comments"], label_set)
+
+
+@each_family
+def test_live_bfloat16_in_shards(hf, tmp_path, folder):
+    "As Google publishes them."
+    model = hf.load(fresh_checkpoint(hf, tmp_path, folder)).bfloat16()
+    model.save_pretrained(tmp_path / "published", max_shard_size="40KB")
+    (tmp_path / "published" / "tokenizer.model").write_bytes((FIXTURES / folder / "tokenizer.model").read_bytes())
+    assert len(list((tmp_path / "published").glob("*.safetensors"))) > 1
+    rounded = hf.load(tmp_path / "checkpoint")
+    with hf.torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    base = load_base(tmp_path / "published", dtype="float32")
+    compare_live(hf, base, rounded, new_adapter(base.scorer()), expected_of(folder)["comments"], "one token each")
 
 
 def random_adapter(scorer, alpha, seed=3):
@@ -175,7 +203,7 @@ def test_live_peft_computes_with_our_adapter(hf, tmp_path, folder, targets):
     import peft
 
     base = load_base(FIXTURES / folder)
-    scorer, prompts = base.scorer(targets, rank=3), prompts_of(base, expected_of(folder)["comments"])
+    scorer = base.scorer(targets, rank=3)
     adapter = random_adapter(scorer, alpha=6.0)
     save_adapter(tmp_path / "run", adapter, str(FIXTURES / folder))
     with warnings.catch_warnings():
@@ -184,13 +212,10 @@ def test_live_peft_computes_with_our_adapter(hf, tmp_path, folder, targets):
 
     layers = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     assert len(layers) == len(targets) * base.backbone.num_layers
-    for label_set in ("one token each", "several tokens"):
-        words = words_of(base, hf.WORD_SETS[label_set])
-        theirs = live_log_probabilities(hf, model, prompts, words)
-        scores = score_labels(scorer, adapter, prompts, words)
-        close(np.exp(log_softmax(scores)), np.exp(log_softmax(theirs)))
-        untrained = expected_of(folder)["label_sets"][label_set]["probabilities"]
-        assert np.abs(np.exp(log_softmax(scores)) - untrained).max() > 0.05  # the adapter does something
+    expected = expected_of(folder)
+    probabilities = compare_live(hf, base, model, adapter, expected["comments"], "several tokens")
+    untrained = expected["label_sets"]["several tokens"]["probabilities"]
+    assert np.abs(probabilities - untrained).max() > 0.05  # the adapter does something
 
     back = load_adapter(tmp_path / "run", scorer)
     for path, array in adapter.arrays.items():

@@ -1,0 +1,587 @@
+"""What would bore a reader of 02_model: every family against KerasHub, shared bases under all kinds of trouble."""
+
+import gc
+import inspect
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# One compilation of a program is enough for all tests and their subprocesses.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+from gemma_lora_sentiment import model as room
+from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.model import (
+    GEMMA_2B_CONFIG,
+    ModelError,
+    choose_dtype,
+    load_base,
+    lora_parameter_count,
+    lora_targets,
+    memory_estimate,
+    resolve_preset,
+    tiny_gemma,
+    without_tensorflow,
+)
+from gemma_lora_sentiment.prompt import LabelWords
+from gemma_lora_sentiment.training import BatchSequence, Recipe, Rows, score_labels, train_adapter
+
+keras, jax = room.keras, room.jax
+keras_nlp = room.keras_nlp
+FAMILIES = ("gemma", "gemma2", "gemma3")
+ALL_TARGETS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+# Words of one token each; the response is the word and <eos>.
+WORDS = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
+RECIPE = Recipe(lora_rank=4, learning_rate=0.02, weight_decay=0.01, epochs=3, batch_size=4)
+
+
+def rows_of(n=8, seed=0, width=10):
+    """Random prompts of one length bucket, so that every test uses the same compiled step."""
+    rng = np.random.default_rng(seed)
+    prompts = [np.array([2, *rng.integers(30, 250, width)], np.int32) for _ in range(n)]
+    index = np.arange(n) % 2
+    return Rows(prompts, [WORDS.trained_ids[i] for i in index], index, np.ones(n, np.float32))
+
+
+ROWS = rows_of()
+
+
+def arrays_of(base):
+    """Each array of the base by path: itself, and its bytes."""
+    return {v.path: (v.value, np.asarray(v.value).tobytes()) for v in base.backbone.variables}
+
+
+def assert_base_unchanged(base, before):
+    for variable in base.backbone.variables:
+        array, content = before[variable.path]
+        assert variable.value is array, variable.path
+        assert not array.is_deleted() and np.asarray(array).tobytes() == content, variable.path
+    for scorer in base._scorers.values():  # and every scorer still stands on these very arrays
+        for variable in scorer.backbone.variables:
+            if "lora" not in variable.path:
+                assert variable.value is before[variable.path][0], variable.path
+
+
+def fit(base, recipe=RECIPE, rows=ROWS, targets=("query", "value"), **settings):
+    start = new_adapter(base.scorer(targets, recipe.lora_rank), seed=settings.get("seed", 0))
+    return train_adapter(base, start, rows, WORDS, recipe, **settings)
+
+
+def score(base, adapter, rows=ROWS, **settings):
+    scorer = base.scorer(adapter.targets, adapter.rank)
+    with base.lock:
+        return score_labels(scorer, adapter, rows.prompts, WORDS, (16,), 8, **settings)
+
+
+def batches():
+    return BatchSequence(ROWS, (16,), 4)
+
+
+def same(a, b):
+    return all(np.array_equal(a.arrays[path], b.arrays[path]) for path in a.arrays)
+
+
+def run_python(code, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(Path(room.__file__).parents[1]), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return load_base(tiny)
+
+
+# --- sizes, without allocation
+
+
+def test_the_2b_shape_has_the_tutorial_s_count_and_takes_no_memory():
+    random_state = random.getstate()
+    gc.collect()
+    live = sum(array.nbytes for array in jax.live_arrays())
+    tracemalloc.start()
+    with open("/proc/self/statm") if sys.platform == "linux" else open(os.devnull) as statm:
+        resident = int((statm.read() or "0 0").split()[1])
+    assert lora_parameter_count(GEMMA_2B_CONFIG, rank=4) == (2_506_172_416, 1_363_968)
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as statm:
+            grown = (int(statm.read().split()[1]) - resident) * os.sysconf("SC_PAGE_SIZE")
+        assert grown < 500e6
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert sum(array.nbytes for array in jax.live_arrays()) - live < 1e6
+    assert random.getstate() == random_state
+
+
+@pytest.mark.parametrize("rank, targets", [(1, ("query",)), (8, ALL_TARGETS), (16, ("ffw_linear", "key"))])
+def test_counted_parameters_are_those_of_the_scorer(rank, targets, base):
+    config = {k: v for k, v in base.backbone.get_config().items() if k not in ("name", "trainable", "dtype")}
+    total, trainable = lora_parameter_count(config, rank, targets)
+    scorer = base.scorer(targets, rank)
+    assert total == base.parameter_count
+    assert trainable == sum(int(np.prod(variable.shape)) for variable in scorer.trainable_variables)
+
+
+def test_memory_estimate_grows_with_what_it_depends_on(base):
+    least = memory_estimate(base, 4, batch_size=1, length=16)
+    assert least["base"] == base.nbytes and least["total"] == sum(least.values()) - least["total"]
+    for more in (dict(batch_size=2), dict(length=32), dict(positions=20)):
+        settings = {**dict(batch_size=1, length=16), **more}
+        assert memory_estimate(base, 4, **settings)["total"] > least["total"]
+    assert memory_estimate(base, 8, batch_size=1, length=16)["adapter"] == 2 * least["adapter"]
+
+
+# --- the three families
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    folder = tiny_gemma(tmp_path_factory.mktemp(request.param), request.param, seed=3)
+    return request.param, folder, load_base(folder)
+
+
+def test_logits_are_those_of_keras_hub_padded_or_not(family):
+    name, folder, base = family
+    causal_lm_class = keras_nlp.models.Gemma3CausalLM if name == "gemma3" else keras_nlp.models.GemmaCausalLM
+    with without_tensorflow():
+        causal_lm = causal_lm_class.from_preset(folder, dtype="float32", preprocessor=None)
+    rng, n = np.random.default_rng(0), 24  # longer than the sliding window of 16
+    ids = np.concatenate([np.full((2, 1), 2), rng.integers(4, 200, (2, n - 1))], axis=1).astype(np.int32)
+    reference = np.asarray(causal_lm({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    padded, mask = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.int32)
+    padded[:, :n], mask[:, :n] = ids, 1
+    positions = np.array([[0, 5, n - 1], [7, n - 1, 3]], np.int32)
+    scorer = base.scorer(rank=4)
+    expected = np.take_along_axis(reference, positions[..., None], axis=1)
+    for token_ids, padding_mask in ((ids, np.ones_like(ids)), (padded, mask)):
+        inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
+        np.testing.assert_allclose(np.asarray(scorer(inputs)), expected, atol=1e-4)
+        labels = np.array([20, 150, 21], np.int32)
+        columns = scorer.score(scorer.read(), {**inputs, "positions": positions[:, -1:]}, labels)
+        np.testing.assert_allclose(columns, expected[:, -1][:, labels], atol=1e-4)
+    targets = np.array([[30, 31, 32], [33, 34, 35]], np.int32)
+    weights = np.array([[1, 1, 1], [1, 0, 1]], np.float32)
+    log_softmax = expected - np.log(np.exp(expected).sum(axis=-1, keepdims=True))
+    of_targets = np.take_along_axis(log_softmax, targets[..., None], axis=-1)[..., 0]
+    ours = scorer.score(scorer.read(), {**inputs, "targets": targets, "weights": weights})
+    np.testing.assert_allclose(ours, (of_targets * weights).sum(axis=1), atol=1e-4)
+
+
+def test_every_family_carries_lora_on_every_layer(family):
+    _, _, base = family
+    assert set(lora_targets(base.backbone)) == set(ALL_TARGETS)
+    before = arrays_of(base)
+    adapter, history, _ = fit(base, rows=ROWS)
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    assert_base_unchanged(base, before)
+    assert all(array.any() for array in adapter.arrays.values())
+
+
+def test_families_are_told_apart_by_fingerprint(tmp_path, base):
+    assert tiny_gemma(tmp_path / "a", seed=0) and load_base(tmp_path / "a").fingerprint == base.fingerprint
+    assert load_base(tiny_gemma(tmp_path / "b", seed=1)).fingerprint != base.fingerprint
+    assert load_base(tiny_gemma(tmp_path / "c", "gemma2")).fingerprint != base.fingerprint
+
+
+def test_a_folder_written_anew_is_loaded_anew(tmp_path):
+    first = load_base(tiny_gemma(tmp_path, seed=0))
+    second = load_base(tiny_gemma(tmp_path, seed=1))
+    assert second is not first and second.fingerprint != first.fingerprint
+
+
+# --- one base, many scorers, all kinds of trouble
+
+
+def test_two_scorers_over_one_base_train_and_predict_in_turn(base):
+    before, other = arrays_of(base), ("key", "ffw_gating")
+    recipe8 = Recipe(lora_rank=8, learning_rate=0.02, epochs=3, batch_size=4)
+    a, _, _ = fit(base)
+    score_a = score(base, a)
+    b, _, _ = fit(base, recipe8, targets=other)
+    score_b = score(base, b)
+    assert not np.allclose(score_a, score_b)
+    for _ in range(2):  # in turn, each unmoved by the other
+        assert np.array_equal(score(base, a), score_a) and np.array_equal(score(base, b), score_b)
+        assert same(fit(base)[0], a) and same(fit(base, recipe8, targets=other)[0], b)
+    assert_base_unchanged(base, before)
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, moment, error):
+        super().__init__()
+        self.moment, self.error, self.calls = moment, error, 0
+
+    def _raise(self, moment):
+        self.calls += moment == self.moment
+        if moment == self.moment and self.calls == 2:
+            raise self.error
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._raise("batch begin")
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._raise("batch end")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._raise("epoch begin")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._raise("epoch end")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no memory")], ids=["Ctrl-C", "an exception"])
+@pytest.mark.parametrize("moment", ["batch begin", "batch end", "epoch begin", "epoch end"])
+def test_the_base_survives_a_stop_in_fit(moment, error, base):
+    expected, _, _ = fit(base)
+    scores, before = score(base, expected), arrays_of(base)
+    with pytest.raises(type(error)):
+        fit(base, callbacks=[StopAt(moment, error)])
+    assert_base_unchanged(base, before)
+    assert np.array_equal(score(base, expected), scores)
+    assert same(fit(base)[0], expected)
+    assert base.lock.acquire(blocking=False) and base.lock.release() is None
+
+
+def test_the_base_survives_a_stop_in_prediction(base):
+    adapter, _, _ = fit(base)
+    scores, before = score(base, adapter, rows_of(20)), arrays_of(base)
+
+    def stop(done, n):
+        assert n == 20
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(base, adapter, rows_of(20), progress=stop)
+    assert_base_unchanged(base, before)
+    assert np.array_equal(score(base, adapter, rows_of(20)), scores)
+    seen = []
+    score(base, adapter, rows_of(20), progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(8, 20), (16, 20), (20, 20)]
+
+
+def test_a_loss_that_is_not_finite_is_a_run_error(base):
+    expected, before = fit(base)[0], arrays_of(base)
+    huge = Recipe(lora_rank=4, learning_rate=1e30, epochs=3, batch_size=4)
+    with pytest.raises(RunError, match="is not finite.*Lower learning_rate") as error:
+        fit(base, huge)
+    assert "\n" not in str(error.value)
+    assert_base_unchanged(base, before)
+    assert same(fit(base)[0], expected)
+
+
+def test_keras_s_own_methods_leave_the_base_usable(base):
+    expected, before = fit(base)[0], arrays_of(base)
+    scorer = base.scorer(rank=4)
+    scorer.assign(expected.arrays)
+    loss, accuracy = scorer.evaluate(batches(), verbose=0)
+    assert np.isfinite(loss) and 0 <= accuracy <= 1
+    assert_base_unchanged(base, before)
+    predicted = scorer.predict(batches(), verbose=0)
+    assert predicted.shape == (8, 2, base.backbone.vocabulary_size)
+    assert_base_unchanged(base, before)
+    history = scorer.fit(batches(), epochs=2, verbose=0, shuffle=False, validation_data=batches())
+    assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= set(history.history)
+    assert_base_unchanged(base, before)
+    inputs, targets, weights = batches()[0]
+    scorer.train_on_batch(inputs, targets, sample_weight=weights)
+    scorer.test_on_batch(inputs, targets, sample_weight=weights)
+    np.testing.assert_allclose(scorer.predict_on_batch(inputs), np.asarray(scorer(inputs)), atol=1e-4)
+    assert_base_unchanged(base, before)
+    assert same(fit(base)[0], expected)
+
+
+def test_keras_s_predict_stopped_by_ctrl_c_leaves_the_base(base):
+    expected, before = fit(base)[0], arrays_of(base)
+
+    def stop(batch, logs):
+        raise KeyboardInterrupt
+
+    scorer = base.scorer(rank=4)
+    scorer.assign(expected.arrays)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.predict(batches(), verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_predict_batch_end=stop)])
+    assert_base_unchanged(base, before)
+    assert same(fit(base)[0], expected)
+
+
+def test_a_callback_that_restores_weights_does_not_copy_the_base(base):
+    before = arrays_of(base)
+    stopping = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e9, restore_best_weights=True)
+    fit(base, callbacks=[stopping])
+    assert_base_unchanged(base, before)
+
+
+def test_generation_leaves_the_base_and_the_random_state(base):
+    before, scorer = arrays_of(base), base.scorer(rank=4)
+    state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
+    scorer._generate_tokens = None  # as at the first call
+    scorer.assign(fit(base)[0].arrays)
+    first = scorer.generate(ROWS.prompts[0], 32, (1,))
+    assert np.array_equal(scorer.generate(ROWS.prompts[0], 32, (1,)), first) and len(first) <= 32 - 11
+    assert_base_unchanged(base, before)
+    assert random.getstate() == state and np.random.get_state()[1].tolist() == numpy_state
+
+
+def test_a_lent_adapter_stays_its_owner_s(base):
+    adapter, _, _ = fit(base)
+    copies = {path: array.copy() for path, array in adapter.arrays.items()}
+    score(base, adapter)
+    fit(base, Recipe(lora_rank=4, learning_rate=0.1, epochs=2, batch_size=4))
+    assert all(np.array_equal(adapter.arrays[path], array) for path, array in copies.items())
+    assert all(isinstance(array, np.ndarray) and array.dtype == np.float32 for array in adapter.arrays.values())
+
+
+# --- compilations
+
+
+def compiled_steps(scorer):
+    """Programs held by the scorer's jitted train step."""
+    found, queue = [], [scorer.train_function]
+    for function in queue:
+        if hasattr(function, "_cache_size"):
+            found.append(function)
+            continue
+        cells = (cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
+        queue += [content for content in cells if callable(content)]
+    return sum(function._cache_size() for function in found)
+
+
+def test_no_step_is_compiled_twice(base):
+    from dataclasses import replace
+
+    scorer = base.scorer(rank=4)
+    start = new_adapter(scorer, seed=0)
+    train_adapter(base, start, ROWS, WORDS, RECIPE)
+    score(base, start)
+    assert compiled_steps(scorer) >= 1
+    events = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        count = compiled_steps(scorer)
+        for changed, alpha, dropout, seed in [
+            (dict(learning_rate=1e-3), 4.0, 0.0, 0), (dict(weight_decay=0.3), 8.0, 0.0, 1),
+            (dict(schedule="constant", epochs=2), 1.5, 0.3, 2), (dict(learning_rate=0.1, epochs=5), 4.0, 0.5, 3),
+        ]:  # fmt: skip
+            begin = replace(new_adapter(scorer, alpha=alpha, seed=seed))
+            trained, _, _ = train_adapter(
+                base, begin, ROWS, WORDS, replace(RECIPE, **changed), lora_dropout=dropout, seed=seed
+            )
+            score(base, trained)
+        assert compiled_steps(scorer) == count and scorer._label_step._cache_size() >= 1
+        assert events == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("change", [
+    dict(learning_rate=0.001), dict(weight_decay=5.0), dict(schedule="constant"), dict(epochs=2),
+    dict(alpha=1.0), dict(lora_dropout=0.5), dict(seed=1),
+], ids=str)  # fmt: skip
+def test_changed_numbers_take_effect_on_a_compiled_step(change, base):
+    from dataclasses import replace
+
+    scorer = base.scorer(rank=4)
+    first, _, _ = train_adapter(base, new_adapter(scorer), ROWS, WORDS, RECIPE)
+    settings = {k: v for k, v in change.items() if k in ("lora_dropout", "seed")}
+    recipe = replace(RECIPE, **{k: v for k, v in change.items() if hasattr(RECIPE, k)})
+    other, _, _ = train_adapter(base, new_adapter(scorer, change.get("alpha")), ROWS, WORDS, recipe, **settings)
+    assert not same(first, other)
+    assert same(first, train_adapter(base, new_adapter(scorer), ROWS, WORDS, RECIPE)[0])
+
+
+# --- number formats
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_bases_train_a_float32_adapter(dtype, tiny):
+    base = load_base(tiny, dtype=dtype)
+    before = arrays_of(base)
+    assert {str(variable.value.dtype) for variable in base.backbone.variables} == {dtype}
+    adapter, history, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=12, batch_size=4))
+    scorer = base.scorer(rank=4)
+    assert {str(v.value.dtype) for v in scorer.trainable_variables} == {"float32"}
+    assert all(array.dtype == np.float32 and array.any() for array in adapter.arrays.values())
+    assert history.loss.iloc[-1] < history.loss.iloc[0] and np.isfinite(score(base, adapter)).all()
+    assert isinstance(scorer.optimizer, keras.optimizers.LossScaleOptimizer) == (dtype == "float16")
+    assert_base_unchanged(base, before)
+    # the same numbers as in float32, but for the format
+    exact, _, _ = fit(load_base(tiny), Recipe(lora_rank=4, learning_rate=0.02, epochs=1, batch_size=4))
+    rough, _, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=1, batch_size=4))
+    distance = max(abs(exact.arrays[path] - rough.arrays[path]).max() for path in exact.arrays)
+    assert distance < 0.05
+    assert base.nbytes * 2 == load_base(tiny).nbytes
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_bases_train_and_predict(quantization, tiny):
+    base = load_base(tiny, quantization=quantization)
+    before, plain = arrays_of(base), load_base(tiny)
+    assert base is not plain and base.nbytes < plain.nbytes
+    assert any(str(variable.value.dtype) == "int8" for variable in base.backbone.variables)
+    adapter, history, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=12, batch_size=4))
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    assert {str(v.value.dtype) for v in base.scorer(rank=4).trainable_variables} == {"float32"}
+    scores = score(base, adapter)
+    assert np.isfinite(scores).all() and (scores.argmax(axis=1) == ROWS.label_index).mean() >= 0.5
+    assert_base_unchanged(base, before)
+    assert base.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_auto_dtype(platform, dtype):
+    assert choose_dtype("auto", platform)[0] == dtype
+    assert choose_dtype("float16", platform)[0] == "float16"
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda folder, base: load_base("gemma_2b_english"), "Preset 'gemma_2b_english' is unknown"),
+    (lambda folder, base: load_base(""), "Preset"),
+    (lambda folder, base: load_base(folder / "absent"), "is unknown"),
+    (lambda folder, base: load_base(folder), "holds no config.json"),
+    (lambda folder, base: load_base(base.preset, dtype="fp16"), "not one of auto, float32"),
+    (lambda folder, base: load_base(base.preset, dtype=None), "not one of auto, float32"),
+    (lambda folder, base: load_base(base.preset, quantization="int2"), "not one of None, int8, int4"),
+    (lambda folder, base: base.scorer(("qeury",)), "LoRA target 'qeury' is not a layer"),
+    (lambda folder, base: base.scorer(("query", "token_embedding")), "'token_embedding' is not a layer"),
+    (lambda folder, base: base.scorer(()), "No LoRA target"),
+    (lambda folder, base: base.scorer(rank=0), "lora_rank=0"),
+    (lambda folder, base: base.scorer(rank=-3), "lora_rank=-3"),
+    (lambda folder, base: tiny_gemma(folder, "gemma9"), "Family 'gemma9'"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused_in_one_line(call, message, base, tmp_path):
+    before = arrays_of(base)
+    with pytest.raises(ModelError, match=re.escape(message)) as error:
+        call(tmp_path, base)
+    assert "\n" not in str(error.value)
+    assert_base_unchanged(base, before)
+
+
+@pytest.fixture
+def preset_of_another_kind(request, tmp_path):
+    if request.param == "bert":
+        backbone = keras_nlp.models.BertBackbone(
+            vocabulary_size=20, num_layers=1, num_heads=1, hidden_dim=8, intermediate_dim=8, max_sequence_length=8
+        )
+    elif request.param == "gpt2":
+        backbone = keras_nlp.models.GPT2Backbone(
+            vocabulary_size=20, num_layers=1, num_heads=1, hidden_dim=8, intermediate_dim=8, max_sequence_length=8
+        )
+    with without_tensorflow():
+        backbone.save_to_preset(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("preset_of_another_kind", ["bert", "gpt2"], indirect=True)
+def test_a_model_that_is_no_gemma_is_refused_in_one_line(preset_of_another_kind):
+    with pytest.raises(ModelError, match="Gemma 1, 2 and 3 text models") as error:
+        load_base(preset_of_another_kind)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '"gemma"', '{"model_type": "mamba"}'])
+def test_a_folder_whose_config_is_damaged_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError) as error:
+        load_base(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.weights.h5", "assets/tokenizer/vocabulary.spm", "tokenizer.json"])
+def test_a_preset_that_lacks_a_file_is_refused_in_one_line(name, tmp_path):
+    tiny_gemma(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ModelError) as error:
+        load_base(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_presets_are_resolved_without_the_network():
+    for preset in ("hf://google/gemma-2b", "kaggle://keras/gemma/keras/gemma_2b_en"):
+        assert resolve_preset(preset) == preset
+    for preset in ("gemma_2b_en", "gemma_instruct_2b_en", "gemma2_2b_en", "gemma3_270m"):
+        assert resolve_preset(preset) == preset
+    assert (Path(resolve_preset("mini_ko")) / "config.json").is_file()
+
+
+# --- what the code must not hold, and what a process must not load
+
+
+def test_no_lambda_layers(base):
+    assert "layers.Lambda" not in inspect.getsource(room)
+    base.scorer(rank=4)
+    models = [base.backbone, *base._scorers.values()]
+    assert not any(isinstance(layer, keras.layers.Lambda) for model in models for layer in model._flatten_layers())
+
+
+def test_tensorflow_is_never_imported(tiny, tmp_path):
+    done = run_python(f"""
+import sys
+import gemma_lora_sentiment
+assert not {{"jax", "keras", "keras_nlp", "sklearn", "pandas", "matplotlib", "tensorflow"}} & set(sys.modules)
+from gemma_lora_sentiment import GemmaLoraClassifier
+X = ["맛있어요", "별로예요", "최고예요", "실망했어요"] * 2
+clf = GemmaLoraClassifier({tiny!r}, epochs=1, lora_rank=4, batch_size=4).fit(X, [1, 0, 1, 0] * 2)
+clf.predict_proba(X), clf.generate(X[0], 4), clf.token_influence(X[0])
+GemmaLoraClassifier.load(clf.save({str(tmp_path)!r})).predict(X)
+found = [name for name in sys.modules if name.split(".")[0] in ("tensorflow", "tensorflow_text", "torch")]
+print("FOUND", found)
+""")
+    assert done.stdout.strip() == "FOUND []", done.stderr[-2000:]
+
+
+REFUSED = """
+import sys
+{first}
+import gemma_lora_sentiment
+try:
+    from gemma_lora_sentiment import GemmaLoraClassifier
+    GemmaLoraClassifier({tiny!r}, epochs=1).fit(["a", "b"], [0, 1])
+except Exception as error:
+    print(type(error).__name__, "|", error)
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch", "numpy"])
+def test_another_backend_in_the_environment_is_refused_with_the_remedy(backend, tiny):
+    done = run_python(REFUSED.format(first="", tiny=tiny), KERAS_BACKEND=backend)
+    assert done.stdout.startswith("ModelError |") and done.stdout.count("\n") == 1, done.stdout + done.stderr[-2000:]
+    assert backend in done.stdout and "KERAS_BACKEND=jax" in done.stdout
+
+
+def test_another_backend_imported_already_is_refused_with_the_remedy(tiny):
+    # numpy stands in for tensorflow, which takes 5 s to import
+    first = "import os; os.environ['KERAS_BACKEND'] = 'numpy'; import keras; os.environ['KERAS_BACKEND'] = 'jax'"
+    done = run_python(REFUSED.format(first=first, tiny=tiny))
+    assert done.stdout.startswith("ModelError |") and "restart" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+def test_the_bundled_base_is_a_preset_of_plain_keras_hub():
+    folder = Path(resolve_preset("mini_ko"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["class_name"] == "GemmaBackbone"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 32e6
+    base = load_base("mini_ko")
+    assert base.parameter_count == sum(int(np.prod(v.shape)) for v in base.backbone.variables) < 2e7
+    assert load_base("mini_ko") is base and base.dtype == "float32"
