@@ -27,7 +27,7 @@ __all__ = ['RunError', 'Adapter', 'new_adapter', 'to_peft', 'from_peft', 'write_
 class RunError(RuntimeError):
     """A run or adapter that cannot be used; the message is one line with the remedy."""
 
-# %% ../nbs/03_adapter.ipynb #e7e7bfb1
+# %% ../nbs/03_adapter.ipynb #d81467f6
 @dataclass(frozen=True)
 class Adapter:
     """One LoRA: arrays by Keras variable path, and the three numbers that give them their meaning."""
@@ -39,6 +39,7 @@ class Adapter:
 
     @property
     def parameter_count(self) -> int:
+        "Numbers in all arrays together."
         return sum(array.size for array in self.arrays.values())
 
 # %% ../nbs/03_adapter.ipynb #8fc97c22

@@ -160,7 +160,7 @@ def resolve_preset(
         "gemma_2b_en or gemma3_270m, kaggle://..., hf://..., or an existing folder."
     )
 
-# %% ../nbs/02_model.ipynb #564fe27e
+# %% ../nbs/02_model.ipynb #508da0fd
 @contextlib.contextmanager
 def _without_allocation() -> Iterator[None]:
     "Variables made inside have shape and dtype and no value."
@@ -189,6 +189,9 @@ def _share_weights(
     values = {variable.path: variable.value for variable in original.variables}
     for variable in twin.variables:
         variable._value, variable._initializer = values[variable.path], None
+    # KerasHub 0.32 builds every block as if this were True; the 27B models are scaled by hidden size / heads.
+    for block in twin.transformer_layers:
+        block.attention.query_head_dim_normalize = original.query_head_dim_normalize
     return twin
 
 # %% ../nbs/02_model.ipynb #98103b63
@@ -211,14 +214,16 @@ def lora_parameter_count(
         _enable_lora(backbone, rank, tuple(targets))
     return total, sum(int(np.prod(variable.shape)) for variable in backbone.trainable_variables)
 
-# %% ../nbs/02_model.ipynb #b0da6050
+# %% ../nbs/02_model.ipynb #26849ff8
 def lora_targets(
     backbone: keras.Model,
 ) -> tuple[str, ...]:  # names of the layers that can carry LoRA, in the order of the model
     "Layers of the decoder blocks that LoRA can be put on."
     layers = backbone._flatten_layers(include_self=False)
     names = [
-        layer.name for layer in layers if hasattr(layer, "enable_lora") and not isinstance(layer, keras.layers.Embedding)
+        layer.name
+        for layer in layers
+        if hasattr(layer, "enable_lora") and not isinstance(layer, keras.layers.Embedding)
     ]
     return tuple(dict.fromkeys(reversed(names)))
 
@@ -237,7 +242,7 @@ def _enable_lora(
         raise ModelError(f"lora_rank={rank} trains nothing. Give a rank of at least 1.")
     backbone.enable_lora(rank, target_layer_names=list(targets))
 
-# %% ../nbs/02_model.ipynb #744d2fcf
+# %% ../nbs/02_model.ipynb #08beee9c
 class LabelScorer(keras.Model):
     """A Gemma backbone with LoRA that returns logits at chosen positions, float32 (batch, positions, vocabulary)."""
 
@@ -267,6 +272,7 @@ class LabelScorer(keras.Model):
         return keras.ops.take_along_axis(hidden, inputs["positions"][..., None], axis=1)
 
     def call(self, inputs: dict[str, Any]) -> Any:  # token_ids, padding_mask int32 (b, l); positions int32 (b, p)
+        "Logits over the vocabulary at `positions`, float32 (b, p, vocabulary)."
         hidden = self.hidden_states(inputs)
         return keras.ops.cast(self.backbone.token_embedding(hidden, reverse=True), "float32")
 
@@ -476,7 +482,7 @@ LabelScorer.assign = _assign
 LabelScorer.read = _read
 LabelScorer.generate = _generate
 
-# %% ../nbs/02_model.ipynb #34eff931
+# %% ../nbs/02_model.ipynb #c58f50cb
 class Base:
     """A frozen base model: weights and tokenizer, held once, and a scorer for each (targets, rank) over them."""
 
@@ -495,10 +501,12 @@ class Base:
 
     @property
     def parameter_count(self) -> int:
+        "Numbers in the base's weights."
         return sum(int(np.prod(variable.shape)) for variable in self.backbone.variables)
 
     @property
-    def nbytes(self) -> int:  # bytes of the weights as they are held
+    def nbytes(self) -> int:  # bytes
+        "Memory of the weights as they are held."
         return sum(variable.value.nbytes for variable in self.backbone.variables)
 
     @cached_property

@@ -24,7 +24,7 @@ __all__ = ['TUTORIAL_TEMPLATE', 'PromptTemplate', 'TextTokenizer', 'encode_comme
 # %% ../nbs/01_prompt.ipynb #a8a5d7cd
 TUTORIAL_TEMPLATE = "Instruction:\n{instruction}\n\nResponse:\n{response}"
 
-# %% ../nbs/01_prompt.ipynb #f51c39b0
+# %% ../nbs/01_prompt.ipynb #481ac51c
 @dataclass(frozen=True)
 class PromptTemplate:
     """The text around a comment and its response.
@@ -45,15 +45,18 @@ class PromptTemplate:
             raise DataError(f"Template {self.text!r} has {{response}} before {{instruction}}; put the response last.")
 
     @property
-    def prefix(self) -> str:  # text before the comment
+    def prefix(self) -> str:
+        "Text before the comment."
         return self.text.split("{instruction}")[0]
 
     @property
-    def middle(self) -> str:  # text between the comment and the response
+    def middle(self) -> str:
+        "Text between the comment and the response."
         return self.text.split("{instruction}")[1].split("{response}")[0]
 
     @property
-    def suffix(self) -> str:  # text after the response, often empty
+    def suffix(self) -> str:
+        "Text after the response, often empty."
         return self.text.split("{response}")[1]
 
     def render(
@@ -100,7 +103,7 @@ def _user_defined_pieces(
     pieces = (dict(_fields(value)) for number, value in _fields(proto) if number == 1)
     return frozenset(piece[1].decode() for piece in pieces if piece.get(3) == 4)
 
-# %% ../nbs/01_prompt.ipynb #1c2cc3ec
+# %% ../nbs/01_prompt.ipynb #43ae4561
 class TextTokenizer:
     """A SentencePiece model as a plain tokenizer: no special ids are added, none can be typed in."""
 
@@ -119,7 +122,8 @@ class TextTokenizer:
         return token_id
 
     @cached_property
-    def user_defined(self) -> frozenset[str]:  # pieces that match inside any text
+    def user_defined(self) -> frozenset[str]:
+        "Pieces that match inside any text."
         return _user_defined_pieces(self.proto)
 
     def encode(
@@ -140,7 +144,8 @@ class TextTokenizer:
     def pieces(
         self,
         token_ids: Sequence[int],  # ids
-    ) -> list[str]:  # their pieces, `▁` for a space
+    ) -> list[str]:
+        "Pieces of `token_ids`, `▁` for a space."
         return [self.processor.id_to_piece(int(i)) for i in token_ids]
 
 # %% ../nbs/01_prompt.ipynb #cb8dd37d
@@ -181,7 +186,7 @@ def encode_comments(
             encoded[i] = _encode_without(text, forbidden, tokenizer)
     return encoded
 
-# %% ../nbs/01_prompt.ipynb #822b0371
+# %% ../nbs/01_prompt.ipynb #09a70e29
 @dataclass(frozen=True)
 class LabelWords:
     """Labels in their order, the word of each, and the token ids that are scored and trained."""
@@ -192,16 +197,19 @@ class LabelWords:
     end_ids: tuple[int, ...]  # what closes a response: the template's suffix and `<eos>`
 
     @property
-    def scored_ids(self) -> tuple[tuple[int, ...], ...]:  # ids whose log-probability is a label's score
+    def scored_ids(self) -> tuple[tuple[int, ...], ...]:  # one tuple a label
+        "Token ids whose log-probability is a label's score."
         ends = self.end_ids if self._one_begins_another else ()
         return tuple((*ids, *ends) for ids in self.word_ids)
 
     @property
-    def trained_ids(self) -> tuple[tuple[int, ...], ...]:  # ids of the whole response, its end included
+    def trained_ids(self) -> tuple[tuple[int, ...], ...]:  # one tuple a label
+        "Token ids of the whole response, its end included."
         return tuple((*ids, *self.end_ids) for ids in self.word_ids)
 
     @property
-    def single_token(self) -> bool:  # each score is one logit, so label columns alone are enough
+    def single_token(self) -> bool:
+        "Whether each score is one logit, so that label columns alone are enough."
         return all(len(ids) == 1 for ids in self.scored_ids)
 
     @property
@@ -234,7 +242,7 @@ def label_words(
     end_ids = (*tokenizer.encode([template.suffix])[0], tokenizer.eos_id)
     return LabelWords(tuple(labels), tuple(chosen), tuple(word_ids), end_ids)
 
-# %% ../nbs/01_prompt.ipynb #104a8810
+# %% ../nbs/01_prompt.ipynb #77342269
 @dataclass(frozen=True)
 class EncodedPrompts:
     """Token ids of prompts, and how many comments had to be shortened."""
@@ -243,7 +251,8 @@ class EncodedPrompts:
     truncated: np.ndarray  # bool (n,)
 
     @property
-    def lengths(self) -> np.ndarray:  # int (n,), tokens
+    def lengths(self) -> np.ndarray:  # int (n,)
+        "Tokens of each prompt."
         return np.array([len(ids) for ids in self.token_ids], dtype=int)
 
 # %% ../nbs/01_prompt.ipynb #981a8597
@@ -271,7 +280,7 @@ def encode_prompts(
         prompts.append(np.array([tokenizer.bos_id, *prefix, *ids, *middle], dtype=np.int32))
     return EncodedPrompts(prompts, np.array(truncated, dtype=bool))
 
-# %% ../nbs/01_prompt.ipynb #fdd28e58
+# %% ../nbs/01_prompt.ipynb #892c45d8
 def training_arrays(
     prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
     responses: Sequence[Sequence[int]],  # n responses, token ids with their end
@@ -279,7 +288,7 @@ def training_arrays(
     n_positions: int,  # positions at which a loss is computed
     loss_on: str = "response",  # "response" or "text"
     row_weights: np.ndarray | None = None,  # float32 (n,), of class weights; 1 by default
-) -> dict[str, np.ndarray]:  # token_ids, padding_mask int32 (n, length); positions, targets int32, weights float32 (n, p)
+) -> dict[str, np.ndarray]:  # int32 token_ids, padding_mask (n, length); positions, targets, float32 weights (n, p)
     "Padded arrays of prompts with their responses."
     n = len(prompts)
     arrays = {name: np.zeros((n, length), np.int32) for name in ("token_ids", "padding_mask")}

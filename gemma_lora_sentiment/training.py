@@ -69,7 +69,7 @@ def recipe_for(
     name = "mini_ko" if small else "gemma"
     return name, RECIPES[name]
 
-# %% ../nbs/04_training.ipynb #b346db0a
+# %% ../nbs/04_training.ipynb #3018440b
 @dataclass(frozen=True)
 class Rows:
     """Tokenized rows."""
@@ -83,10 +83,15 @@ class Rows:
         return len(self.prompts)
 
     @property
-    def lengths(self) -> np.ndarray:  # int (n,), tokens of prompt and response
+    def lengths(self) -> np.ndarray:  # int (n,)
+        "Tokens of prompt and response together."
         return np.array([len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)], dtype=int)
 
-    def take(self, index: np.ndarray) -> Rows:
+    def take(
+        self,
+        index: np.ndarray,  # int, which rows
+    ) -> Rows:
+        "The rows at `index`, in its order."
         index = np.asarray(index, dtype=int)
         return Rows(
             [self.prompts[i] for i in index], [self.responses[i] for i in index], self.label_index[index],
@@ -131,7 +136,7 @@ def choose_buckets(
 
     return min((length_buckets(lengths, n) for n in range(1, at_most + 1)), key=cost)
 
-# %% ../nbs/04_training.ipynb #6fc94676
+# %% ../nbs/04_training.ipynb #b779fd78
 class BatchSequence(keras.utils.PyDataset):
     """Batches of fixed shapes for Keras `fit`; `epoch` decides their order."""
 
@@ -164,6 +169,7 @@ class BatchSequence(keras.utils.PyDataset):
         self,
         epoch: int,
     ) -> list[tuple[int, np.ndarray]]:  # (bucket, rows within it) of each batch, in order
+        "The batches of an epoch, drawn from the seed and the epoch's number alone."
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         for bucket, members in enumerate(self.members):
@@ -238,7 +244,7 @@ def _prepare(
         variable.assign(value)
     return scorer.adamw
 
-# %% ../nbs/04_training.ipynb #31bc8089
+# %% ../nbs/04_training.ipynb #ea352966
 def score_labels(
     scorer: LabelScorer,
     adapter: Adapter,
@@ -287,7 +293,8 @@ def _with_longer(
 
 def log_softmax(
     scores: np.ndarray,  # float32 (n, labels)
-) -> np.ndarray:  # float64 (n, labels), log-probabilities
+) -> np.ndarray:  # float64 (n, labels)
+    "Log-probabilities of the labels, in double precision."
     shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
@@ -373,10 +380,11 @@ def train_adapter(
         arrays = scorer.read() if bookkeeping.best is None else bookkeeping.best[2]
     return replace(start, arrays=arrays), pd.DataFrame(bookkeeping.history), buckets
 
-# %% ../nbs/04_training.ipynb #067132f5
+# %% ../nbs/04_training.ipynb #7e438476
 def print_progress(
     numbers: dict[str, float],  # of one epoch
 ) -> None:
     "One line an epoch on standard error."
-    shown = [f"{name} {numbers[name]:.4f}" for name in ("loss", "accuracy", "val_loss", "val_accuracy") if name in numbers]
-    print(f"epoch {int(numbers['epoch'])}: {', '.join(shown)} ({numbers['seconds']:.1f} s)", file=sys.stderr, flush=True)
+    names = [name for name in ("loss", "accuracy", "val_loss", "val_accuracy") if name in numbers]
+    shown = ", ".join(f"{name} {numbers[name]:.4f}" for name in names)
+    print(f"epoch {int(numbers['epoch'])}: {shown} ({numbers['seconds']:.1f} s)", file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ ROOM_IMPORTS = {
     "prompt": {"data"},
     "model": set(),
     "adapter": {"model"},
-    "training": {"model", "adapter"},
+    "training": {"prompt", "model", "adapter"},
     "classifier": {"data", "prompt", "model", "adapter", "training"},
     "evaluation": set(),
     "submission": {"data"},

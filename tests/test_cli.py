@@ -1,0 +1,1040 @@
+"""What would bore a reader of 11_cli: bad files, options and folders, full disks, Ctrl-C, what each command writes."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+# One compilation of a program is enough for all tests and their subprocesses.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import safetensors.numpy
+from typer.testing import CliRunner
+
+from gemma_lora_sentiment import GemmaLoraClassifier, __version__, read_comments, split_comments
+from gemma_lora_sentiment.cli import app
+from gemma_lora_sentiment.model import tiny_gemma
+
+COMMANDS = ("quickstart", "train", "cross-validate", "evaluate", "predict", "submit", "info", "pretrain")
+METRICS = {"accuracy", "macro_f1", "roc_auc", "log_loss", "n", "classes", "baseline_accuracy", "seconds"}
+PHRASES = ("맛있어요", "별로예요", "또 갈게요", "실망했어요", "친절해요", "다시는 안 가요")
+ROWS = [(str(10 + i), f"{PHRASES[i % 6]} {i}", str(1 - i % 2)) for i in range(24)]
+
+
+def tsv(rows, header=("id", "comment", "label")):
+    return "".join("\t".join(row) + "\n" for row in [header, *rows])
+
+
+def tree(folder):
+    """Everything under a folder, hidden things too: the bytes of each file, None for a folder."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def call(*arguments):
+    """Run a command in this process; what it does not turn into an exit status is raised here."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def done(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def one_error_line(result, status):
+    """The error line of a run that said nothing else."""
+    assert result.exit_code == status, (result.exit_code, result.stdout, result.stderr)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and lines[0].isprintable(), result.stderr
+    assert 20 < len(lines[0]) < 600 and "Traceback" not in lines[0], lines[0]
+    assert result.stdout == ""
+    return lines[0]
+
+
+def fails(folder, out, *arguments, status=2):
+    """Check that a command fails in one line and changes nothing under `folder`, whether `out` exists or not."""
+    out = Path(out)
+    before = tree(folder)
+    line = one_error_line(call(*arguments, "--out", out), status)
+    assert tree(folder) == before
+    if out.suffix:  # a file
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(b"\xff old")
+    else:
+        (out / "figures").mkdir(parents=True)
+        for name in ("metrics.json", "run.txt", ".hidden", "figures/roc.png"):
+            (out / name).write_bytes(b"\xff old " + name.encode())
+    before = tree(folder)
+    one_error_line(call(*arguments, "--quiet", "--out", out), status)
+    assert tree(folder) == before
+    return line
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random base of two layers."""
+    return tiny_gemma(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """A finished run, the file it was trained on, and what the command printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "train.tsv").write_text(tsv(ROWS), encoding="utf-8")
+    (folder / "new.tsv").write_text(tsv(ROWS[:7]), encoding="utf-8")
+    result = done("train", folder / "train.tsv", "--out", folder / "run", "--preset", tiny, "--epochs", 2, "--rank", 2)
+    (folder / "stdout.txt").write_text(result.stdout)
+    (folder / "stderr.txt").write_text(result.stderr)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_scratch_folder(tmp_path, monkeypatch):
+    """Whatever a command forgets in the current folder lies where the test looks."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.tsv"
+    path.write_text(tsv(ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(trained / "run", tmp_path / "a run"))
+
+
+def train_arguments(tiny, file, epochs=1):
+    return ["train", file, "--preset", tiny, "--epochs", epochs, "--rank", 2]
+
+
+def command_line(command, file, tiny, run):
+    """A command over `file`, without its --out."""
+    return {
+        "train": train_arguments(tiny, file),
+        "cross-validate": ["cross-validate", file, "--preset", tiny, "--epochs", 1, "--rank", 2, "--folds", 2],
+        "evaluate": ["evaluate", run, file],
+        "predict": ["predict", run, file],
+        "submit": ["submit", run, file],
+    }[command]
+
+
+def out_of(command, folder):
+    return folder / "new" / "out.tsv" if command in ("predict", "submit") else folder / "new" / "out"
+
+
+# --- malformed files ------------------------------------------------------------------------------------------------
+
+HEADER = "id\tcomment\tlabel\n"
+BAD_FILES = {  # what is wrong: (file name, bytes, what the message must name)
+    "missing file": ("none.tsv", None, "no such file"),
+    "folder": ("folder.tsv", "folder", "is a folder"),
+    "empty file": ("empty.tsv", b"", "is empty"),
+    "blank file": ("blank.txt", b" \r\n\n \t\n", "is empty"),
+    "header only": ("header.tsv", HEADER.encode(), "no rows"),
+    "header only, txt": ("header.txt", HEADER.encode(), "no rows"),
+    "header only, csv": ("header.csv", b"id,comment,label\r\n", "no rows"),
+    "missing comment column": ("columns.tsv", tsv([("1", "x", "0")], ("id", "words", "label")).encode(), "comment"),
+    "comment column twice": ("twice.csv", b"comment,comment,label\na,b,0\n", "two columns"),
+    "empty comment": ("rows.tsv", (HEADER + "1\t굿\t0\n2\t \t1\n").encode(), "line 3"),
+    "duplicate ids": ("rows.tsv", (HEADER + "7\t굿\t0\n8\t음\t1\n7\t별로\t1\n").encode(), "line 4"),
+    "binary file": ("binary.tsv", bytes(range(256)) * 16, "binary"),
+    "image": ("image.txt", b"\x89PNG\r\n\x1a\n" + bytes(range(200)), "image"),
+    "excel": ("table.csv", b"PK\x03\x04" + bytes(range(200)), "Excel"),
+    "wrong encoding": ("latin.tsv", HEADER.encode() + "1\tcrème brûlée à la carte\t1\n".encode("latin-1"), "UTF-8"),
+    "utf-16 without mark": ("utf16.tsv", (HEADER + "1\tgood\t1\n").encode("utf-16-le"), "binary"),
+    "extra tabs": ("tabs.tsv", (HEADER + "1\t굿\t0\n2\t하나\t둘\t\t1\n").encode(), "line 3"),
+    "missing tab": ("tabs.tsv", (HEADER + "1\t굿\t0\n2\t하나\n").encode(), "line 3"),
+    "open quote": ("quote.csv", b'id,comment,label\n1,"open,0\n2,b,1\n', "line 2"),
+    "not JSON": ("rows.jsonl", b'{"comment": "a", "label": 1}\n{"comment": \n', "line 2"),
+    "JSON list": ("rows.jsonl", b"[1, 2]\n", "line 1"),
+    "not Parquet": ("rows.parquet", b"PAR1 not really", "Parquet"),
+    "unknown format": ("rows.docx", b"id\tcomment\tlabel\n", "unknown format"),
+    "cut archive": ("rows.tsv.gz", b"\x1f\x8b\x08\x00 cut", "unpacked"),
+}
+BAD_LABELS = {
+    "missing label column": ("columns.tsv", tsv([("1", "x")], ("id", "comment")).encode(), "label"),
+    "plain lines": ("lines.txt", "굿\n별로\n".encode(), "label"),
+    "NaN label": ("nan.tsv", (HEADER + "1\t굿\t0\n2\t음\tNaN\n3\t별로\t1\n").encode(), "line 3"),
+    "blank label": ("nan.csv", "id,comment,label\n1,굿,0\n2,음,\n".encode(), "line 3"),
+    "null label": ("nan.jsonl", b'{"comment": "a", "label": 1}\n{"comment": "b", "label": null}\n', "line 2"),
+    "NaN in JSON": ("nan.jsonl", b'{"comment": "a", "label": 1}\n{"comment": "b", "label": NaN}\n', "line 2"),
+}
+
+
+def written(folder, name, data):
+    path = folder / name
+    if data == "folder":
+        path.mkdir()
+    elif data is not None:
+        path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate", "evaluate", "predict", "submit"])
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_bad_file(fault, command, tmp_path, tiny, trained):
+    name, data, named = BAD_FILES[fault]
+    file = written(tmp_path, name, data)
+    line = fails(tmp_path, out_of(command, tmp_path), *command_line(command, file, tiny, trained / "run"))
+    assert named in line and name in line
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate", "evaluate"])
+@pytest.mark.parametrize("fault", BAD_LABELS)
+def test_bad_label(fault, command, tmp_path, tiny, trained):
+    name, data, named = BAD_LABELS[fault]
+    file = written(tmp_path, name, data)
+    line = fails(tmp_path, out_of(command, tmp_path), *command_line(command, file, tiny, trained / "run"))
+    assert named in line and name in line
+
+
+def test_nan_label_in_parquet(tmp_path, tiny):
+    pd.DataFrame({"comment": ["a", "b", "c"], "label": [0.0, float("nan"), 1.0]}).to_parquet(tmp_path / "nan.parquet")
+    assert "row 2" in fails(tmp_path, tmp_path / "out", *train_arguments(tiny, tmp_path / "nan.parquet"))
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate"])
+def test_one_class_only(command, tmp_path, tiny):
+    (tmp_path / "one.tsv").write_text(tsv([(i, comment, "1") for i, comment, _ in ROWS]), encoding="utf-8")
+    line = fails(tmp_path, out_of(command, tmp_path), *command_line(command, tmp_path / "one.tsv", tiny, None))
+    assert "'1'" in line and "two classes" in line
+
+
+def test_one_row_of_a_class(tmp_path, tiny):
+    (tmp_path / "rare.tsv").write_text(tsv([*ROWS, ("99", "드문 것", "2")]), encoding="utf-8")
+    assert "'2' has 1 row" in fails(tmp_path, tmp_path / "out", *train_arguments(tiny, tmp_path / "rare.tsv"))
+
+
+def test_unknown_label_in_evaluate(tmp_path, trained):
+    (tmp_path / "unknown.tsv").write_text(tsv([*ROWS[:5], ("99", "좋아요", "positive")]), encoding="utf-8")
+    line = fails(tmp_path, tmp_path / "out", "evaluate", trained / "run", tmp_path / "unknown.tsv")
+    assert "'positive'" in line and "0, 1" in line
+
+
+@pytest.mark.parametrize("text", ["좋\0아요", "\x01맛\x02있\x1b[31m어요", "a\x7fb\x85c", "\x0b\x0c끝"], ids=repr)
+def test_nul_and_control_characters_are_folded(text, tmp_path, trained):
+    (tmp_path / "control.tsv").write_text(tsv([("1", "보통 댓글이에요", "0"), ("2", text, "1")]), encoding="utf-8")
+    result = done("predict", trained / "run", tmp_path / "control.tsv", "--out", tmp_path / "out.tsv")
+    assert "warning" not in result.stderr
+    comment = read_comments(tmp_path / "out.tsv").comment[1]
+    assert comment.isprintable() and comment == " ".join(re.split(r"[\s\x00-\x1f\x7f-\x9f]+", text)).strip()
+
+
+def test_nul_and_control_characters_in_training(tmp_path, tiny):
+    rows = [(i, f"{comment}\0\x1b[2J\x07{i}", label) for i, comment, label in ROWS]
+    (tmp_path / "control.tsv").write_text(tsv(rows), encoding="utf-8")
+    result = done(*train_arguments(tiny, tmp_path / "control.tsv"), "--out", tmp_path / "run")
+    assert "warning" not in result.stderr and "\x1b" not in result.stderr + (tmp_path / "run/wrong.tsv").read_text()
+
+
+# --- options that cannot work ---------------------------------------------------------------------------------------
+
+BAD_OPTIONS = {
+    "template without response": (["--template", "댓글: {instruction}"], "{response}"),
+    "template without instruction": (["--template", "{response}"], "{instruction}"),
+    "template backwards": (["--template", "{response} {instruction}"], "response last"),
+    "empty template": (["--template", ""], "{instruction}"),
+    "same word twice": (["--label-word", "0=x", "--label-word", "1=x"], "same word"),
+    "label word without =": (["--label-word", "positive"], "LABEL=WORD"),
+    "empty label word": (["--label-word", "0=", "--label-word", "1=x"], "word"),
+    "label without word": (["--label-word", "0=x"], "'1'"),
+    "unknown preset": (["--preset", "gemma_3b"], "gemma_3b"),
+    "preset without config.json": (["--preset", "."], "config.json"),
+    "unknown recipe": (["--recipe", "best"], "tutorial"),
+    "rank 0": (["--rank", 0], "lora_rank=0"),
+    "epochs -1": (["--epochs", -1], "epochs=-1"),
+    "learning rate 0": (["--learning-rate", 0], "learning_rate=0"),
+    "learning rate nan": (["--learning-rate", "nan"], "learning_rate=nan"),
+    "batch size 0": (["--batch-size", 0], "batch_size=0"),
+    "too short": (["--max-length", 4], "max_length=4"),
+    "unknown dtype": (["--dtype", "float8"], "float8"),
+    "unknown quantization": (["--quantization", "int1"], "int1"),
+    "unknown class weight": (["--class-weight", "even"], "even"),
+    "seed -1": (["--seed", -1], "seed"),
+    "seed of 33 bits": (["--seed", 2**32], "seed"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate"])
+@pytest.mark.parametrize("fault", BAD_OPTIONS)
+def test_bad_option(fault, command, tmp_path, good, tiny):
+    options, named = BAD_OPTIONS[fault]
+    arguments = command_line(command, good, tiny, None)
+    assert named in fails(tmp_path, out_of(command, tmp_path), *arguments, *options)
+
+
+def test_patience_of_nothing(tmp_path, good, tiny):
+    assert "patience=0" in fails(tmp_path, tmp_path / "out", *train_arguments(tiny, good), "--patience", 0)
+
+
+def test_more_folds_than_rows_of_a_class(tmp_path, good, tiny):
+    rows = [row for row in ROWS if row[2] == "0"] + [row for row in ROWS if row[2] == "1"][:4]
+    good.write_text(tsv(rows), encoding="utf-8")
+    arguments = ["cross-validate", good, "--preset", tiny, "--folds", 5]
+    assert "4 rows" in fails(tmp_path, tmp_path / "out", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--folds", "1"], ["--nonsense"]], ids=str)
+def test_usage_mistakes(arguments, tmp_path, good):
+    """The option parser tells these itself, with the usage line."""
+    before = tree(tmp_path)
+    result = call("cross-validate", good, *arguments)
+    assert result.exit_code == 2 and "Error: " in result.stderr and "Traceback" not in result.stderr
+    assert tree(tmp_path) == before
+
+
+BAD_FROM = {
+    "missing": None,
+    "folder": "folder",
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "no JSON": b"settings: 1",
+    "list": b"[]",
+    "other JSON": b'{"accuracy": 1.0}',
+    "settings are a list": b'{"settings": []}',
+    "settings are text": b'{"settings": "mini_ko"}',
+    "unknown setting": b'{"settings": {"colour": "red"}}',
+    "setting of a wrong type": b'{"settings": {"epochs": "many"}}',
+    "template of a wrong type": b'{"settings": {"template": 3}}',
+    "targets of a wrong type": b'{"settings": {"target_layers": 3}}',
+    "seed of a wrong type": b'{"settings": {"seed": "one"}}',
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FROM)
+def test_bad_from(fault, tmp_path, good, tiny):
+    wrong = written(tmp_path, "run.json", BAD_FROM[fault])
+    fails(tmp_path, tmp_path / "out", "train", good, "--preset", tiny, "--from", wrong)
+
+
+# --- runs that cannot be used ---------------------------------------------------------------------------------------
+
+
+def rewrite(path, **changes):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for dotted, value in changes.items():
+        *outer, last = dotted.split("__")
+        inner = content
+        for name in outer:
+            inner = inner[name]
+        inner[last] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def with_classifier(**changes):
+    return lambda run: rewrite(run / "classifier.json", **changes)
+
+
+def with_config(**changes):
+    return lambda run: rewrite(run / "adapter_config.json", **changes)
+
+
+def with_bytes(name, data):
+    return lambda run: (run / name).write_bytes(data)
+
+
+def with_tensors(change):
+    def damage(run):
+        path = run / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load(path.read_bytes())
+        path.write_bytes(safetensors.numpy.save(change(tensors)))
+
+    return damage
+
+
+def as_file(run):
+    shutil.rmtree(run)
+    run.write_bytes(b"a file")
+
+
+def cut_adapter(run):
+    path = run / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD_RUNS = {
+    "missing folder": shutil.rmtree,
+    "a file": as_file,
+    "no classifier.json": lambda run: (run / "classifier.json").unlink(),
+    "empty classifier.json": with_bytes("classifier.json", b""),
+    "cut classifier.json": with_bytes("classifier.json", b'{"format": 1, "parameters": {"pres'),
+    "binary classifier.json": with_bytes("classifier.json", bytes(range(256))),
+    "classifier.json is a list": with_bytes("classifier.json", b"[]"),
+    "classifier.json is a number": with_bytes("classifier.json", b"1"),
+    "classifier.json lacks everything": with_bytes("classifier.json", b"{}"),
+    "unknown parameter": with_classifier(parameters__colour="red"),
+    "template of a wrong type": with_classifier(parameters__template=3),
+    "recipe of a wrong type": with_classifier(recipe=3),
+    "max_length of a wrong type": with_classifier(recipe__max_length="long"),
+    "buckets of a wrong type": with_classifier(buckets=3),
+    "words missing": with_classifier(words=["0"]),
+    "words alike": with_classifier(words=["0", "0"]),
+    "classes are no list": with_classifier(classes__values=3),
+    "dtype of a wrong type": with_classifier(dtype=None),
+    "another base": with_classifier(base_fingerprint="0" * 64),
+    "base is gone": with_classifier(parameters__preset="gone/base"),
+    "no adapter": lambda run: (run / "adapter_model.safetensors").unlink(),
+    "empty adapter": with_bytes("adapter_model.safetensors", b""),
+    "cut adapter": cut_adapter,
+    "random adapter": with_bytes("adapter_model.safetensors", bytes(range(256)) * 8),
+    "adapter not finite": with_tensors(lambda t: {name: array * np.float32("nan") for name, array in t.items()}),
+    "adapter lacks a layer": with_tensors(lambda t: dict(list(t.items())[1:])),
+    "adapter has a layer too many": with_tensors(lambda t: {**t, "other": np.zeros(1, np.float32)}),
+    "adapter of another dtype": with_tensors(lambda t: {name: array.astype(np.float16) for name, array in t.items()}),
+    "no adapter_config.json": lambda run: (run / "adapter_config.json").unlink(),
+    "cut adapter_config.json": with_bytes("adapter_config.json", b'{"r": 2,'),
+    "adapter_config.json is a list": with_bytes("adapter_config.json", b"[]"),
+    "another rank": with_config(r=4),
+    "rank missing": with_config(r=None),
+    "rank of a wrong type": with_config(r="two"),
+    "rank 0 saved": with_config(r=0),
+    "alpha of a wrong type": with_config(lora_alpha=None),
+    "unknown targets": with_config(target_modules=["q_proj", "lm_head"]),
+    "targets of a wrong type": with_config(target_modules=3),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_RUNS)
+def test_bad_run(fault, tmp_path, good, run):
+    BAD_RUNS[fault](run)
+    line = fails(tmp_path, tmp_path / "out.tsv", "predict", run, good)
+    assert "a run" in line or "base" in line  # it says where the fault is
+
+
+@pytest.mark.parametrize("command", ["evaluate", "submit"])
+@pytest.mark.parametrize("fault", ["missing folder", "cut classifier.json", "cut adapter", "another base"])
+def test_bad_run_in_other_commands(fault, command, tmp_path, good, run):
+    BAD_RUNS[fault](run)
+    fails(tmp_path, out_of(command, tmp_path), *command_line(command, good, None, run))
+
+
+def test_base_that_changed_under_a_run(tmp_path, good, tiny, run):
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    rewrite(run / "classifier.json", parameters__preset=str(base))
+    done("predict", run, good, "--out", tmp_path / "out.tsv", "--quiet")
+    (tmp_path / "out.tsv").unlink()
+    shutil.rmtree(base)
+    tiny_gemma(base, seed=1)
+    assert "base" in fails(tmp_path, tmp_path / "out.tsv", "predict", run, good)
+
+
+def test_sample_whose_labels_are_of_another_kind(tmp_path, trained):
+    (tmp_path / "sample.tsv").write_text(tsv([("1", "굿", "true"), ("2", "별로", "false")]), encoding="utf-8")
+    result = call("submit", trained / "run", tmp_path / "sample.tsv", "--out", tmp_path / "out.tsv", "--quiet")
+    if result.exit_code:  # a label that cannot be spelled is refused, one that can is written as the sample writes it
+        one_error_line(result, 2)
+    else:
+        assert set(read_comments(tmp_path / "out.tsv").label) <= {"true", "false"}
+    (tmp_path / "sample.tsv").write_text(tsv([("1", "굿", "good"), ("2", "별로", "bad")]), encoding="utf-8")
+    (tmp_path / "out.tsv").write_bytes(b"old")
+    before = tree(tmp_path)
+    result = call("submit", trained / "run", tmp_path / "sample.tsv", "--out", tmp_path / "out.tsv", "--quiet")
+    assert "good, bad" in one_error_line(result, 2)
+    assert tree(tmp_path) == before
+
+
+def test_sample_with_ids_of_every_type(tmp_path, trained):
+    """Ids from typed files meet the predictions made from the same file."""
+    table = pd.DataFrame({"id": [1.0, 2.0, 3.5], "comment": ["가", "나", "다"], "label": [0, 0, 0]})
+    table.to_parquet(tmp_path / "sample.parquet")
+    done("submit", trained / "run", tmp_path / "sample.parquet", "--out", tmp_path / "out.tsv")
+    (tmp_path / "sample.jsonl").write_text('{"id": 1, "comment": "가"}\n{"id": "b", "comment": "나"}\n')
+    done("submit", trained / "run", tmp_path / "sample.jsonl", "--out", tmp_path / "out.tsv")
+    assert list(read_comments(tmp_path / "out.tsv").id) == ["1", "b"]
+
+
+# --- the machine's side ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate", "evaluate", "predict", "submit"])
+@pytest.mark.parametrize("parent", ["a file", "/proc", "/proc/nowhere"])
+def test_out_where_nothing_can_be_written(parent, command, tmp_path, good, tiny, trained):
+    if parent == "a file":
+        parent = tmp_path / "file"
+        parent.write_bytes(b"a file")
+    elif not Path("/proc/self").exists():
+        pytest.skip("no /proc on this machine")
+    before = tree(tmp_path)
+    arguments = command_line(command, good, tiny, trained / "run")
+    out = Path(parent) / out_of(command, tmp_path).name
+    one_error_line(call(*arguments, "--quiet", "--out", out), 1)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate", "evaluate"])
+def test_out_that_is_a_file(command, tmp_path, good, tiny, trained):
+    (tmp_path / "file").write_bytes(b"a file")
+    before = tree(tmp_path)
+    arguments = command_line(command, good, tiny, trained / "run")
+    assert "is a file" in one_error_line(call(*arguments, "--quiet", "--out", tmp_path / "file"), 2)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["predict", "submit"])
+def test_out_that_is_a_folder(command, tmp_path, good, tiny, trained):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_bytes(b"old")
+    before = tree(tmp_path)
+    arguments = command_line(command, good, tiny, trained / "run")
+    assert "folder" in one_error_line(call(*arguments, "--quiet", "--out", tmp_path / "folder"), 2)
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def locked(trained):
+    """A folder where this process may read and not write: as root it becomes another user for the time of the test."""
+    folder = Path(tempfile.mkdtemp(prefix="gemma_lora_sentiment_locked_"))
+    folder.chmod(0o755)
+    shutil.copytree(trained / "run", folder / "run")
+    shutil.copy(trained / "train.tsv", folder)
+    base = json.loads((folder / "run" / "classifier.json").read_text())["parameters"]["preset"]
+    shutil.copytree(base, folder / "base")
+    rewrite(folder / "run" / "classifier.json", parameters__preset=str(folder / "base"))
+    (folder / "old.tsv").write_bytes(b"old")
+    with tempfile.TemporaryDirectory() as other:  # everything that is loaded late is loaded now
+        done("predict", folder / "run", folder / "train.tsv", "--out", Path(other) / "out.tsv", "--quiet")
+    is_root = os.geteuid() == 0
+    folder.chmod(0o755 if is_root else 0o555)
+    if not is_root:
+        (folder / "run").chmod(0o555)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in (folder, folder / "run"):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "submit"])
+def test_out_in_a_folder_of_someone_else(command, locked):
+    before = tree(locked)
+    arguments = command_line(command, locked / "train.tsv", locked / "base", locked / "run")
+    outs = [locked / "out.tsv", locked / "old.tsv"] if command in ("predict", "submit") else [
+        locked / "out", locked / "deep" / "out", locked / "run"]  # fmt: skip
+    for out in outs:
+        line = one_error_line(call(*arguments, "--quiet", "--out", out), 1)
+        assert "Permission denied" in line
+        assert tree(locked) == before
+
+
+@pytest.fixture
+def full_disk(tmp_path, trained):
+    """A file system without a free block, that holds a run and predictions."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root on Linux")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        shutil.copytree(trained / "run", folder / "run")
+        (folder / "old.tsv").write_bytes(b"old")
+        (folder / "old.parquet").write_bytes(b"old")
+        with pytest.raises(OSError), (folder / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(full_disk, good, tiny, trained):
+    before = tree(full_disk)
+    for out in ("run", "new", "deep/new"):
+        one_error_line(call(*train_arguments(tiny, good, 1), "--quiet", "--out", full_disk / out), 1)
+        assert tree(full_disk) == before
+    for command, out in (("predict", "old.tsv"), ("predict", "old.parquet"), ("predict", "new.csv"),
+                         ("predict", "new.jsonl"), ("submit", "old.tsv"), ("evaluate", "new")):  # fmt: skip
+        arguments = command_line(command, good, tiny, trained / "run")
+        one_error_line(call(*arguments, "--quiet", "--out", full_disk / out), 1)
+        assert tree(full_disk) == before, out
+
+
+def test_no_network(tmp_path, tiny, trained, monkeypatch):
+    monkeypatch.setenv("GEMMA_LORA_SENTIMENT_DATA_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setenv("GEMMA_LORA_SENTIMENT_CACHE", str(tmp_path / "cache"))
+    line = fails(tmp_path, tmp_path / "out", *train_arguments(tiny, "tarr_train"), status=1)
+    assert "127.0.0.1:9" in line and "tarr_train.txt" in line
+    fails(tmp_path, tmp_path / "sub.tsv", "submit", trained / "run", "tarr_submit", status=1)
+
+
+# --- what the commands write ----------------------------------------------------------------------------------------
+
+
+def adapter_bytes(run):
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+def test_train_writes_a_whole_run(trained):
+    run = trained / "run"
+    names = {name for name, data in tree(run).items() if data is not None}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
+        "history.csv", "wrong.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png", "figures/roc.png",
+        "figures/scores.png", "figures/training_curves.png",
+    }  # fmt: skip
+    assert all((run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in names if name.endswith(".png"))
+    assert len(pd.read_csv(run / "history.csv")) == 2
+    assert run.stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()} == {0o644}
+    assert [path.name for path in trained.iterdir() if path.name.startswith(".")] == []
+
+
+def test_metrics(trained):
+    metrics = json.loads((trained / "run" / "metrics.json").read_text())
+    assert METRICS <= set(metrics)
+    assert metrics["n"] == 5 and metrics["classes"] == ["0", "1"] and metrics["seconds"] > 0
+    assert all(0 <= metrics[name] <= 1 for name in ("accuracy", "macro_f1", "roc_auc", "baseline_accuracy"))
+    assert math.isfinite(metrics["log_loss"])
+
+
+def test_run_json_tells_what_was_done(trained, tiny):
+    content = json.loads((trained / "run" / "run.json").read_text())
+    assert content["command"] == "train" and content["refit"] is True and content["epochs"] == 2
+    assert content["data"]["rows"] == 24 and len(content["data"]["fingerprint"]) == 64
+    assert content["settings"]["preset"] == tiny and content["settings"]["epochs"] == 2
+    assert content["settings"]["lora_rank"] == 2 and content["versions"]["gemma_lora_sentiment"] == __version__
+
+
+def test_results_on_stdout_and_progress_on_stderr(trained):
+    out, err = (trained / "stdout.txt").read_text(), (trained / "stderr.txt").read_text()
+    assert "TF-IDF baseline" in out and "5 held-out rows" in out and "epoch" not in out
+    assert "epoch 1:" in err and "epoch 2:" in err and "held-out rows" not in err
+
+
+def test_saved_adapter_is_fitted_on_all_rows(trained, tiny):
+    rows = read_comments(trained / "train.tsv")
+    same = GemmaLoraClassifier(tiny, epochs=2, lora_rank=2).fit(rows.comment, rows.label)
+    saved = GemmaLoraClassifier.load(trained / "run")
+    assert same.adapter_.arrays.keys() == saved.adapter_.arrays.keys()
+    assert all(np.array_equal(array, saved.adapter_.arrays[name]) for name, array in same.adapter_.arrays.items())
+
+
+def test_no_refit_keeps_the_adapter_that_was_judged(tmp_path, good, tiny, trained):
+    done(*train_arguments(tiny, good, 2), "--no-refit", "--out", tmp_path / "run")
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(trained / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    first = json.loads((trained / "run" / "metrics.json").read_text())
+    assert {**metrics, "seconds": 0} == {**first, "seconds": 0}
+    _, held_out = split_comments(read_comments(good), 0.2, 0)
+    clf = GemmaLoraClassifier.load(tmp_path / "run")
+    assert (clf.predict(held_out.comment) == held_out.label).mean() == pytest.approx(metrics["accuracy"])
+    of_label = clf.predict_proba(held_out.comment)[np.arange(5), held_out.label.astype(int)]
+    assert -np.log(of_label).mean() == pytest.approx(metrics["log_loss"], rel=1e-4)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["refit"] is False
+
+
+def test_resume_of_a_finished_run_does_nothing(run, good, tiny):
+    def state():
+        return {path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+                for path in [run, *run.rglob("*")]}  # fmt: skip
+
+    before = state()
+    result = done(*train_arguments(tiny, good), "--resume", "--out", run)
+    assert "finished" in result.stdout and state() == before
+
+
+def test_resume_with_nothing_to_resume_starts(tmp_path, good, tiny, trained):
+    (tmp_path / "run").mkdir()
+    done(*train_arguments(tiny, good, 2), "--resume", "--out", tmp_path / "run")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(trained / "run")
+
+
+def test_run_repeated_from_its_description(tmp_path, good, trained):
+    done("train", good, "--from", trained / "run" / "run.json", "--out", tmp_path / "run")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "classifier.json", "wrong.tsv"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes(), name
+
+
+def test_options_win_over_the_description(tmp_path, good, trained):
+    arguments = ["train", good, "--from", trained / "run" / "run.json", "--epochs", 1, "--seed", 3]
+    done(*arguments, "--out", tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert (settings["epochs"], settings["seed"], settings["lora_rank"]) == (1, 3, 2)
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(trained / "run")
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 1
+
+
+def test_training_over_an_earlier_run_replaces_it(tmp_path, good, tiny, run):
+    (run / "notes.txt").write_text("my own")
+    old = adapter_bytes(run)
+    done(*train_arguments(tiny, good, 1), "--seed", 5, "--out", run)
+    assert adapter_bytes(run) != old and (run / "notes.txt").read_text() == "my own"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a run", "good.tsv"]
+
+
+def test_zero_epochs_saves_the_base_as_it_is(tmp_path, good, tiny):
+    done(*train_arguments(tiny, good, 0), "--out", tmp_path / "run")
+    assert METRICS <= set(json.loads((tmp_path / "run" / "metrics.json").read_text()))
+    done("predict", tmp_path / "run", good, "--out", tmp_path / "out.tsv")
+
+
+def test_patience_finds_the_epochs(tmp_path, good, tiny):
+    arguments = [*train_arguments(tiny, good, 4), "--patience", 1, "--learning-rate", 0.05]
+    done(*arguments, "--out", tmp_path / "run")
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    best = int(history.epoch[history.val_loss.idxmin()])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["epochs"] == best
+
+
+def test_three_classes(tmp_path, tiny):
+    rows = [(i, comment, ("bad", "good", "so-so")[n % 3]) for n, (i, comment, _) in enumerate(ROWS)]
+    (tmp_path / "three.csv").write_text(
+        "id,comment,label\n" + "".join(",".join(row) + "\n" for row in rows), encoding="utf-8"
+    )  # fmt: skip
+    done(*train_arguments(tiny, tmp_path / "three.csv"), "--class-weight", "balanced", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["classes"] == ["bad", "good", "so-so"]
+    done("predict", tmp_path / "run", tmp_path / "three.csv", "--out", tmp_path / "out.csv")
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert list(table.columns) == ["id", "comment", "label", "p_bad", "p_good", "p_so-so"]
+    probabilities = table[["p_bad", "p_good", "p_so-so"]].to_numpy()
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert [("bad", "good", "so-so")[i] for i in probabilities.argmax(axis=1)] == list(table.label)
+
+
+def test_labels_and_template_stay_as_they_are_written(tmp_path, tiny):
+    rows = [(i, comment, "0" + str(1 + int(label))) for i, comment, label in ROWS]
+    (tmp_path / "train.tsv").write_text(tsv(rows), encoding="utf-8")
+    template = r"{instruction}\n\nResponse:\n{response}"
+    arguments = [*train_arguments(tiny, tmp_path / "train.tsv"), "--template", template]
+    done(*arguments, "--label-word", "01=bad", "--label-word", "02=good=fine", "--out", tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["template"] == "{instruction}\n\nResponse:\n{response}"
+    assert settings["label_words"] == {"01": "bad", "02": "good=fine"}
+    assert GemmaLoraClassifier.load(tmp_path / "run").words_.words == ("bad", "good=fine")
+    done("predict", tmp_path / "run", tmp_path / "train.tsv", "--out", tmp_path / "out.tsv")
+    lines = [line.split("\t") for line in (tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == ["id", "comment", "label", "p_01", "p_02"]
+    assert [line[:2] for line in lines[1:]] == [list(row[:2]) for row in rows]
+    assert {line[2] for line in lines[1:]} <= {"01", "02"}
+    for number, sample in enumerate((tsv(rows), tsv([(i, comment, "01") for i, comment, _ in rows]))):
+        (tmp_path / "sample.txt").write_text(sample, encoding="utf-8")
+        done("submit", tmp_path / "run", tmp_path / "sample.txt", "--out", tmp_path / f"sub{number}.txt")
+        written = read_comments(tmp_path / f"sub{number}.txt")
+        assert list(written.label) == [line[2] for line in lines[1:]]
+    done("train", tmp_path / "train.tsv", "--from", tmp_path / "run" / "run.json", "--out", tmp_path / "again")
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "run")
+
+
+def test_words_for_labels_that_are_numbers(tmp_path, tiny):
+    """A typed file gives labels as numbers; on a command line every label is text."""
+    lines = [json.dumps({"id": i, "text": comment, "label": int(label)}) for i, comment, label in ROWS]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    arguments = [*train_arguments(tiny, tmp_path / "train.jsonl"), "--label-word", "0=bad", "--label-word", "1=good"]
+    done(*arguments, "--out", tmp_path / "run")
+    assert GemmaLoraClassifier.load(tmp_path / "run").words_.words == ("bad", "good")
+    done("train", tmp_path / "train.jsonl", "--from", tmp_path / "run" / "run.json", "--out", tmp_path / "again")
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "run")
+
+
+def test_labels_that_are_numbers_or_truth_values(tmp_path, tiny):
+    table = pd.DataFrame(ROWS, columns=["id", "comment", "label"]).assign(label=lambda t: t.label == "1")
+    table.to_parquet(tmp_path / "train.parquet")
+    done(*train_arguments(tiny, tmp_path / "train.parquet"), "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["classes"] == [False, True]
+    done("predict", tmp_path / "run", tmp_path / "train.parquet", "--out", tmp_path / "out.parquet")
+    assert list(pd.read_parquet(tmp_path / "out.parquet").columns)[-2:] == ["p_False", "p_True"]
+    done("evaluate", tmp_path / "run", tmp_path / "train.parquet", "--out", tmp_path / "evaluation")
+
+
+def test_cross_validate(tmp_path, tiny):
+    rows = [*ROWS, ("98", ROWS[0][1], ROWS[0][2]), ("99", f" {ROWS[1][1]}!! ", ROWS[1][2])]
+    (tmp_path / "rows.tsv").write_text(tsv(rows), encoding="utf-8")
+    arguments = command_line("cross-validate", tmp_path / "rows.tsv", tiny, None)
+    result = done(*arguments, "--out", tmp_path / "cv")
+    assert "TF-IDF baseline" in result.stdout and "fold 4/4" in result.stderr
+    metrics = json.loads((tmp_path / "cv" / "cv.json").read_text())
+    assert METRICS <= set(metrics) and metrics["n"] == 26 and metrics["folds"] == 2 and metrics["seconds"] > 0
+    oof = read_comments(tmp_path / "cv" / "oof.tsv")
+    columns = ["id", "comment", "label", "prediction", "baseline_prediction", "fold", "p_0", "p_1"]
+    assert (tmp_path / "cv" / "oof.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t") == columns
+    assert list(oof.id) == [row[0] for row in rows] and list(oof.label) == [row[2] for row in rows]
+    assert oof.fold[0] == oof.fold[24] and oof.fold[1] == oof.fold[25] and set(oof.fold) == {"0", "1"}
+    assert (oof.prediction == oof.label).mean() == pytest.approx(metrics["accuracy"])
+    assert (oof.baseline_prediction == oof.label).mean() == pytest.approx(metrics["baseline_accuracy"])
+    names = {path.name for path in (tmp_path / "cv").rglob("*.png")}
+    assert names == {"confusion_matrix.png", "precision_recall.png", "roc.png", "scores.png"}
+
+
+def test_evaluate_with_and_without_the_rows_of_training(tmp_path, good, tiny, run):
+    rewrite(run / "run.json", data__source=str(good))
+    new = tmp_path / "new.tsv"
+    new.write_text(tsv([(i, comment + " 정말", label) for i, comment, label in ROWS[:9]]), encoding="utf-8")
+    result = done("evaluate", run, new, "--out", tmp_path / "with")
+    metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
+    assert METRICS <= set(metrics) and metrics["n"] == 9 and 0 <= metrics["baseline_accuracy"] <= 1
+    assert "TF-IDF baseline" in result.stdout and "no baseline" not in result.stderr
+    assert (tmp_path / "with" / "wrong.tsv").is_file() and (tmp_path / "with" / "figures" / "roc.png").is_file()
+
+    good.write_text(tsv(ROWS[:-1]), encoding="utf-8")
+    assert "has changed" in done("evaluate", run, new, "--out", tmp_path / "changed").stderr
+    good.unlink()
+    result = done("evaluate", run, new, "--out", tmp_path / "without")
+    without = json.loads((tmp_path / "without" / "metrics.json").read_text())
+    assert without["baseline_accuracy"] is None and METRICS <= set(without)
+    assert without["accuracy"] == metrics["accuracy"] and without["log_loss"] == metrics["log_loss"]
+    assert "no baseline" in result.stderr and "accuracy" in result.stdout
+
+
+def test_evaluate_on_rows_of_one_class(tmp_path, trained):
+    (tmp_path / "one.tsv").write_text(tsv([row for row in ROWS if row[2] == "1"]), encoding="utf-8")
+    done("evaluate", trained / "run", tmp_path / "one.tsv", "--out", tmp_path / "out", "--quiet")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["roc_auc"] is None
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".txt", ".tab", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", ".pq"])
+def test_predictions_can_be_read_back(suffix, tmp_path, trained):
+    """Whatever `read_comments` reads by its suffix, `predict` writes as that."""
+    comments = ['"처음"이라 걱정', 'a, "b", c', "it's; fine", '"', "보통이에요"]
+    table = pd.DataFrame({"id": list("abcde"), "comment": comments})
+    table.to_json(tmp_path / "in.jsonl", orient="records", lines=True, force_ascii=False)
+    out = tmp_path / f"out{suffix}"
+    result = done("predict", trained / "run", tmp_path / "in.jsonl", "--out", out)
+    assert "5 rows written" in result.stdout and "scoring" in result.stderr
+    found = read_comments(out)
+    assert list(found.columns) == ["id", "comment", "label", "p_0", "p_1"]
+    assert list(found.comment) == comments and list(found.id) == list("abcde")
+    expected = GemmaLoraClassifier.load(trained / "run").predict_proba(comments)
+    assert np.allclose(found[["p_0", "p_1"]].astype(float), expected, atol=1e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", out.name}
+
+
+def test_predictions_of_an_unknown_format_are_refused(tmp_path, trained):
+    """A table of tabs named .xlsx would open nowhere."""
+    before = tree(tmp_path)
+    result = call("predict", trained / "run", trained / "new.tsv", "--out", tmp_path / "out.xlsx", "--quiet")
+    one_error_line(result, 2)
+    assert tree(tmp_path) == before
+
+
+def test_predict_reads_every_format(tmp_path, trained):
+    comments = [comment for _, comment, _ in ROWS[:7]]
+    (tmp_path / "lines.txt").write_text("\n".join(comments), encoding="utf-8")
+    (tmp_path / "bom.txt").write_bytes("\ufeff".encode() + "\r\n".join(comments).encode())
+    (tmp_path / "in.csv").write_text("review\n" + "\n".join(comments), encoding="cp949")
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": comment}) for comment in comments))
+    pd.DataFrame({"comment": comments}).to_parquet(tmp_path / "in.parquet")
+    (tmp_path / "in.tsv").write_text(tsv(ROWS[:7]), encoding="utf-8")
+    tables = []
+    for name in ("in.tsv", "lines.txt", "bom.txt", "in.csv", "in.jsonl", "in.parquet"):
+        done("predict", trained / "run", tmp_path / name, "--out", tmp_path / "out.tsv", "--quiet")
+        tables.append(read_comments(tmp_path / "out.tsv"))
+        assert list(tables[-1].comment) == comments, name
+        assert tables[-1][["p_0", "p_1"]].equals(tables[0][["p_0", "p_1"]]), name
+    assert list(tables[0].id) == [row[0] for row in ROWS[:7]] and list(tables[1].id) == list("1234567")
+
+
+def test_ids_of_mixed_types(tmp_path, trained):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "comment": "가"}\n{"id": "b", "comment": "나"}\n')
+    for suffix in (".tsv", ".csv", ".jsonl"):
+        done("predict", trained / "run", tmp_path / "in.jsonl", "--out", tmp_path / f"out{suffix}")
+        assert [str(name) for name in read_comments(tmp_path / f"out{suffix}").id] == ["1", "b"]
+    before = tree(tmp_path)  # a Parquet column has one type
+    result = call("predict", trained / "run", tmp_path / "in.jsonl", "--out", tmp_path / "out.parquet", "--quiet")
+    one_error_line(result, 2)
+    assert tree(tmp_path) == before
+
+
+def test_submit(tmp_path, good, trained):
+    result = done("submit", trained / "run", good)
+    (path,) = tmp_path.glob("tarr_my_submit_*")
+    assert re.fullmatch(r"tarr_my_submit_\d{8}_\d{6}\.txt", path.name) and path.name in result.stdout
+    done("submit", trained / "run", good, "--out", tmp_path / "sub.txt")
+    assert (tmp_path / "sub.txt").read_bytes() == path.read_bytes()
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == ["id", "comment", "label"] and [tuple(line[:2]) for line in lines[1:]] == [r[:2] for r in ROWS]
+    done("predict", trained / "run", good, "--out", tmp_path / "out.tsv")
+    assert [line[2] for line in lines[1:]] == list(read_comments(tmp_path / "out.tsv").label)
+
+
+LONG = "맛있어요 " * 20_000  # 100,000 characters
+
+
+def truncation_warnings(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("warning: ") and "longer than" in line]
+
+
+@pytest.mark.parametrize("command", ["predict", "submit", "evaluate"])
+def test_very_long_comment(command, tmp_path, trained):
+    assert len(LONG) == 100_000
+    (tmp_path / "long.tsv").write_text(tsv([*ROWS[:3], ("99", LONG, "1")]), encoding="utf-8")
+    out = out_of(command, tmp_path)
+    out.parent.mkdir()
+    result = done(*command_line(command, tmp_path / "long.tsv", None, trained / "run"), "--out", out)
+    (line,) = truncation_warnings(result)
+    assert "1 of 4 comments" in line and "max_length=256" in line
+    if command == "predict":
+        assert read_comments(out).comment[3] == LONG.strip()
+
+
+def test_very_long_comment_in_training(tmp_path, tiny):
+    (tmp_path / "long.tsv").write_text(tsv([*ROWS, ("99", LONG, "1")]), encoding="utf-8")
+    result = done(*train_arguments(tiny, tmp_path / "long.tsv"), "--batch-size", 4, "--out", tmp_path / "run")
+    assert truncation_warnings(result)
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate", "evaluate", "predict", "submit", "info"])
+def test_quiet(command, tmp_path, good, tiny, trained):
+    if command == "info":
+        arguments = ["info", "--preset", tiny]
+    else:
+        out = tmp_path / ("out.tsv" if command in ("predict", "submit") else "out")
+        arguments = [*command_line(command, good, tiny, trained / "run"), "--out", out]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = done(*arguments, "--quiet")
+    assert result.stderr == "" and result.stdout
+
+
+def test_paths_with_spaces_and_korean(tmp_path, tiny):
+    folder = tmp_path / "내 폴더 [1]"
+    folder.mkdir()
+    (folder / "댓글 파일.tsv").write_text(tsv(ROWS), encoding="utf-8")
+    done(*train_arguments(tiny, folder / "댓글 파일.tsv"), "--out", folder / "첫 런")
+    done("predict", folder / "첫 런", folder / "댓글 파일.tsv", "--out", folder / "답.tsv", "--quiet")
+    assert len(read_comments(folder / "답.tsv")) == 24
+
+
+# --- version, help, info --------------------------------------------------------------------------------------------
+
+
+def test_version():
+    assert done("--version").stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    result = done(command, "--help")
+    assert result.stdout.startswith("Usage:") and "--quiet" in result.stdout and result.stderr == ""
+    assert done(command, "-h").stdout == result.stdout
+
+
+def test_help_lists_every_command():
+    text = done("--help").stdout
+    assert all(re.search(rf"^\s+{command}\s+\S", text, re.MULTILINE) for command in COMMANDS)
+
+
+def test_info(tiny):
+    text = done("info", "--preset", tiny).stdout
+    assert re.search(r"^device: \d+ x .+", text, re.MULTILINE)
+    assert re.search(r"^dtype: \w+ \(.{10,}\)$", text, re.MULTILINE)  # the reason in brackets
+    assert re.search(r"^memory .*total \d+\.\d+ GB$", text, re.MULTILINE)
+    assert all(name in text for name in ("keras ", "jax ", "python ", f"gemma_lora_sentiment {__version__}"))
+
+
+def test_info_on_an_unknown_base():
+    result = call("info", "--preset", "gemma_3b")
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+# --- in a process of its own ----------------------------------------------------------------------------------------
+
+PROGRAM = [sys.executable, "-c", "from gemma_lora_sentiment.cli import app; app()"]
+
+
+@pytest.fixture(autouse=True)
+def package_on_the_path(monkeypatch):
+    """A process started in another folder finds the package, installed or not."""
+    root = str(Path(__file__).resolve().parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom gemma_lora_sentiment.cli import app\ntry:\n    app(['train', '--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = ('keras', 'jax', 'pandas', 'numpy', 'sklearn', 'matplotlib', 'tensorflow', 'keras_nlp')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]" and "Usage:" in result.stdout
+
+
+def test_quiet_process_says_nothing_on_stderr(tmp_path, trained):
+    """Nor do the libraries that it loads."""
+    arguments = ["predict", trained / "run", trained / "new.tsv", "--out", tmp_path / "out.tsv", "--quiet"]
+    result = subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    done(*arguments[:-2], tmp_path / "here.tsv")
+    assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "here.tsv").read_bytes()
+
+
+def test_error_of_a_process_is_one_line(tmp_path, trained):
+    (tmp_path / "bad.tsv").write_text(HEADER + "1\t굿\t0\n1\t별로\t1\n", encoding="utf-8")
+    before = tree(tmp_path)
+    arguments = ["predict", str(trained / "run"), "bad.tsv", "--out", "out.tsv"]
+    result = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and tree(tmp_path) == before
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: bad.tsv line 3")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_interrupted_training_leaves_nothing(sent, tmp_path, good, tiny, run):
+    before = tree(tmp_path)
+    arguments = [*map(str, train_arguments(tiny, good, 1_000_000)), "--out", str(run)]
+    process = subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    guard = threading.Timer(300, process.kill)
+    guard.start()
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("epoch 1:"):
+                break
+        assert process.poll() is None, said
+        time.sleep(0.2)
+        process.send_signal(sent)
+        said += process.stderr.readlines()
+        status = process.wait()
+    finally:
+        guard.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    after = [line for line in said if not line.startswith("epoch ")]
+    assert not any("Traceback" in line for line in after), "".join(after)
+    assert status in ((1, 130) if sent == signal.SIGINT else (1, 143, -signal.SIGTERM))
+    assert tree(tmp_path) == before
+
+
+# --- the real comments ----------------------------------------------------------------------------------------------
+
+
+def test_real_files(shared_data, tmp_path, tiny):
+    done(*train_arguments(tiny, shared_data / "tarr_train.txt"), "--out", tmp_path / "run")
+    sample = shared_data / "tarr_sample_submit.txt"
+    done("submit", tmp_path / "run", sample, "--out", tmp_path / "sub.txt")
+    wanted = [line.split("\t") for line in sample.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").splitlines()]
+    found = [line.split("\t") for line in (tmp_path / "sub.txt").read_bytes().decode().splitlines()]
+    assert len(found) == 101 and found[0] == wanted[0]
+    assert [line[:2] for line in found] == [line[:2] for line in wanted]
+    assert {line[2] for line in found[1:]} <= {"0", "1"}

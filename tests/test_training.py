@@ -1,0 +1,435 @@
+"""What would bore a reader of 04_training: the arithmetic of loss, optimizer and schedule, and equal bits."""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# One compilation of a program is enough for all tests and their subprocesses.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+from gemma_lora_sentiment import training as room
+from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.model import load_base, tiny_gemma
+from gemma_lora_sentiment.prompt import LabelWords, assign_buckets
+from gemma_lora_sentiment.training import (
+    RECIPES,
+    AdjustableAdamW,
+    BatchSequence,
+    Recipe,
+    Rows,
+    choose_buckets,
+    class_weights,
+    log_softmax,
+    print_progress,
+    recipe_for,
+    score_labels,
+    train_adapter,
+)
+
+keras = room.keras
+WORDS = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
+RECIPE = Recipe(lora_rank=4, learning_rate=0.02, weight_decay=0.01, epochs=3, batch_size=4)
+STILL = replace(RECIPE, learning_rate=1e-12, weight_decay=0.0, schedule="constant", epochs=1)  # losses of the base
+
+
+def rows_of(n=8, seed=0, index=None):
+    """Random prompts of one length, so that all tests share one compiled step."""
+    rng = np.random.default_rng(seed)
+    prompts = [np.array([2, *rng.integers(30, 250, 10)], np.int32) for _ in range(n)]
+    index = np.arange(n) % 2 if index is None else np.asarray(index)
+    return Rows(prompts, [WORDS.trained_ids[i] for i in index], index, np.ones(n, np.float32))
+
+
+ROWS = rows_of()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return load_base(tiny)
+
+
+def fit(base, recipe=RECIPE, rows=ROWS, start_seed=0, **settings):
+    return train_adapter(base, new_adapter(base.scorer(rank=4), seed=start_seed), rows, WORDS, recipe, **settings)
+
+
+def same(a, b):
+    return all(np.array_equal(a.arrays[path], b.arrays[path]) for path in a.arrays)
+
+
+def losses_of(base, adapter, rows):
+    """Cross-entropy of each row's response, mean over its tokens, in NumPy from the full logits."""
+    scorer = base.scorer(rank=4)
+    scorer.assign(adapter.arrays)
+    scorer.lora_alpha.assign(adapter.alpha)
+    losses = []
+    for prompt, response in zip(rows.prompts, rows.responses, strict=True):
+        ids = np.array([[*prompt, *response]], np.int32)
+        ids = np.pad(ids, ((0, 0), (0, 16 - ids.shape[1])))
+        mask = (np.arange(16) < len(prompt) + len(response)).astype(np.int32)[None]
+        positions = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1, dtype=np.int32)[None]
+        logits = np.asarray(scorer({"token_ids": ids, "padding_mask": mask, "positions": positions}))[0]
+        logits = logits.astype(np.float64)
+        log_probability = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        losses.append(-log_probability[np.arange(len(response)), list(response)].mean())
+    return np.array(losses)
+
+
+# --- equal bits
+
+IN_A_PROCESS = """
+import hashlib
+import sys
+sys.path[:0] = [{tests!r}]
+import conftest
+import test_training as t
+base = t.load_base({tiny!r})
+adapter, history, _ = t.fit(base, seed={seed}, start_seed={seed}, lora_dropout=0.2)
+digest = hashlib.sha256(b"".join(adapter.arrays[path].tobytes() for path in sorted(adapter.arrays)))
+print(digest.hexdigest(), history.loss.tolist())
+"""
+
+
+def test_same_seed_same_bits_in_two_processes_other_seed_other_bits(tiny):
+    outputs = []
+    for seed, hash_seed in ((3, "1"), (3, "2"), (4, "1")):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(room.__file__).parents[1])}
+        code = IN_A_PROCESS.format(tests=str(Path(__file__).parent), tiny=tiny, seed=seed)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(start_seed=1), dict(lora_dropout=0.5)], ids=str)
+def test_each_source_of_chance_has_its_effect_and_is_repeatable(change, base):
+    plain, changed = fit(base)[0], fit(base, **change)[0]
+    assert not same(plain, changed)
+    assert same(fit(base, **change)[0], changed) and same(fit(base)[0], plain)
+
+
+def test_dropout_masks_depend_on_the_seed(base):
+    assert not same(fit(base, lora_dropout=0.5, seed=1)[0], fit(base, lora_dropout=0.5, seed=2)[0])
+
+
+# --- the loss
+
+
+def test_padding_rows_change_nothing(base):
+    """Eight rows in batches of three: the last batch holds two, and a third of weight 0."""
+    start = new_adapter(base.scorer(rank=4))
+    recipe, seen = replace(STILL, batch_size=3), []
+    log = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
+    fit(base, recipe, callbacks=[log])
+    rows = losses_of(base, start, ROWS)
+    plan = BatchSequence(ROWS, (16,), 3).plan(0)
+    by_batch = np.array([rows[members].mean() for _, members in plan])
+    assert sorted(len(members) for _, members in plan) == [2, 3, 3]
+    np.testing.assert_allclose(seen, np.cumsum(by_batch) / np.arange(1, 4), rtol=1e-4)  # Keras logs running means
+
+
+def test_what_stands_in_padding_rows_and_padding_tokens_changes_nothing(base, monkeypatch):
+    whole = fit(base, replace(RECIPE, batch_size=3))[0]
+    original = BatchSequence.__getitem__
+
+    def spoiled(self, index):
+        batch, targets, weights = original(self, index)
+        empty = weights.sum(axis=1) == 0
+        batch["token_ids"][empty] = 77
+        targets[empty] = 99
+        batch["token_ids"][batch["padding_mask"] == 0] = 55
+        return batch, targets, weights
+
+    monkeypatch.setattr(BatchSequence, "__getitem__", spoiled)
+    other = fit(base, replace(RECIPE, batch_size=3))[0]
+    for path, array in whole.arrays.items():
+        np.testing.assert_allclose(other.arrays[path], array, atol=1e-5)
+
+
+def test_first_loss_of_the_whole_text_is_the_mean_over_all_tokens(base):
+    recipe = replace(STILL, loss_on="text", batch_size=8)
+    _, history, _ = fit(base, recipe)
+    scorer = base.scorer(rank=4)
+    ids = np.array([[*p, *r] for p, r in zip(ROWS.prompts, ROWS.responses, strict=True)], np.int32)
+    positions = np.tile(np.arange(ids.shape[1] - 1, dtype=np.int32), (8, 1))
+    scorer.assign(new_adapter(scorer).arrays)
+    logits = np.asarray(scorer({"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": positions}))
+    logits = logits.astype(np.float64)
+    log_probability = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = -np.take_along_axis(log_probability, ids[:, 1:, None], axis=-1).mean()
+    np.testing.assert_allclose(history.loss[0], expected, rtol=1e-4)
+
+
+def test_balanced_weights_equal_repeated_rows(base):
+    unbalanced = rows_of(4, index=[0, 0, 0, 1])
+    weighted = replace(unbalanced, weights=class_weights(unbalanced.label_index, 2, "balanced"))
+    repeated = unbalanced.take([0, 1, 2, 3, 3, 3])
+    recipe = replace(STILL, batch_size=8)
+    first = fit(base, recipe, weighted)[1].loss[0]
+    np.testing.assert_allclose(first, fit(base, recipe, repeated)[1].loss[0], rtol=1e-5)
+    losses = losses_of(base, new_adapter(base.scorer(rank=4)), unbalanced)
+    np.testing.assert_allclose(first, (losses[:3].mean() + losses[3]) / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("index, weight, expected", [
+    ([0, 1], None, [1, 1]), ([0, 0, 1, 2], "balanced", [2 / 3, 2 / 3, 4 / 3, 4 / 3]),
+    ([0, 1], [1, 3], [0.5, 1.5]), ([0, 2], "balanced", [1, 1]), ([0, 0, 1], [0, 5], [0, 0, 3]),
+])  # fmt: skip
+def test_class_weights(index, weight, expected):
+    weights = class_weights(np.array(index), max(index) + 1, weight)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert weights.dtype == np.float32
+
+
+@pytest.mark.parametrize("weight", [[1], [1, 2, 3], [-1, 2], [0, 0], [np.nan, 1], [np.inf, 1], [[1, 2]]], ids=str)
+def test_class_weights_that_cannot_work_are_refused(weight):
+    with pytest.raises(ValueError, match="class_weight needs 2 numbers"):
+        class_weights(np.array([0, 1]), 2, weight)
+
+
+# --- the optimizer
+
+
+@pytest.mark.parametrize("total, warmup, expected", [
+    (0, 1, [1.0] * 12),  # constant
+    (10, 2, [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0, 0]),
+    (4, 1, [1, 1, 2 / 3, 1 / 3, 0, 0, 0, 0, 0, 0, 0, 0]),
+    (1, 1, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+])  # fmt: skip
+def test_warm_up_and_decay_of_the_learning_rate(total, warmup, expected):
+    optimizer, rates = AdjustableAdamW(), []
+    optimizer.set_numbers(0.3, 0.0, total, warmup)
+    for _ in range(12):
+        rates.append(float(optimizer._get_current_learning_rate()))
+        optimizer.iterations.assign_add(1)
+    np.testing.assert_allclose(rates, 0.3 * np.array(expected), atol=1e-6)
+
+
+def adamw_by_hand(values, gradients, rates, decay, excluded=False):
+    values, m, v = values.astype(np.float64), 0.0, 0.0
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        if not excluded:
+            values = values - values * decay * rate
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        values = values - rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-7)
+    return values
+
+
+def test_adamw_step_by_step_against_numpy():
+    rng = np.random.default_rng(0)
+    optimizer = AdjustableAdamW()
+    kernel = keras.Variable(rng.normal(size=(3, 2)), dtype="float32", name="lora_kernel_a")
+    scale = keras.Variable(rng.normal(size=(3,)), dtype="float32", name="scale")
+    starts = [np.array(kernel.value), np.array(scale.value)]
+    optimizer.build([kernel, scale])
+    optimizer.set_numbers(0.1, 0.5, 6, 2)
+    gradients = [[rng.normal(size=(3, 2)), rng.normal(size=(3,))] for _ in range(5)]
+    for step in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(g, "float32") for g in step], [kernel, scale])
+    rates = 0.1 * np.array([0.5, 1, 1, 3 / 4, 2 / 4])
+    by_hand = adamw_by_hand(starts[0], [g[0] for g in gradients], rates, 0.5)
+    np.testing.assert_allclose(kernel.value, by_hand, rtol=1e-4, atol=1e-5)
+    by_hand = adamw_by_hand(starts[1], [g[1] for g in gradients], rates, 0.5, excluded=True)
+    np.testing.assert_allclose(scale.value, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_reaches_the_adapter_and_only_it(base):
+    """A's gradient is zero in the first step, because B is: only decay moves it then."""
+    start = new_adapter(base.scorer(rank=4))
+    recipe = replace(RECIPE, batch_size=8, epochs=1, schedule="constant", learning_rate=0.01)
+    before = np.asarray(base.backbone.token_embedding.embeddings.value).copy()
+    decayed, _, _ = fit(base, replace(recipe, weight_decay=2.0))
+    plain, _, _ = fit(base, replace(recipe, weight_decay=0.0))
+    for path, array in start.arrays.items():
+        if path.endswith("lora_kernel_a"):
+            np.testing.assert_allclose(decayed.arrays[path], array * (1 - 0.01 * 2.0), rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(plain.arrays[path], array, rtol=1e-6)
+    assert np.array_equal(np.asarray(base.backbone.token_embedding.embeddings.value), before)
+
+
+def test_the_schedule_of_a_fit_spans_its_steps(base):
+    rates = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            rates.append(float(room.jax.numpy.asarray(self.model.optimizer._get_current_learning_rate())))
+
+    fit(base, replace(RECIPE, epochs=1, batch_size=4), callbacks=[Watch()])
+    assert rates[0] == pytest.approx(0.02)
+
+
+# --- early stopping, callbacks, history
+
+
+def test_early_stopping_returns_the_best_of_the_validation(base):
+    kept, held_out = ROWS.take([0, 1, 2, 3]), ROWS.take([4, 5, 6, 7])
+    recipe = replace(RECIPE, learning_rate=0.05, epochs=40)
+    adapter, history, buckets = fit(base, recipe, kept, validation=held_out, patience=2)
+    best = int(history.val_loss.idxmin())
+    assert len(history) == best + 3 < 40
+    assert (history.val_loss.iloc[best + 1 :] >= history.val_loss[best]).all()
+    log_probability = log_softmax(score_labels(base.scorer(rank=4), adapter, held_out.prompts, WORDS, buckets))
+    of_labels = log_probability[np.arange(4), held_out.label_index]
+    np.testing.assert_allclose(-of_labels.mean(), history.val_loss[best], rtol=1e-5)
+    accuracy = (log_probability.argmax(axis=1) == held_out.label_index).mean()
+    assert accuracy == history.val_accuracy[best]
+
+
+def test_without_patience_all_epochs_run_and_the_best_comes_back(base):
+    kept, held_out = ROWS.take([0, 1, 2, 3]), ROWS.take([4, 5, 6, 7])
+    recipe = replace(RECIPE, learning_rate=0.05, epochs=6)
+    adapter, history, _ = fit(base, recipe, kept, validation=held_out)
+    assert len(history) == 6
+    log_probability = log_softmax(score_labels(base.scorer(rank=4), adapter, held_out.prompts, WORDS))
+    of_labels = log_probability[np.arange(4), held_out.label_index]
+    np.testing.assert_allclose(-of_labels.mean(), history.val_loss.min(), rtol=1e-5)
+
+
+def test_history_has_a_row_an_epoch(base):
+    _, history, buckets = fit(base)
+    assert set(history.columns) == {"epoch", "loss", "accuracy", "seconds"} and buckets == (16,)
+    assert history.epoch.tolist() == [1, 2, 3] and (history.seconds > 0).all()
+    _, history, _ = fit(base, validation=ROWS.take([0, 1]))
+    assert set(history.columns) == {"epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds"}
+
+
+def test_the_user_s_keras_callbacks_work(base, tmp_path):
+    seen = []
+    stopping = keras.callbacks.EarlyStopping("val_loss", patience=1)
+    recipe = replace(RECIPE, learning_rate=0.05, epochs=40)
+    _, history, _ = fit(
+        base, recipe, ROWS.take([0, 1, 2, 3]), validation=ROWS.take([4, 5, 6, 7]),
+        callbacks=[stopping, keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+                   keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(dict(logs)))],
+    )  # fmt: skip
+    assert 1 < len(history) < 40 and stopping.stopped_epoch == len(history) - 1
+    assert [logs["val_loss"] for logs in seen] == history.val_loss.tolist()
+    with open(tmp_path / "log.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in table] == pytest.approx(history.val_loss.tolist())
+    assert {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"} <= set(table[0])
+
+
+def test_a_callback_that_lowers_the_learning_rate_is_obeyed_and_forgotten(base):
+    recipe = replace(RECIPE, schedule="constant")
+    plain = fit(base, recipe)[0]
+    lower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.02 * 0.1**epoch)
+    assert not same(fit(base, recipe, callbacks=[lower])[0], plain)
+    assert same(fit(base, recipe)[0], plain)
+
+
+def test_progress_is_called_once_an_epoch_and_prints_to_standard_error(base, capsys):
+    calls = []
+    fit(base, progress=calls.append)
+    assert [call["epoch"] for call in calls] == [1, 2, 3]
+    print_progress({"epoch": 2, "loss": 0.5, "val_loss": 0.25, "seconds": 1.0})
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "epoch 2: loss 0.5000, val_loss 0.2500 (1.0 s)\n"
+
+
+@pytest.mark.parametrize("recipe", [replace(RECIPE, learning_rate=1e30), replace(RECIPE, learning_rate=float("inf"))])
+def test_a_loss_that_is_not_finite_is_a_run_error_and_the_base_survives(recipe, base):
+    good = fit(base)[0]
+    arrays = [variable.value for variable in base.backbone.variables]
+    with pytest.raises(RunError, match="not finite") as error:
+        fit(base, recipe)
+    assert "\n" not in str(error.value)
+    assert all(v.value is a and not a.is_deleted() for v, a in zip(base.backbone.variables, arrays, strict=True))
+    assert same(fit(base)[0], good)
+
+
+def test_an_adapter_that_does_not_move_is_a_run_error(base):
+    with pytest.raises(RunError, match="did not move"):
+        fit(base, replace(RECIPE, learning_rate=0.0))
+
+
+# --- recipes
+
+
+def test_the_tutorial_s_recipe_is_the_tutorial_s():
+    name, recipe = recipe_for("gemma_2b_en", "tutorial")
+    assert name == "tutorial"
+    assert vars(recipe) == dict(lora_rank=4, learning_rate=5e-5, weight_decay=0.01, epochs=5, batch_size=1,
+                                max_length=512, loss_on="text", schedule="constant")  # fmt: skip
+
+
+def test_the_tutorial_s_recipe_trains(base):
+    _, history, buckets = fit(base, RECIPES["tutorial"], ROWS.take([0, 1, 2]))
+    assert len(history) == 5 and history.loss.iloc[-1] < history.loss.iloc[0] and buckets == (16,)
+
+
+@pytest.mark.parametrize("preset, count, name", [
+    ("mini_ko", None, "mini_ko"), ("mini_ko", 11_000_000, "mini_ko"), ("/a/folder", 11_000_000, "mini_ko"),
+    ("gemma_2b_en", 2_506_172_416, "gemma"), ("gemma3_270m", 268_000_000, "gemma"), ("/a/folder", None, "gemma"),
+])  # fmt: skip
+def test_each_preset_brings_its_recipe(preset, count, name):
+    assert recipe_for(preset, "auto", count) == (name, RECIPES[name])
+
+
+# --- batches and buckets
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("epoch", [0, 7])
+def test_every_row_stands_once_in_an_epoch(batch_size, epoch):
+    rng = np.random.default_rng(batch_size)
+    prompts = [np.arange(2, 3 + n, dtype=np.int32) for n in rng.integers(3, 60, 23)]
+    rows = Rows(prompts, [(5, 1)] * 23, np.zeros(23, int), np.arange(1, 24, dtype=np.float32))
+    buckets = choose_buckets(rows.lengths, 10, compile_tokens=10)
+    batches = BatchSequence(rows, buckets, batch_size, seed=4)
+    batches.epoch = epoch
+    items = [batches[i] for i in range(len(batches))]
+    assert len(batches.plan(epoch)) == len(batches)
+    weights = np.concatenate([weights[:, 0] for _, _, weights in items])
+    assert sorted(weights[weights > 0]) == list(range(1, 24))
+    for inputs, targets, weights in items:
+        assert inputs["token_ids"].shape[0] == len(targets) == len(weights) == batch_size
+        assert inputs["token_ids"].shape[1] in buckets
+    shapes = {inputs["token_ids"].shape for inputs, _, _ in items}
+    assert len(shapes) <= len(buckets) <= 4
+
+
+def test_choose_buckets_is_the_cheapest_number_of_shapes():
+    lengths = np.random.default_rng(0).integers(5, 200, 300)
+    for passes, price in ((1, 0), (1, 1_000), (8, 15_000), (50, 15_000)):
+        chosen = choose_buckets(lengths, passes, price)
+
+        def cost(buckets):
+            padded = np.array(buckets)[assign_buckets(lengths, buckets)].sum()
+            return padded * passes + price * len(buckets)  # noqa: B023
+
+        assert all(cost(chosen) <= cost(room.length_buckets(lengths, n)) for n in range(1, 5))
+
+
+# --- scoring
+
+
+def test_scores_do_not_depend_on_batches_buckets_or_order(base):
+    adapter, scorer = fit(base)[0], base.scorer(rank=4)
+    rng = np.random.default_rng(2)
+    prompts = [np.array([2, *rng.integers(30, 250, n)], np.int32) for n in (3, 15, 7, 30, 1, 11, 20, 4, 9)]
+    whole = score_labels(scorer, adapter, prompts, WORDS, (32,), 8)
+    assert whole.dtype == np.float32 and whole.shape == (9, 2)
+    order = rng.permutation(9)
+    shuffled = score_labels(scorer, adapter, [prompts[i] for i in order], WORDS, (32,), 8)
+    np.testing.assert_allclose(shuffled, whole[order], atol=1e-4)
+    np.testing.assert_allclose(score_labels(scorer, adapter, prompts, WORDS, (16,), 8), whole, atol=1e-4)
+    assert score_labels(scorer, adapter, [], WORDS).shape == (0, 2)
+
+
+def test_log_softmax_is_a_distribution_even_for_extreme_scores():
+    rows = np.exp(log_softmax(np.array([[1e30, 0], [-1e30, 1e30], [3, 3], [88, -88]], np.float32)))
+    np.testing.assert_allclose(rows.sum(axis=1), 1)
+    assert np.isfinite(rows).all() and rows[2].tolist() == [0.5, 0.5]
