@@ -112,7 +112,7 @@ _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
     "patience": (1, True, True),
 }  # fmt: skip
 
-# %% ../nbs/05_classifier.ipynb #561cc9b2
+# %% ../nbs/05_classifier.ipynb #56461bb5
 class _Settings:
     "What the parameters amount to."
 
@@ -121,8 +121,8 @@ class _Settings:
         base: Base,
     ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
         name, recipe = recipe_for(str(self.preset), self.recipe, base.parameter_count)
-        given = {field: getattr(self, field) for field in
-                 ("lora_rank", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length", "loss_on")}  # fmt: skip
+        fields = ("lora_rank", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length", "loss_on")
+        given = {field: getattr(self, field) for field in fields}
         return name, replace(recipe, **{field: value for field, value in given.items() if not _is_auto(value)})
 
     def _check_parameters(self) -> None:
@@ -135,7 +135,8 @@ class _Settings:
             fits = isinstance(value, kind) and not isinstance(value, bool)
             if not fits or not (value >= smallest if inclusive else value > smallest):
                 what = "a whole number" if whole else "a number"
-                raise ModelError(f"{name}={value!r} must be {what} {'of at least' if inclusive else 'above'} {smallest}.")
+                limit = f"{'of at least' if inclusive else 'above'} {smallest}"
+                raise ModelError(f"{name}={value!r} must be {what} {limit}.")
         for name in ("lora_dropout", "validation_fraction"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"{name}={getattr(self, name)!r} must be below 1.")
@@ -147,11 +148,11 @@ class _Settings:
             if getattr(self, name) is not None:
                 raise ModelError(f"{name} is not available in version {__version__}. Leave it None.")
 
-# %% ../nbs/05_classifier.ipynb #74ad9958
+# %% ../nbs/05_classifier.ipynb #2b2f03df
 def _weight_of_each(class_weight: Any, classes: np.ndarray) -> Any:
     if not isinstance(class_weight, Mapping):
         if class_weight not in (None, "balanced"):
-            raise ModelError(f"class_weight={class_weight!r} is not None, 'balanced', or a mapping of labels to numbers.")
+            raise ModelError(f"class_weight={class_weight!r} is not None, 'balanced', or a mapping label -> number.")
         return class_weight
     missing = [_plain(label) for label in classes if _plain(label) not in class_weight]
     if missing:

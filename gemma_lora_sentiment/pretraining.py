@@ -55,7 +55,7 @@ class PretrainingSettings:
     sample_every: int = 20  # one after so many reviews
     seed: int = 0
 
-# %% ../nbs/09_pretraining.ipynb #4284f751
+# %% ../nbs/09_pretraining.ipynb #38480604
 def read_reviews(
     path: str | Path,  # TSV, also compressed, with columns `rating` (1 to 10) and `review`
 ) -> pd.DataFrame:  # rating int, review str
@@ -68,7 +68,7 @@ def read_reviews(
     bad = ~rating.between(1, 10)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"{path} line {row + 2}: rating {table.rating[row]!r} is not a number from 1 to 10. Fix the row.")
+        raise ValueError(f"{path} line {row + 2}: rating {table.rating[row]!r} is not from 1 to 10. Fix the row.")
     return pd.DataFrame({"rating": rating.astype(int), "review": table.review})
 
 # %% ../nbs/09_pretraining.ipynb #c383d320
@@ -301,7 +301,7 @@ def _held_out_accuracy(model: keras.Model, reviews: pd.DataFrame, tokenizer: Tex
         total += len(targets)
     return float(right / total)
 
-# %% ../nbs/09_pretraining.ipynb #2a790057
+# %% ../nbs/09_pretraining.ipynb #f317f0db
 def save_base(
     backbone: keras.Model,
     proto: bytes,  # SentencePiece model
@@ -338,7 +338,8 @@ def pretrain_base(
     size = tokenizer.processor.vocab_size()
     say(f"{len(shown)} reviews, {size} pieces; counting co-occurrences")
     counted = tokenizer.encode(shown.review.tolist())
-    embeddings = cooccurrence_embeddings(counted, shown.rating.to_numpy(), size, settings.hidden_dim, seed=settings.seed)
+    ratings = shown.rating.to_numpy()
+    embeddings = cooccurrence_embeddings(counted, ratings, size, settings.hidden_dim, seed=settings.seed)
     batches = _Batches(pretraining_rows(shown, tokenizer, settings, sample), tokenizer, settings)
     model = _PretrainingModel(_backbone(settings, size, "float32"))
     model.backbone.token_embedding.embeddings.assign(embeddings)

@@ -192,9 +192,31 @@ def test_every_family_carries_lora_on_every_layer(family):
 
 
 def test_families_are_told_apart_by_fingerprint(tmp_path, base):
-    assert tiny_gemma(tmp_path / "a", seed=0) and load_base(tmp_path / "a").fingerprint == base.fingerprint
+    assert load_base(tiny_gemma(tmp_path / "a", seed=0)).fingerprint == base.fingerprint
     assert load_base(tiny_gemma(tmp_path / "b", seed=1)).fingerprint != base.fingerprint
     assert load_base(tiny_gemma(tmp_path / "c", "gemma2")).fingerprint != base.fingerprint
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}, {"quantization": "int4"}, {"dtype": "bfloat16"}])
+def test_a_fingerprint_does_not_depend_on_what_was_loaded_before(settings, tiny, base):
+    first = load_base(tiny, **settings).fingerprint
+    held = dict(room._BASES)
+    room.release_bases()
+    try:
+        load_base(tiny, dtype="float16")  # numbers in names of layers and policies move on
+        assert load_base(tiny, **settings).fingerprint == first
+    finally:
+        room.release_bases()
+        room._BASES.update(held)
+
+
+def test_the_fingerprint_of_a_hugging_face_folder_does_not_depend_on_what_was_loaded_before(base):
+    folder = Path(__file__).parent / "fixtures" / "hf_gemma"
+    if not folder.is_dir():
+        pytest.skip("no Hugging Face fixture")
+    first = load_base(folder).fingerprint
+    held = room._BASES.pop(next(key for key in room._BASES if key[0] == str(folder)))
+    assert load_base(folder).fingerprint == first and load_base(folder) is not held
 
 
 def test_a_folder_written_anew_is_loaded_anew(tmp_path):
@@ -382,9 +404,8 @@ def test_no_step_is_compiled_twice(base):
             (dict(learning_rate=1e-3), 4.0, 0.0, 0), (dict(weight_decay=0.3), 8.0, 0.0, 1),
             (dict(schedule="constant", epochs=2), 1.5, 0.3, 2), (dict(learning_rate=0.1, epochs=5), 4.0, 0.5, 3),
         ]:  # fmt: skip
-            trained, _, _ = train_adapter(
-                base, new_adapter(scorer, alpha, seed), ROWS, WORDS, replace(RECIPE, **changed), lora_dropout=dropout, seed=seed
-            )
+            start, recipe = new_adapter(scorer, alpha, seed), replace(RECIPE, **changed)
+            trained, _, _ = train_adapter(base, start, ROWS, WORDS, recipe, lora_dropout=dropout, seed=seed)
             score(base, trained)
         assert compiled_steps(scorer) == count and scorer._label_step._cache_size() >= 1
         assert events == []
@@ -425,8 +446,34 @@ def test_16_bit_bases_train_a_float32_adapter(dtype, tiny):
     exact, _, _ = fit(load_base(tiny), Recipe(lora_rank=4, learning_rate=0.02, epochs=1, batch_size=4))
     rough, _, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=1, batch_size=4))
     distance = max(abs(exact.arrays[path] - rough.arrays[path]).max() for path in exact.arrays)
-    assert distance < 0.05
+    assert distance < 0.1  # Adam's first steps are of the size of the learning rate whatever the gradient
     assert base.nbytes * 2 == load_base(tiny).nbytes
+
+
+def gradient_of(base):
+    """Of the loss at one batch, all LoRA parameters in one vector."""
+    scorer = base.scorer(rank=4)
+    inputs, targets, _ = BatchSequence(ROWS, (16,), 8)[0]
+    start, rng = new_adapter(scorer).arrays, np.random.default_rng(0)
+    values = [start[v.path] + rng.normal(0, 0.05, v.shape).astype(np.float32) for v in scorer.trainable_variables]
+
+    @jax.jit
+    def loss(values, frozen):
+        mapping = [*zip(scorer.trainable_variables, values, strict=True)]
+        mapping += zip(scorer.non_trainable_variables, frozen, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            log_probability = jax.nn.log_softmax(scorer(inputs))
+        return -keras.ops.mean(keras.ops.take_along_axis(log_probability, targets[..., None], axis=-1))
+
+    gradients = jax.grad(loss)(values, [variable.value for variable in scorer.non_trainable_variables])
+    return np.concatenate([np.ravel(gradient) for gradient in gradients])
+
+
+@pytest.mark.parametrize("quantization, least", [("int8", 0.95), ("int4", 0.6)])
+def test_the_gradient_of_a_quantized_base_is_nearly_that_of_the_base(quantization, least, tiny):
+    """Keras's quantized output embedding lets no gradient through: with it the cosine is 0.5 and 0.05."""
+    exact, ours = gradient_of(load_base(tiny)), gradient_of(load_base(tiny, quantization=quantization))
+    assert exact @ ours / np.sqrt((exact @ exact) * (ours @ ours)) > least
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -436,7 +483,7 @@ def test_quantized_bases_train_and_predict(quantization, tiny):
     assert base is not plain and base.nbytes < plain.nbytes
     assert any(str(variable.value.dtype) == "int8" for variable in base.backbone.variables)
     adapter, history, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=12, batch_size=4))
-    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    assert history.loss.iloc[-1] < history.loss.iloc[0] - 0.5
     assert {str(v.value.dtype) for v in base.scorer(rank=4).trainable_variables} == {"float32"}
     scores = score(base, adapter)
     assert np.isfinite(scores).all() and (scores.argmax(axis=1) == ROWS.label_index).mean() >= 0.5
