@@ -27,7 +27,7 @@ from .prompt import LabelWords, assign_buckets, length_buckets, scoring_arrays, 
 __all__ = ['RECIPES', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'BatchSequence', 'AdjustableAdamW',
            'score_labels', 'log_softmax', 'train_adapter', 'print_progress']
 
-# %% ../nbs/04_training.ipynb #193a88fb
+# %% ../nbs/04_training.ipynb #ddc0b463
 @dataclass(frozen=True)
 class Recipe:
     """Hyperparameters of one way to fine-tune."""
@@ -50,8 +50,8 @@ RECIPES = {
     ),
     # Gemma of 270M parameters and more; from the LoRA paper's and Unsloth's usual range, not tuned here
     "gemma": Recipe(),
-    # the bundled base; chosen by cross-validation on its own training sample
-    "mini_ko": Recipe(lora_rank=8, learning_rate=2e-3, epochs=8),
+    # the bundled base; chosen among three by 10-fold cross-validation on a public set of 300 Korean restaurant comments
+    "mini_ko": Recipe(lora_rank=8, learning_rate=5e-4, epochs=8),
 }  # fmt: skip
 
 

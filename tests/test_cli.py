@@ -1000,7 +1000,10 @@ def test_error_of_a_process_is_one_line(tmp_path, trained):
 def test_interrupted_training_leaves_nothing(sent, tmp_path, good, tiny, run):
     before = tree(tmp_path)
     arguments = [*map(str, train_arguments(tiny, good, 1_000_000)), "--out", str(run)]
-    process = subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A test run in the background passes on that Ctrl-C is ignored.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = [*PROGRAM[:2], heeding + PROGRAM[2]]
+    process = subprocess.Popen([*program, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     guard = threading.Timer(300, process.kill)
     guard.start()
     try:
