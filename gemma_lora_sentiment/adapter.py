@@ -192,17 +192,25 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}); train again or restore the file.") from None
 
-# %% ../nbs/03_adapter.ipynb #f41d6edb
+# %% ../nbs/03_adapter.ipynb #19c04f98
 def adapter_settings(
     folder: str | Path,  # of a saved run
 ) -> tuple[int, float, tuple[str, ...]]:  # rank, alpha, targets as Keras names them
     "What must be known to make the scorer that an adapter is for. Raises `RunError` for a damaged configuration."
     config = _read_config(Path(folder))
     keras_names = {module.split(".")[-1]: layer for layer, module in _PEFT_MODULES.items()}
-    unknown = [name for name in config["target_modules"] if name not in keras_names]
+    try:
+        rank, alpha, modules = int(config["r"]), float(config["lora_alpha"]), list(config["target_modules"])
+        if rank != config["r"] or rank < 1 or not (0 < alpha < float("inf")):
+            raise ValueError(f"r is {config['r']!r} and lora_alpha {config['lora_alpha']!r}")
+        if not modules or not all(isinstance(name, str) for name in modules):
+            raise ValueError(f"target_modules is {modules!r}")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RunError(f"{folder}/adapter_config.json is damaged ({error}); train again or restore the file.") from None
+    unknown = [name for name in modules if name not in keras_names]
     if unknown:
         raise RunError(f"{folder}: target module {unknown[0]!r} is none of {', '.join(keras_names)}.")
-    return int(config["r"]), float(config["lora_alpha"]), tuple(keras_names[m] for m in config["target_modules"])
+    return rank, alpha, tuple(keras_names[module] for module in modules)
 
 
 def load_adapter(

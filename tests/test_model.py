@@ -198,7 +198,7 @@ def test_families_are_told_apart_by_fingerprint(tmp_path, base):
     assert load_base(tiny_gemma(tmp_path / "c", "gemma2")).fingerprint != base.fingerprint
 
 
-@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}, {"quantization": "int4"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}, {"dtype": "bfloat16"}])
 def test_a_fingerprint_does_not_depend_on_what_was_loaded_before(settings, tiny, base):
     first = load_base(tiny, **settings).fingerprint
     held = dict(room._BASES)

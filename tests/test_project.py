@@ -329,7 +329,7 @@ def test_readme_commands_are_what_ci_runs(variable):
     if not (ROOT / "README.md").exists():
         pytest.skip("there is no README.md yet")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    fences = re.findall(r"^```(?:sh|bash|shell|console)?\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    fences = [text for _, text in re.findall(r"^```(\w*)\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)]
     assert command in [line for fence in fences for line in fence.splitlines()], "on a line of its own in a fence"
 
 
