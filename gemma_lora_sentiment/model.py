@@ -39,26 +39,31 @@ def without_tensorflow() -> Iterator[None]:
         for name in hidden:
             sys.modules.pop(name, None)
 
-# %% ../nbs/02_model.ipynb #5589512d
-os.environ.setdefault("KERAS_BACKEND", "jax")
+# %% ../nbs/02_model.ipynb #78c84da9
+class ModelError(ValueError):
+    """A base, device or setting that cannot work; the message is one line with the remedy."""
+
+
+def _wrong_backend(name: str) -> ModelError:
+    return ModelError(
+        f"Keras runs on {name} here, and this package runs on JAX alone. Set the environment variable "
+        "KERAS_BACKEND=jax before keras is first imported, and restart Python."
+    )
+
+# %% ../nbs/02_model.ipynb #ed5ad7c1
+if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
+    raise _wrong_backend(os.environ["KERAS_BACKEND"])
 with without_tensorflow():
     import jax
     import keras
     import keras_nlp
     from keras.src.backend.common import global_state
 
-# %% ../nbs/02_model.ipynb #8a6afd08
-class ModelError(ValueError):
-    """A base, device or setting that cannot work; the message is one line with the remedy."""
-
-
+# %% ../nbs/02_model.ipynb #24a989c8
 def check_backend() -> None:
     "Raise `ModelError` unless Keras runs on JAX."
     if keras.config.backend() != "jax":
-        raise ModelError(
-            f"Keras runs on {keras.config.backend()} here, and this package runs on JAX alone. Set the environment "
-            "variable KERAS_BACKEND=jax before keras is first imported, and restart Python."
-        )
+        raise _wrong_backend(keras.config.backend())
 
 # %% ../nbs/02_model.ipynb #56a66520
 def choose_dtype(
@@ -194,7 +199,7 @@ def _share_weights(
         block.attention.query_head_dim_normalize = original.query_head_dim_normalize
     return twin
 
-# %% ../nbs/02_model.ipynb #98103b63
+# %% ../nbs/02_model.ipynb #3fc19672
 GEMMA_2B_CONFIG = dict(
     vocabulary_size=256_000, num_layers=18, num_query_heads=8, num_key_value_heads=1, hidden_dim=2048,
     intermediate_dim=32_768, head_dim=256,
@@ -207,10 +212,10 @@ def lora_parameter_count(
     targets: Sequence[str] = ("query", "value"),  # names of layers
 ) -> tuple[int, int]:  # parameters of the base, trainable parameters of the adapter
     "Count parameters from shapes alone; nothing is allocated."
-    with _without_allocation():
+    with _untouched_random_state(), _without_allocation():
         backbone = keras_nlp.models.GemmaBackbone(**config)
     total = sum(int(np.prod(variable.shape)) for variable in backbone.variables)
-    with _without_allocation():
+    with _untouched_random_state(), _without_allocation():
         _enable_lora(backbone, rank, tuple(targets))
     return total, sum(int(np.prod(variable.shape)) for variable in backbone.trainable_variables)
 
@@ -438,7 +443,7 @@ def _compute_loss_and_updates(
 LabelScorer._drop_rows_of_a = _drop_rows_of_a
 LabelScorer.compute_loss_and_updates = _compute_loss_and_updates
 
-# %% ../nbs/02_model.ipynb #cdf22ca2
+# %% ../nbs/02_model.ipynb #88e7450b
 def _assign(
     self: LabelScorer,
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path
@@ -446,6 +451,16 @@ def _assign(
     "Put an adapter's values into the shared model. Hold the base's lock while you need them there."
     for variable in self.trainable_variables:
         variable.assign(adapter[variable.path])
+
+
+def _get_weights(self: LabelScorer) -> list[np.ndarray]:
+    "The adapter alone: callbacks that keep and restore weights must not copy the base."
+    return [np.array(variable.value) for variable in self.trainable_variables]
+
+
+def _set_weights(self: LabelScorer, weights: list[np.ndarray]) -> None:
+    for variable, value in zip(self.trainable_variables, weights, strict=True):
+        variable.assign(value)
 
 
 def _read(
@@ -479,10 +494,12 @@ def _generate(
 
 
 LabelScorer.assign = _assign
+LabelScorer.get_weights = _get_weights
+LabelScorer.set_weights = _set_weights
 LabelScorer.read = _read
 LabelScorer.generate = _generate
 
-# %% ../nbs/02_model.ipynb #c58f50cb
+# %% ../nbs/02_model.ipynb #f1bbc77e
 class Base:
     """A frozen base model: weights and tokenizer, held once, and a scorer for each (targets, rank) over them."""
 
@@ -514,6 +531,8 @@ class Base:
         "Tell this base from any other: an adapter fits no other one."
         with without_tensorflow():
             config = self.backbone.get_config()
+        for key in ("name", "trainable", "dtype"):  # names are numbered by what was loaded before
+            config.pop(key, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for variable in self.backbone.variables:
             flat = variable.value.reshape(-1)
@@ -533,7 +552,7 @@ class Base:
                 self._scorers[key] = LabelScorer(_share_weights(self.backbone), int(rank), tuple(targets))
             return self._scorers[key]
 
-# %% ../nbs/02_model.ipynb #0b9a687e
+# %% ../nbs/02_model.ipynb #d7e8d1b3
 _BASES: dict[tuple, Base] = {}
 _BASES_LOCK = threading.Lock()
 
@@ -557,10 +576,17 @@ def load_base(
         return _BASES[key]
 
 
+def _not_loaded(preset: str, error: Exception) -> ModelError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ModelError(f"Preset {preset!r} cannot be loaded ({reason}). Give a whole preset, or download it again.")
+
+
 def _load(preset: str, path: str, dtype: str, quantization: str | None) -> Base:
-    with without_tensorflow():
-        backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
-        tokenizer = keras_nlp.models.Tokenizer.from_preset(path)
+    try:
+        with without_tensorflow():
+            backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
+    except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+        raise _not_loaded(preset, error) from error
     is_text = isinstance(backbone, keras_nlp.models.GemmaBackbone) or (
         isinstance(backbone, keras_nlp.models.Gemma3Backbone) and backbone.vision_encoder is None
     )
@@ -570,7 +596,14 @@ def _load(preset: str, path: str, dtype: str, quantization: str | None) -> Base:
             "Choose one of these."
         )
     if quantization:
-        backbone.quantize(quantization)
+        # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
+        dense = (keras.layers.Dense, keras.layers.EinsumDense)
+        backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
+    try:
+        with without_tensorflow():
+            tokenizer = keras_nlp.models.Tokenizer.from_preset(path)
+    except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+        raise _not_loaded(preset, error) from error
     return Base(preset, backbone, tokenizer.proto, dtype, quantization)
 
 

@@ -148,7 +148,7 @@ class TextTokenizer:
         "Pieces of `token_ids`, `▁` for a space."
         return [self.processor.id_to_piece(int(i)) for i in token_ids]
 
-# %% ../nbs/01_prompt.ipynb #cb8dd37d
+# %% ../nbs/01_prompt.ipynb #3cc24c18
 def _template_pieces(
     template: PromptTemplate,
     tokenizer: TextTokenizer,
@@ -157,19 +157,24 @@ def _template_pieces(
     return frozenset(tokenizer.pieces(sorted(set(ids)))) & tokenizer.user_defined
 
 
+def _cut(part: str, piece: str) -> list[str]:
+    "Cut `part` behind the first character of every `piece` in it, until none is left."
+    first, *others = part.split(piece)
+    halves = [first + piece[0], *(piece[1:] + other + piece[0] for other in others[:-1]), piece[1:] + others[-1]]
+    return [half for whole in halves for half in (_cut(whole, piece) if piece in whole else [whole])]
+
+
 def _encode_without(
     text: str,  # a comment
     forbidden: frozenset[str],  # pieces whose tokens must not arise
     tokenizer: TextTokenizer,
 ) -> list[int]:
-    for piece in sorted(forbidden, key=len, reverse=True):
-        start = text.find(piece)
-        if start >= 0 and len(piece) > 1:
-            cut = start + 1
-            head, tail = text[:cut], text[cut:]
-            return _encode_without(head, forbidden, tokenizer) + _encode_without(tail, forbidden, tokenizer)
+    parts = [text]
+    for piece in sorted((piece.replace("▁", " ") for piece in forbidden), key=len, reverse=True):
+        if len(piece) > 1:
+            parts = [half for part in parts for half in (_cut(part, piece) if piece in part else [part])]
     banned = {tokenizer.processor.piece_to_id(piece) for piece in forbidden}
-    return [token_id for token_id in tokenizer.encode([text])[0] if token_id not in banned]
+    return [token_id for ids in tokenizer.encode(parts) for token_id in ids if token_id not in banned]
 
 
 def encode_comments(
@@ -178,11 +183,12 @@ def encode_comments(
     template: PromptTemplate,
 ) -> list[list[int]]:  # token ids of the comments alone
     "Tokenize comments so that no token of the template can come out of a comment's text."
-    texts = [fold_whitespace(comment) for comment in comments]
+    # A typed `▁` is a space to SentencePiece, and could complete a piece that holds one.
+    texts = [fold_whitespace(comment.replace("▁", " ")) for comment in comments]
     forbidden = _template_pieces(template, tokenizer)
     encoded = tokenizer.encode(texts)
     for i, text in enumerate(texts):
-        if any(piece in text for piece in forbidden):
+        if any(piece.replace("▁", " ") in text for piece in forbidden):
             encoded[i] = _encode_without(text, forbidden, tokenizer)
     return encoded
 

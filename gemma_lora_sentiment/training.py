@@ -98,7 +98,7 @@ class Rows:
             self.weights[index],
         )  # fmt: skip
 
-# %% ../nbs/04_training.ipynb #cdc78052
+# %% ../nbs/04_training.ipynb #e27235c4
 def class_weights(
     label_index: np.ndarray,  # int (n,)
     n_labels: int,
@@ -113,7 +113,7 @@ def class_weights(
         weights[present] = compute_class_weight("balanced", classes=present, y=label_index)
     else:
         weights = np.asarray(class_weight, dtype=float)
-        if weights.shape != (n_labels,) or not (weights >= 0).all() or not weights.sum() > 0:
+        if weights.shape != (n_labels,) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
             raise ValueError(f"class_weight needs {n_labels} numbers of at least 0, got {list(weights)}.")
     rows = weights[label_index]
     return (rows / rows.mean()).astype(np.float32)

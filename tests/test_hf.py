@@ -147,9 +147,6 @@ LIVE_CHECKPOINTS = {
     })),
     "gemma3 scaled by hidden size and heads, as 27B": ("hf_gemma3", dict(head_dim=8)),
 }  # fmt: skip
-NOT_YET = pytest.mark.xfail(
-    strict=True, reason="KerasHub 0.32 builds every decoder block with query_head_dim_normalize=True"
-)
 
 
 def compare_live(hf, base, model, adapter, comments, label_set):
@@ -165,9 +162,7 @@ def compare_live(hf, base, model, adapter, comments, label_set):
     return probabilities
 
 
-@pytest.mark.parametrize(
-    "checkpoint", [pytest.param(name, marks=NOT_YET if "27B" in name else ()) for name in LIVE_CHECKPOINTS]
-)
+@pytest.mark.parametrize("checkpoint", LIVE_CHECKPOINTS)
 def test_live_fresh_checkpoint(hf, tmp_path, checkpoint):
     folder, changes = LIVE_CHECKPOINTS[checkpoint]
     path = fresh_checkpoint(hf, tmp_path, folder, **changes)
