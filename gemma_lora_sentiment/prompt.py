@@ -148,7 +148,7 @@ class TextTokenizer:
         "Pieces of `token_ids`, `▁` for a space."
         return [self.processor.id_to_piece(int(i)) for i in token_ids]
 
-# %% ../nbs/01_prompt.ipynb #3cc24c18
+# %% ../nbs/01_prompt.ipynb #10a14380
 def _template_pieces(
     template: PromptTemplate,
     tokenizer: TextTokenizer,
@@ -170,7 +170,7 @@ def _encode_without(
     tokenizer: TextTokenizer,
 ) -> list[int]:
     parts = [text]
-    for piece in sorted((piece.replace("▁", " ") for piece in forbidden), key=len, reverse=True):
+    for piece in sorted(forbidden, key=len, reverse=True):
         if len(piece) > 1:
             parts = [half for part in parts for half in (_cut(part, piece) if piece in part else [part])]
     banned = {tokenizer.processor.piece_to_id(piece) for piece in forbidden}
@@ -183,13 +183,13 @@ def encode_comments(
     template: PromptTemplate,
 ) -> list[list[int]]:  # token ids of the comments alone
     "Tokenize comments so that no token of the template can come out of a comment's text."
-    # A typed `▁` is a space to SentencePiece, and could complete a piece that holds one.
-    texts = [fold_whitespace(comment.replace("▁", " ")) for comment in comments]
+    texts = [fold_whitespace(comment) for comment in comments]
     forbidden = _template_pieces(template, tokenizer)
     encoded = tokenizer.encode(texts)
     for i, text in enumerate(texts):
-        if any(piece.replace("▁", " ") in text for piece in forbidden):
-            encoded[i] = _encode_without(text, forbidden, tokenizer)
+        seen = text.replace(" ", "▁")  # as SentencePiece sees it
+        if any(piece in seen for piece in forbidden):
+            encoded[i] = _encode_without(seen, forbidden, tokenizer)
     return encoded
 
 # %% ../nbs/01_prompt.ipynb #09a70e29
