@@ -247,6 +247,29 @@ def _enable_lora(
         raise ModelError(f"lora_rank={rank} trains nothing. Give a rank of at least 1.")
     backbone.enable_lora(rank, target_layer_names=list(targets))
 
+# %% ../nbs/02_model.ipynb #4e5b5ea2
+def _compute_beside(
+    layer: keras.layers.Layer,  # Dense or EinsumDense with LoRA
+) -> None:
+    "Make a float layer compute xW + (xA)B instead of x(W + AB); quantized layers do so already."
+    equation = getattr(layer, "equation", None) or "...x,xy->...y"
+    operands, output = equation.split("->")
+    inputs, kernel = operands.split(",")
+    if not output.endswith(kernel[-1]):
+        return  # B could not follow as one product; no layer of Gemma is like that
+    to_rank = f"{inputs},{kernel[:-1]}z->{output[:-1]}z"
+
+    def call(inputs, training=None):
+        dtype, ops = layer.compute_dtype, keras.ops
+        low = ops.einsum(to_rank, inputs, ops.cast(layer.lora_kernel_a, dtype))
+        b = ops.cast(layer.lora_kernel_b * (layer.lora_alpha / layer.lora_rank), dtype)
+        outputs = ops.einsum(equation, inputs, ops.cast(layer._kernel, dtype)) + ops.matmul(low, b)
+        outputs = outputs if layer.bias is None else outputs + ops.cast(layer.bias, dtype)
+        return outputs if layer.activation is None else layer.activation(outputs)
+
+    if layer.quantization_mode is None:
+        object.__setattr__(layer, "call", call)
+
 # %% ../nbs/02_model.ipynb #08beee9c
 class LabelScorer(keras.Model):
     """A Gemma backbone with LoRA that returns logits at chosen positions, float32 (batch, positions, vocabulary)."""
@@ -267,6 +290,7 @@ class LabelScorer(keras.Model):
             if getattr(layer, "lora_enabled", False):
                 # The layer reads it; this model alone tracks it, so each layer's own bookkeeping is bypassed.
                 object.__setattr__(layer, "lora_alpha", self.lora_alpha)
+                _compute_beside(layer)
         self._label_step = jax.jit(self._with_state(self._label_logits))
         self._sequence_step = jax.jit(self._with_state(self._sequence_log_probability))
         self._generate_tokens = None  # made by the first `generate`

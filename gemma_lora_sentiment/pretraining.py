@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,27 @@ __all__ = ['PretrainingSettings', 'read_reviews', 'train_tokenizer', 'cooccurren
 class PretrainingSettings:
     """Numbers of one pre-training run."""
 
-    rows: int = 400_000  # reviews shown, drawn with the shares below, some in several passes
+    rows: int = 2_000_000  # rows shown, in several passes
     vocabulary_size: int = 16_000
     num_layers: int = 4
     hidden_dim: int = 384
     num_query_heads: int = 6
     head_dim: int = 64
     intermediate_dim: int = 1536  # KerasHub counts both halves of the gated layer
-    batch_size: int = 64  # rows a step
+    batch_size: int = 256  # rows a step
+    lengths: tuple[int, ...] = (20, 32, 64, 128)  # tokens a row is padded to, its prompt included
     max_tokens: int = 56  # of a review; longer ones are left out
-    learning_rate: float = 8e-4  # at its highest, after 300 steps; then linear to zero
+    learning_rate: float = 2e-3  # at its highest, after 300 steps; then linear to zero
     weight_decay: float = 0.05
-    language_positions: int = 2  # positions a row at which the next token of the text is predicted
-    language_weight: float = 0.15  # weight of each, beside 1 for the response
+    dropout: float = 0.0  # in the backbone, while it is pre-trained
+    language_positions: int = 8  # positions a row at which the next token of the text is predicted
+    language_weight: float = 0.3  # weight of all of them together, beside 1 for the response
+    noise: float = 1.0  # factor on the probabilities of missing spaces, inserted characters and emoji
+    piece_dropout: float = 0.0  # probability that a merge of byte-pair encoding is left out
+    counted: bool = True  # embeddings begin from co-occurrence counts
     shares: tuple[tuple[int, int, int], ...] = ((1, 4, 116), (5, 6, 14), (7, 8, 30), (9, 10, 116))  # ratings, weight
-    sample_from: float = 0.8  # from this part of training on, rows of the sample are mixed in
-    sample_every: int = 20  # one after so many reviews
+    comments_from: float = 0.7  # from this part of training on, labelled comments are mixed in
+    comments_share: float = 0.3  # of the rows from there on
     seed: int = 0
 
 # %% ../nbs/09_pretraining.ipynb #38480604
@@ -160,14 +166,14 @@ def _response(rating: int, rng: random.Random) -> str:
     return pair[int(rating >= 9)]
 
 
-def _noisy(review: str, rating: int, rng: random.Random) -> str:
-    draw = rng.random()
+def _noisy(review: str, rating: int, rng: random.Random, noise: float = 1.0) -> str:
+    draw = rng.random() / noise if noise else 1.0
     if draw < 0.08:
         review = review.replace(" ", "")
     elif draw < 0.12 and len(review) > 2:
         place = rng.randrange(len(review))
         review = review[: place + 1] + rng.choice(["", "ㅋㅋ", "ㅠㅠ", " "]) + review[place:]
-    if (rating <= 4 or rating >= 9) and rng.random() < 0.07:
+    if (rating <= 4 or rating >= 9) and rng.random() < 0.07 * noise:
         emoji = "".join(rng.choice(_GLAD if rating >= 9 else _SAD) for _ in range(rng.choice([1, 1, 2, 3])))
         review = review + rng.choice(["", " "]) + emoji if rng.random() < 0.85 else emoji
     return review
@@ -177,42 +183,42 @@ def pretraining_rows(
     reviews: pd.DataFrame,  # rating, review
     tokenizer: TextTokenizer,
     settings: PretrainingSettings,
-    sample: pd.DataFrame | None = None,  # labelled comments mixed in late; labels "0" and "1"
-) -> list[tuple[list[int], int]]:  # token ids of the review, id of the response's word
-    "Rows in the order they are shown, drawn from the seed."
-    rng, rows = random.Random(settings.seed), []
-
-    def encoded(pairs: Sequence[tuple[int, str]]) -> list[tuple[list[int], int]]:
-        ids = tokenizer.encode([_noisy(text, rating, rng) for rating, text in pairs])
-        words = tokenizer.encode([_response(rating, rng) for rating, _ in pairs])
-        return [(i, w[0]) for i, w in zip(ids, words, strict=True) if i and len(w) == 1]
-
+    comments: pd.DataFrame | None = None,  # comment, label "0" or "1": mixed in late
+) -> Iterator[list[tuple[list[int], int]]]:  # one list a pass: token ids of the text, id of the response's word
+    "Rows in the order they are shown, drawn from the seed; every pass draws noise, words and scarce ratings anew."
+    rng, shown, own = random.Random(settings.seed), 0, []
     groups = [reviews[reviews.rating.between(low, high)].to_numpy().tolist() for low, high, _ in settings.shares]
     # One pass takes each group's share, as far as the scarcest group goes.
     unit = min(len(group) / weight for group, (_, _, weight) in zip(groups, settings.shares, strict=True))
-    while len(rows) < settings.rows:
+    while shown < settings.rows:
         drawn = [pair for group, (*_, weight) in zip(groups, settings.shares, strict=True)
                  for pair in rng.sample(group, max(1, int(unit * weight)))]  # fmt: skip
         rng.shuffle(drawn)
-        rows += [row for row in encoded(drawn) if len(row[0]) <= settings.max_tokens]
-    rows = rows[: settings.rows]
-    if sample is not None:
-        rating = {"0": 1, "1": 10}
-        own = [(rating[str(label)], comment) for comment, label in zip(sample.comment, sample.label, strict=True)]
-        rows = _mixed(rows, own, encoded, settings, rng)
-    return rows
+        drawn = drawn[: settings.rows - shown]
+        if comments is not None:
+            for i in range(max(0, int(settings.comments_from * settings.rows) - shown), len(drawn)):
+                if rng.random() < settings.comments_share:
+                    own = own or _as_ratings(comments, rng)
+                    drawn[i] = own.pop()
+        shown += len(drawn)
+        texts = [_noisy(text, rating, rng, settings.noise) for rating, text in drawn]
+        words = tokenizer.encode([_response(rating, rng) for rating, _ in drawn])
+        ids = _encoded(texts, tokenizer, settings, rng)
+        longest = settings.lengths[-1] - 6
+        yield [(i[:longest], w[0]) for i, w in zip(ids, words, strict=True) if i and len(w) == 1]
 
 
-def _mixed(rows: list, own: list, encoded: Callable, settings: PretrainingSettings, rng: random.Random) -> list:
-    "Put one row of the sample before every `sample_every` reviews of the last part."
-    first = int(len(rows) * settings.sample_from)
-    mixed, pool = rows[:first], []
-    for i, row in enumerate(rows[first:]):
-        if i % settings.sample_every == 0:
-            pool = pool or rng.sample(own, len(own))
-            mixed += [(ids[:120], word) for ids, word in encoded([pool.pop()])]
-        mixed.append(row)
-    return mixed
+def _as_ratings(comments: pd.DataFrame, rng: random.Random) -> list[tuple[int, str]]:
+    pairs = [({"0": 1, "1": 10}[str(label)], text) for text, label in zip(comments.comment, comments.label, strict=True)]
+    return rng.sample(pairs, len(pairs))
+
+
+def _encoded(texts: list[str], tokenizer: TextTokenizer, settings: PretrainingSettings, rng: random.Random) -> list:
+    if not settings.piece_dropout:
+        return tokenizer.encode(texts)
+    sentencepiece.set_random_generator_seed(rng.randrange(2**31))
+    sampled = {"enable_sampling": True, "alpha": settings.piece_dropout, "nbest_size": -1, "num_threads": 1}
+    return tokenizer.processor.encode(texts, **sampled)
 
 # %% ../nbs/09_pretraining.ipynb #0dfa4186
 class _PretrainingModel(keras.Model):
@@ -229,42 +235,41 @@ class _PretrainingModel(keras.Model):
 
 
 class _Batches(keras.utils.PyDataset):
-    "Rows of like length together, within windows of 80 batches; lengths from a short list of shapes."
+    "One pass: rows of like length together within windows of 80 batches, padded to one of a few lengths."
 
-    lengths = (16, 20, 24, 32, 40, 64, 128)
-
-    def __init__(self, rows: list, tokenizer: TextTokenizer, settings: PretrainingSettings):
+    def __init__(self, rows: list, tokenizer: TextTokenizer, settings: PretrainingSettings, number: int = 0):
         super().__init__()
-        template, self.settings = PromptTemplate(), settings
-        self.prefix = [tokenizer.bos_id, *tokenizer.encode([template.prefix])[0]]
-        self.middle, self.eos_id = tokenizer.encode([template.middle])[0], tokenizer.eos_id
-        order, size, self.batches = random.Random(settings.seed), settings.batch_size, []
-        for start in range(0, len(rows), size * 80):
-            window = sorted(rows[start : start + size * 80], key=lambda row: len(row[0]))
-            batches = [window[i : i + size] for i in range(0, len(window) - size + 1, size)]
-            order.shuffle(batches)
-            self.batches += batches
+        template, self.settings, self.number, size = PromptTemplate(), settings, number, settings.batch_size
+        prefix = [tokenizer.bos_id, *tokenizer.encode([template.prefix])[0]]
+        middle, end = tokenizer.encode([template.middle])[0], tokenizer.eos_id
+        whole = [[*prefix, *ids, *middle, word, end] for ids, word in rows]
+        self.length = np.array([len(row) for row in whole])
+        self.first = np.cumsum(self.length) - self.length
+        self.tokens = np.fromiter(itertools.chain.from_iterable(whole), np.int32, int(self.length.sum()))
+        self.batches: list[np.ndarray] = []
+        for start in range(0, len(whole), size * 80):
+            window = start + np.argsort(self.length[start : start + size * 80], kind="stable")
+            self.batches += [window[i : i + size] for i in range(0, len(window) - size + 1, size)]
+        random.Random(f"{settings.seed} {number}").shuffle(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        rng, batch = np.random.default_rng([self.settings.seed, index]), self.batches[index]
-        rows = [[*self.prefix, *ids, *self.middle, word, self.eos_id] for ids, word in batch]
-        longest = max(map(len, rows))
-        length = next((size for size in self.lengths if size >= longest), longest)
-        shape, n_positions = (len(rows), length), 1 + self.settings.language_positions
-        token_ids, positions = np.zeros(shape, np.int32), np.zeros((len(rows), n_positions), np.int32)
-        for i, row in enumerate(rows):
-            token_ids[i, : len(row)] = row
-            response = len(row) - 3  # the prompt's last token predicts the word
-            others = [p for p in range(1, len(row) - 1) if p not in (response, response - 1)]
-            positions[i] = [response, *rng.choice(others, n_positions - 1, replace=len(others) < n_positions - 1)]
+        rows, settings = self.batches[index], self.settings
+        rng = np.random.default_rng([settings.seed, self.number, index])
+        length = self.length[rows][:, None]
+        padded = next((size for size in settings.lengths if size >= length.max()), int(length.max()))
+        columns = np.arange(padded)
+        mask = columns < length
+        token_ids = np.where(mask, self.tokens[np.where(mask, self.first[rows][:, None] + columns, 0)], 0)
+        others = rng.integers(1, np.maximum(length - 4, 2), (len(rows), settings.language_positions))
+        positions = np.concatenate([length - 3, others], axis=1).astype(np.int32)  # the prompt's last token first
         targets = np.take_along_axis(token_ids, positions + 1, axis=1)
-        weights = np.full(positions.shape, self.settings.language_weight, np.float32)
+        weights = np.full(positions.shape, settings.language_weight / max(settings.language_positions, 1), np.float32)
         weights[:, 0] = 1
-        mask = (np.arange(length) < np.array([len(row) for row in rows])[:, None]).astype(np.int32)
-        return {"token_ids": token_ids, "padding_mask": mask, "positions": positions}, targets, weights
+        inputs = {"token_ids": token_ids, "padding_mask": mask.astype(np.int32), "positions": positions}
+        return inputs, targets, weights
 
 # %% ../nbs/09_pretraining.ipynb #1067f318
 class _WarmUpAndDown(keras.optimizers.schedules.LearningRateSchedule):
@@ -280,12 +285,22 @@ class _WarmUpAndDown(keras.optimizers.schedules.LearningRateSchedule):
         return {"highest": self.highest, "warm_up": self.warm_up, "total": self.total}
 
 
-def _backbone(settings: PretrainingSettings, size: int, dtype: str) -> keras.Model:
-    return keras_nlp.models.GemmaBackbone(
+def _model(settings: PretrainingSettings, size: int, embeddings: np.ndarray | None) -> keras.Model:
+    backbone = keras_nlp.models.GemmaBackbone(
         vocabulary_size=size, num_layers=settings.num_layers, num_query_heads=settings.num_query_heads,
         num_key_value_heads=1, hidden_dim=settings.hidden_dim, intermediate_dim=settings.intermediate_dim,
-        head_dim=settings.head_dim, dtype=dtype,
+        head_dim=settings.head_dim, dropout=settings.dropout, dtype="float32",
     )  # fmt: skip
+    if embeddings is not None:
+        backbone.token_embedding.embeddings.assign(embeddings)
+    steps = settings.rows // settings.batch_size
+    schedule = _WarmUpAndDown(settings.learning_rate, min(300, steps // 5 + 1), steps)
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=settings.weight_decay, beta_2=0.98, clipnorm=1.0)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "scale", "embedding"])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+    model = _PretrainingModel(backbone)
+    model.compile(optimizer=optimizer, loss=loss)
+    return model
 
 
 def _held_out_accuracy(model: keras.Model, reviews: pd.DataFrame, tokenizer: TextTokenizer) -> float:
@@ -293,7 +308,8 @@ def _held_out_accuracy(model: keras.Model, reviews: pd.DataFrame, tokenizer: Tex
     zero, one = (tokenizer.encode([word])[0][0] for word in _PAIRS[0])
     ids = [i[:56] or [tokenizer.eos_id] for i in tokenizer.encode(reviews.review.tolist())]
     rows = [(i, one if rating >= 9 else zero) for i, rating in zip(ids, reviews.rating, strict=True)]
-    batches = _Batches(rows, tokenizer, PretrainingSettings(batch_size=min(64, len(rows)), language_positions=0))
+    size = min(64, len(rows))
+    batches = _Batches(rows, tokenizer, PretrainingSettings(batch_size=size, language_positions=0, lengths=(64,)))
     right = total = 0
     for inputs, targets, _ in (batches[i] for i in range(len(batches))):
         logits = np.asarray(model.predict_on_batch(inputs))[:, 0]
@@ -309,7 +325,7 @@ def save_base(
 ) -> Path:  # a KerasHub preset folder; `keras_nlp.models.GemmaCausalLM.from_preset` reads it
     "Write weights in float16, tokenizer and preprocessor."
     with without_tensorflow():
-        half = type(backbone).from_config({**backbone.get_config(), "dtype": "float16"})
+        half = type(backbone).from_config({**backbone.get_config(), "dtype": "float16", "dropout": 0.0})
         for target, source in zip(half.variables, backbone.variables, strict=True):
             target.assign(source.value)
         tokenizer = keras_nlp.models.GemmaTokenizer(proto=proto)
@@ -321,7 +337,7 @@ def save_base(
 def pretrain_base(
     reviews: pd.DataFrame,  # rating 1 to 10, review
     folder: str | Path,  # of the preset
-    sample: pd.DataFrame | None = None,  # labelled comments for the last part, labels "0" and "1"
+    comments: pd.DataFrame | None = None,  # comment, label "0" or "1": for the last part
     settings: PretrainingSettings | None = None,
     progress: Callable[[str], None] | None = None,  # called with lines for people
 ) -> dict[str, Any]:  # parameters, held_out_accuracy, seconds, settings; also in `pretraining.json`
@@ -333,35 +349,34 @@ def pretrain_base(
     clear = shuffled[(shuffled.rating <= 3) | (shuffled.rating >= 9)]
     held_out = pd.concat([group.head(min(800, len(group) // 10)) for _, group in clear.groupby(clear.rating >= 9)])
     shown = shuffled.drop(held_out.index)
-    proto = train_tokenizer(shown.review.head(250_000).tolist(), settings.vocabulary_size)
+    own = [] if comments is None else comments.comment.tolist()
+    proto = train_tokenizer(shown.review.head(250_000).tolist() + own * 5, settings.vocabulary_size)
     tokenizer = TextTokenizer(proto)
     size = tokenizer.processor.vocab_size()
-    say(f"{len(shown)} reviews, {size} pieces; counting co-occurrences")
+    say(f"{len(shown)} reviews, {size} pieces, {time.perf_counter() - started:.0f} s")
     counted = tokenizer.encode(shown.review.tolist())
-    ratings = shown.rating.to_numpy()
-    embeddings = cooccurrence_embeddings(counted, ratings, size, settings.hidden_dim, seed=settings.seed)
-    batches = _Batches(pretraining_rows(shown, tokenizer, settings, sample), tokenizer, settings)
-    model = _PretrainingModel(_backbone(settings, size, "float32"))
-    model.backbone.token_embedding.embeddings.assign(embeddings)
-    schedule = _WarmUpAndDown(settings.learning_rate, min(300, len(batches) // 5 + 1), len(batches))
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=settings.weight_decay, beta_2=0.98, clipnorm=1.0)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "scale", "embedding"])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
-    model.compile(optimizer=optimizer, loss=loss)
-
-    def tell(step: int, logs: dict[str, float]) -> None:
-        if step % 250 == 249:
-            say(f"step {step + 1}/{len(batches)}: loss {logs['loss']:.3f}, {time.perf_counter() - started:.0f} s")
-
-    model.fit(batches, shuffle=False, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=tell)])
+    embeddings = None
+    if settings.counted:
+        ratings = shown.rating.to_numpy()
+        embeddings = cooccurrence_embeddings(counted, ratings, size, settings.hidden_dim, seed=settings.seed)
+        say(f"co-occurrences counted, {time.perf_counter() - started:.0f} s")
+    shown = shown[[len(ids) <= settings.max_tokens for ids in counted]]
+    model, step = _model(settings, size, embeddings), 0
+    for number, rows in enumerate(pretraining_rows(shown, tokenizer, settings, comments)):
+        batches = _Batches(rows, tokenizer, settings, number)
+        history = model.fit(batches, shuffle=False, verbose=0).history
+        step += len(batches)
+        say(f"pass {number + 1}, step {step}: loss {history['loss'][0]:.3f}, {time.perf_counter() - started:.0f} s")
     save_base(model.backbone, proto, folder)
     report = {
         "parameters": model.backbone.count_params(),
         "held_out_accuracy": _held_out_accuracy(model, held_out, tokenizer),
         "reviews": len(shown),
+        "comments": len(own),
         "seconds": round(time.perf_counter() - started, 1),
         "device": jax.devices()[0].device_kind,
         "settings": asdict(settings),
     }
     (Path(folder) / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
