@@ -35,14 +35,15 @@ ROOM_IMPORTS = {
     "training": {"prompt", "model", "adapter"},
     "classifier": {"data", "prompt", "model", "adapter", "training"},
     "evaluation": set(),
+    "analysis": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
     "cli": {
         *("data", "prompt", "model", "adapter", "training"),
-        *("classifier", "evaluation", "submission", "pretraining"),
+        *("classifier", "evaluation", "analysis", "submission", "pretraining"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
