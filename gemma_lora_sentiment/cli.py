@@ -513,9 +513,10 @@ def cross_validate(
             _prediction_table(rows, classes, layers["ours"][repeat], layers["baseline"][repeat], fold_of_row[repeat])
             for repeat in range(repeats)
         ]
+        _write_table(folder / "oof.tsv", tables[0])
         if repeats > 1:
-            tables = [table.assign(repeat=repeat) for repeat, table in enumerate(tables)]
-        _write_table(folder / "oof.tsv", pd.concat(tables))
+            numbered = [table.assign(repeat=repeat) for repeat, table in enumerate(tables)]
+            _write_table(folder / "oof_repeats.tsv", pd.concat(numbered))
         first, theirs_first = layers["ours"][0], layers["baseline"][0]
         evaluation.save_figures(folder / "figures", rows.label, first, classes, baseline=theirs_first)
         wrong = evaluation.wrong_rows(rows.comment, rows.label, first, classes, rows["id"])
@@ -612,18 +613,21 @@ def _metrics_file(run: Path) -> Path:
     return found[0]
 
 
-def _predictions_of(run: Path, file: str | None) -> Any:  # id, comment, label, p_<label> ..., all as text
+def _predictions_of(run: Path, file: str | None) -> Any:  # id, comment, label, p_<label> ...
     "What a run has predicted without having seen it, or what it predicts for the rows of `file`."
-    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    import pandas as pd
+
     from gemma_lora_sentiment.data import read_comments
 
     if file is not None:
+        from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+
         clf = GemmaLoraClassifier.load(run)
         rows = _known_labels(read_comments(file), clf, file)
         return _prediction_table(rows, clf.classes_, clf.predict_proba(rows.comment), None)
-    for name in ("oof.tsv", "predictions.tsv"):
+    for name in ("oof_repeats.tsv", "oof.tsv", "predictions.tsv"):
         if (run / name).is_file():
-            return read_comments(run / name)
+            return pd.read_csv(run / name, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
     raise ValueError(f"{run} has no predictions.tsv or oof.tsv. Give a folder of this version, or --rows FILE.")
 
 

@@ -792,8 +792,9 @@ def test_cross_validate_repeated_with_bad_labels(tmp_path, tiny):
     done(*command_line("cross-validate", tmp_path / "rows.tsv", tiny, None), "--repeats", 2, "--out", tmp_path / "cv")
     metrics = json.loads((tmp_path / "cv" / "cv.json").read_text())
     assert metrics["n"] == 25 and metrics["repeats"] == 2
-    oof = read_comments(tmp_path / "cv" / "oof.tsv")
-    assert len(oof) == 50 and list(oof.repeat) == ["0"] * 25 + ["1"] * 25
+    assert len(read_comments(tmp_path / "cv" / "oof.tsv")) == 25
+    oof = pd.read_csv(tmp_path / "cv" / "oof_repeats.tsv", sep="\t")
+    assert len(oof) == 50 and list(oof["repeat"]) == [0] * 25 + [1] * 25
     assert (oof.prediction == oof.label).mean() == pytest.approx(metrics["accuracy"])
     assert list(pd.read_csv(tmp_path / "cv" / "conflicts.tsv", sep="\t", dtype=str).id) == [ROWS[0][0], "98"]
     suspects = pd.read_csv(tmp_path / "cv" / "label_errors.tsv", sep="\t", dtype={"id": str, "label": str})
@@ -901,7 +902,8 @@ def test_suggest(tmp_path, trained):
 def test_evaluate_explains_mistakes(tmp_path, trained):
     turned = [(i, comment, "1" if label == "0" else "0") for i, comment, label in ROWS[:8]]
     arguments = ("evaluate", trained / "run", tmp_path / "turned.tsv", "--out", tmp_path / "out", "--explain", 2)
-    (tmp_path / "turned.tsv").write_text(tsv([*turned, *((f"x{row[0]}", *row[1:]) for row in ROWS[:8])]), encoding="utf-8")
+    twins = [(f"x{i}", comment, label) for i, comment, label in ROWS[:8]]
+    (tmp_path / "turned.tsv").write_text(tsv(turned + twins), encoding="utf-8")
     done(*arguments)
     wrong = pd.read_csv(tmp_path / "out" / "wrong.tsv", sep="\t", dtype=str)
     table = pd.read_csv(tmp_path / "out" / "influence.tsv", sep="\t", dtype=str)
