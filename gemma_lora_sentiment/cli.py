@@ -628,22 +628,31 @@ def quickstart(
 @app.command()
 @_guarded
 def pretrain(
-    corpus: Annotated[Path, typer.Argument(help="Rated reviews: TSV with columns rating (1 to 10) and review.")],
+    corpus: Annotated[Path, typer.Argument(help="Rated reviews: TSV (rating, review), or e9t/nsmc's folder raw.")],
     out: Annotated[Path, typer.Option(help="Folder of the preset.")],
-    rows: Annotated[int, typer.Option(help="Reviews to train on, some of them several times.")] = 400_000,
-    sample: Annotated[str | None, typer.Option(help="Labelled comments for the last phase, such as sample.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows to show in all; by default as many as mini_ko saw.")] = None,
+    comments: Annotated[
+        list[str] | None, typer.Option(help="Labelled comments for the last part: sample, sample_extra or a file.")
+    ] = None,
+    start: Annotated[str | None, typer.Option(help="Preset to go on from, such as mini_ko.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train a base like mini_ko on any corpus of rated reviews."""
+    import pandas as pd
+
     from gemma_lora_sentiment.data import read_comments
     from gemma_lora_sentiment.pretraining import PretrainingSettings, pretrain_base, read_reviews
 
     reviews = read_reviews(corpus)
-    domain = read_comments(sample) if sample else None
+    tables = [read_comments(name, labels=("0", "1")) for name in comments or ()]
+    own = pd.concat(tables, ignore_index=True) if tables else None
+    given = {"rows": rows, "learning_rate": learning_rate, "comments_from": 0.0 if start else None}
+    settings = PretrainingSettings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     with _folder(out) as folder:
         report = pretrain_base(
-            reviews, folder, domain, PretrainingSettings(rows=rows, seed=seed),
-            progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True),
+            reviews, folder, own, settings,
+            progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True), start=start,
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
