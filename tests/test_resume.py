@@ -27,9 +27,9 @@ from typer.testing import CliRunner
 from gemma_lora_sentiment import GemmaLoraClassifier, checkpoint, training
 from gemma_lora_sentiment.adapter import RunError, new_adapter
 from gemma_lora_sentiment.cli import app
-from gemma_lora_sentiment.model import keras, load_base, tiny_gemma
+from gemma_lora_sentiment.model import jax, keras, load_base, tiny_gemma
 from gemma_lora_sentiment.prompt import LabelWords
-from gemma_lora_sentiment.training import Recipe, Rows, train_adapter
+from gemma_lora_sentiment.training import OutOfMemory, Recipe, Rows, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
@@ -387,6 +387,7 @@ def write(path, data):  # killed within a checkpoint's writing: at half a file, 
     last = saves == job["save"]
     is_state = str(path).endswith(".safetensors")
     if last and job["stage"] == ("half state" if is_state else "half description"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.name}.tmp"
         data = data if isinstance(data, bytes) else data.encode()
         temporary.write_bytes(data[: len(data) // 2])
@@ -540,3 +541,393 @@ def test_20_kills(tiny, tmp_path):
     print(f"\nseed {seed}: {kills} kills of fits, {at_write} while a checkpoint was written; {fits} fits, all equal")
     kills, runs = kill_runs(tiny, tmp_path / "runs", 20, seed)
     print(f"{kills} kills of train, {runs} runs, all equal")
+
+
+# --- one process at a time
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("id\tcomment\tlabel\n" + LINES, encoding="utf-8")
+    return path
+
+
+def train(tiny, file, out, *more, status=0):
+    """`train` in this process; its one line on standard error when it fails."""
+    arguments = ["train", file, "--preset", tiny, "--epochs", 2, "--rank", 4, "--batch-size", 4, "--max-length", 32]
+    result = CliRunner().invoke(app, [str(part) for part in [*arguments, "--quiet", "--out", out, *more]])
+    assert result.exit_code == status, (result.stdout, result.stderr, result.exception)
+    lines = result.stderr.splitlines()
+    if status:
+        assert len(lines) == 1 and lines[0].startswith("error: ") and 20 < len(lines[0]) < 600, result.stderr
+    return lines[0] if lines else result.stdout
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@posix
+def test_second_process_is_refused_and_a_killed_one_blocks_nobody(tiny, rows_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", rows_file, "--preset", tiny, "--epochs", 100_000, "--rank", 4, "--batch-size", 4,
+                 "--max-length", 32, "--out", out]  # fmt: skip
+    first = start({"train": [str(part) for part in arguments]})
+    try:
+        assert first.stdout.readline() == "training\n"
+        for more in ([], ["--resume"]):
+            assert "Another process is writing to" in train(tiny, rows_file, out, *more, status=2)
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    assert (tmp_path / ".run.lock").exists()  # the killed process could not remove it
+    assert "epochs was 100000 and is 2" in train(tiny, rows_file, out, "--resume", status=2)
+    assert "is discarded" in train(tiny, rows_file, out)  # without --resume it starts anew
+    train(tiny, rows_file, tmp_path / "peace")
+    same_run(out, tmp_path / "peace")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["peace", "rows.tsv", "run"]
+
+
+def test_a_lock_is_held_once_and_let_go(tmp_path):
+    with checkpoint.hold(tmp_path / "lock", "it"):
+        with pytest.raises(RunError, match="is writing to it"), checkpoint.hold(tmp_path / "lock", "it"):
+            pass
+        assert (tmp_path / "lock").exists()
+    with pytest.raises(KeyError), checkpoint.hold(tmp_path / "lock", "it"):
+        raise KeyError
+    assert not (tmp_path / "lock").exists()
+
+
+@posix
+def test_a_folder_without_locks_works_with_a_warning(tmp_path, monkeypatch):
+    def unsupported(*rest):
+        raise OSError(checkpoint.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="No locks available"), checkpoint.hold(tmp_path / "lock", "it"):
+        pass
+
+
+def test_two_fits_on_one_checkpoint(base, tmp_path):
+    stopped(base, tmp_path, 3)
+    (folder,) = tmp_path.iterdir()
+    with checkpoint.hold(folder.with_suffix(".lock"), folder), pytest.raises(RunError, match="Another process"):
+        resumed(base, tmp_path)
+    assert resumed(base, tmp_path)[1].seen
+
+
+# --- full disks, folders that are read-only
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and a function that sets its size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root on Linux")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def after_saves(monkeypatch, number, what):
+    """Do something after so many checkpoints."""
+    count, real = [0], training.save_checkpoint
+
+    def save(*rest):
+        count[0] += 1
+        if count[0] == number + 1:
+            what()
+        real(*rest)
+
+    monkeypatch.setattr(training, "save_checkpoint", save)
+
+
+def test_disk_that_fills_up_in_training(small_disk, tiny, rows_file, tmp_path, monkeypatch):
+    disk, resize = small_disk
+    train(tiny, rows_file, tmp_path / "peace")
+    before = {}
+
+    def fill():
+        before.update(files(disk))
+        with pytest.raises(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        after_saves(patch, 7, fill)
+        line = train(tiny, rows_file, disk / "run", status=1)
+    assert "No space left" in line and "the one before is kept" in line
+    (disk / "filler").unlink()
+    after = files(disk)
+    assert {name: data for name, data in before.items() if name.startswith("run/") and ".lock" not in name} == after
+    assert any(name.endswith("/checkpoint.json") for name in after)
+    train(tiny, rows_file, disk / "run", "--resume")
+    same_run(disk / "run", tmp_path / "peace")
+
+
+def test_disk_full_from_the_first_checkpoint_leaves_nothing(small_disk, tiny, rows_file, tmp_path, monkeypatch):
+    disk, resize = small_disk
+    after_saves(monkeypatch, 0, lambda: resize("12k"))
+    assert "No space left" in train(tiny, rows_file, disk / "run", status=1)
+    resize("64m")
+    assert files(disk) == {} and list(disk.iterdir()) == []
+
+
+def test_folder_made_read_only_in_training(tiny, rows_file, tmp_path, monkeypatch):
+    """As root, as another user: permissions do not hold root back."""
+    if os.name == "nt":
+        pytest.skip("permissions of POSIX")
+    train(tiny, rows_file, tmp_path / "peace")
+    for path in [Path(tiny), tmp_path, *tmp_path.parents]:  # the other user must come as far as here
+        if not path.stat().st_mode & 0o001 and path.owner() == "root" and os.geteuid() == 0:
+            path.chmod(path.stat().st_mode | 0o011)
+    home = tmp_path / "home"
+    home.mkdir()
+    out, before = home / "run", {}
+
+    def lock_up():
+        before.update(files(out))
+        for folder in (out, out / "checkpoint", *out.glob("checkpoint/fit-*")):
+            folder.chmod(0o555)
+
+    is_root = os.geteuid() == 0
+    if is_root:
+        home.chmod(0o777)
+        os.seteuid(65534)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+            after_saves(patch, 7, lock_up)
+            line = train(tiny, rows_file, out, status=1)
+        assert "Permission denied" in line
+        assert {name: data for name, data in files(out).items() if not name.endswith(".lock")} == {
+            name: data for name, data in before.items() if not name.endswith(".lock")}  # fmt: skip
+        for folder in (out, out / "checkpoint", *out.glob("checkpoint/fit-*")):
+            folder.chmod(0o755)
+        train(tiny, rows_file, out, "--resume")
+    finally:
+        if is_root:
+            os.seteuid(0)
+    same_run(out, tmp_path / "peace")
+
+
+# --- runs that are resumed, replaced and repeated
+
+
+def interrupt(*rest):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def unfinished(tiny, rows_file, tmp_path, monkeypatch):
+    """A run that was stopped in its first fit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        after_saves(patch, 3, interrupt)
+        arguments = ["train", rows_file, "--preset", tiny, "--epochs", 2, "--rank", 4, "--batch-size", 4,
+                     "--max-length", 32, "--out", tmp_path / "run"]  # fmt: skip
+        result = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert result.exit_code in (1, 130) and "--resume" in result.stderr
+    return tmp_path / "run"
+
+
+CHANGES = {
+    "seed": (["--seed", 3], "seed was 0 and is 3"),
+    "rate": (["--learning-rate", 0.1], "learning_rate was"),
+    "refit": (["--no-refit"], "refit was true and is false"),
+    "template": (["--template", "{instruction} -> {response}"], "template was"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_resume_with_other_options_is_refused(what, unfinished, tiny, rows_file):
+    options, named = CHANGES[what]
+    before = files(unfinished)
+    assert named in train(tiny, rows_file, unfinished, "--resume", *options, status=2)
+    assert files(unfinished) == before
+
+
+def test_resume_with_other_data_or_base_is_refused(unfinished, tiny, rows_file, tmp_path):
+    before = files(unfinished)
+    other = tmp_path / "other.tsv"
+    other.write_text(rows_file.read_text().replace("맛있어요 0", "맛없어요 0"))
+    assert "data was" in train(tiny, other, unfinished, "--resume", status=2)
+    other.write_text(rows_file.read_text() + "99\t하나 더\t1\n")
+    assert "rows was 60 and is 61" in train(tiny, other, unfinished, "--resume", status=2)
+    base = tiny_gemma(tmp_path / "base", seed=5)
+    assert "base" in train(base, rows_file, unfinished, "--resume", status=2)
+    assert files(unfinished) == before
+
+
+@pytest.mark.parametrize("name", ["plan.json", "checkpoint.json", "state"])
+def test_resume_of_a_damaged_run_is_refused(name, unfinished, tiny, rows_file):
+    (path,) = unfinished.rglob(f"{name}*")
+    path.write_bytes(path.read_bytes()[:-7])
+    before = files(unfinished)
+    line = train(tiny, rows_file, unfinished, "--resume", status=2)
+    assert "damaged" in line and path.name in line and files(unfinished) == before
+
+
+def test_a_folder_named_checkpoint_of_the_users_is_left_alone(tiny, rows_file, tmp_path):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "mine.txt").write_text("mine")
+    for more in ([], ["--resume"]):
+        assert "is not of an unfinished run" in train(tiny, rows_file, tmp_path / "run", *more, status=2)
+    assert files(tmp_path / "run") == {"checkpoint/mine.txt": b"mine"}
+
+
+def test_a_run_that_cannot_be_trained_leaves_nothing(tiny, rows_file, tmp_path):
+    line = train(tiny, rows_file, tmp_path / "run", "--learning-rate", 1e30, status=2)
+    assert "is not finite" in line and "of epoch 1" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.tsv"]
+
+
+def test_a_killed_training_over_a_finished_run_is_resumed(unfinished, tiny, rows_file, tmp_path):
+    train(tiny, rows_file, tmp_path / "old", "--seed", 7)
+    shutil.copytree(unfinished / "checkpoint", tmp_path / "old" / "checkpoint")
+    train(tiny, rows_file, tmp_path / "old", "--resume")
+    train(tiny, rows_file, tmp_path / "peace")
+    same_run(tmp_path / "old", tmp_path / "peace")
+    assert "finished" in train(tiny, rows_file, tmp_path / "old", "--resume")
+
+
+def test_run_json_goes_last(unfinished, tmp_path):
+    from gemma_lora_sentiment.cli import _move_into
+
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, text in ((new, "new"), (old, "old")):
+        (folder / "z").mkdir(parents=True)
+        for name in ("adapter_model.safetensors", "run.json", "z/last.png"):
+            (folder / name).write_text(text)
+    (old / "z" / "last.png").unlink()
+    (old / "z" / "last.png").mkdir()  # this one cannot be replaced
+    with pytest.raises(OSError):
+        _move_into(new, old)
+    assert not (old / "run.json").exists() and (old / "adapter_model.safetensors").read_text() == "new"
+    (old / "z" / "last.png").rmdir()
+    _move_into(new, old)
+    assert {data for data in files(old).values()} == {b"new"} and not new.exists()
+
+
+def test_repeating_a_run_gives_its_bits_and_refuses_other_rows(tiny, rows_file, tmp_path):
+    train(tiny, rows_file, tmp_path / "one", "--no-refit", "--seed", 4, "--class-weight", "balanced")
+    again = ["train", "--from", tmp_path / "one" / "run.json", "--quiet", "--out"]
+    result = CliRunner().invoke(app, [str(part) for part in [*again, tmp_path / "two"]])
+    assert (result.exit_code, result.stderr) == (0, "")
+    same_run(tmp_path / "two", tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
+    assert {**one, "finished": ""} == {**two, "finished": ""}
+    assert {"data", "settings", "recipe", "versions", "device", "dtype", "base_fingerprint"} <= set(one)
+    other = tmp_path / "other.tsv"
+    for text, named in ((LINES + "99\t하나 더\t1\n", "61 rows"), (LINES.replace("\t1\n", "\t2\n"), "labels")):
+        other.write_text("id\tcomment\tlabel\n" + text, encoding="utf-8")
+        arguments = ["train", other, *again[1:], tmp_path / "three"]
+        result = CliRunner().invoke(app, [str(part) for part in arguments])
+        assert result.exit_code == 2 and named in result.stderr and "60 rows" in result.stderr
+        assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "three").exists()
+
+
+def test_repeating_a_run_of_another_version(tiny, rows_file, tmp_path):
+    """Its recipe's numbers are used, and the user is told."""
+    train(tiny, rows_file, tmp_path / "one")
+    run = json.loads((tmp_path / "one" / "run.json").read_text())
+    run["recipe"]["weight_decay"], run["versions"]["jax"] = 0.5, "0.4.1"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    arguments = ["train", "--from", tmp_path / "run.json", "--quiet", "--out", tmp_path / "two"]
+    result = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert result.exit_code == 0 and "the run had jax 0.4.1" in result.stderr
+    settings = json.loads((tmp_path / "two" / "run.json").read_text())["settings"]
+    assert settings["weight_decay"] == 0.5 and settings["learning_rate"] == "auto"
+    run["base_fingerprint"] = "0" * 64
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    result = CliRunner().invoke(app, [str(part) for part in [*arguments[:-1], tmp_path / "three"]])
+    assert result.exit_code == 2 and "is not the one of the run" in result.stderr
+
+
+def test_there_is_nothing_to_train_on(tmp_path):
+    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2 and "Give FILE" in result.stderr
+
+
+# --- guards
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit_at_its_batch(base, monkeypatch):
+    real, seen = training.BatchSequence.__getitem__, Stop(-1)
+
+    def spoiled(self, index):
+        batch, targets, weights = real(self, index)
+        return batch, targets, weights * np.float32(np.nan if (self.epoch, index) == (1, 2) else 1)
+
+    monkeypatch.setattr(training.BatchSequence, "__getitem__", spoiled)
+    with pytest.raises(RunError, match=r"The loss of batch 3 of epoch 2 is not finite \(nan\), computed in float32"):
+        fit(base, callbacks=[seen])
+    assert (1, 1) in seen.seen and (2, 0) not in seen.seen
+
+
+def test_a_step_that_does_not_move_the_adapter_ends_the_fit(base, monkeypatch):
+    monkeypatch.setattr(training.AdjustableAdamW, "set_numbers", lambda self, *rest: self._learning_rate.assign(0.0))
+    seen = Stop(-1)
+    with pytest.raises(RunError, match="did not move in step 1 of epoch 1, computed in float32"):
+        fit(base, callbacks=[seen])
+    assert seen.seen == []  # ended before the callbacks heard of the step
+
+
+def test_a_batch_without_weight_may_leave_the_adapter_where_it_is(base):
+    plan = training.BatchSequence(ROWS, (16,), 2, seed=0).plan(0)
+    weights = np.ones(10, np.float32)
+    weights[plan[0][1]] = 0
+    assert fit(base, rows=replace(ROWS, weights=weights))[1].loss.gt(0).all()
+
+
+@pytest.mark.parametrize("message, named", [
+    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes.", "68719476736 bytes"),
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 12.50GiB [tf-allocator]", "12.50 GiB"),
+    ("RESOURCE_EXHAUSTED: Failed to load program", "estimated"),
+])  # fmt: skip
+@pytest.mark.parametrize("at", [1, 7])
+def test_out_of_memory_says_what_was_needed_and_what_to_lower(message, named, at, base, monkeypatch):
+    good = fit(base)
+
+    class Full(keras.callbacks.Callback):
+        left = at
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.left -= 1
+            if not self.left:
+                raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(OutOfMemory) as error:
+        fit(base, callbacks=[Full()])
+    line = str(error.value)
+    assert isinstance(error.value, RunError) and isinstance(error.value, MemoryError) and "\n" not in line
+    assert named in line and "total 0.00 GB" in line and "activations" in line
+    assert "batch_size=2" in line and "Lower batch_size or max_length, or use quantization='int8'." in line
+    assert same_bits(good, fit(base))  # the base is as it was
+
+
+def test_other_errors_of_the_device_stay_what_they_are(base):
+    class Broken(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no memory of it")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fit(base, callbacks=[Broken()])
+
+
+def test_out_of_memory_in_the_shell_is_status_1(tiny, rows_file, tmp_path, monkeypatch):
+    def full(*rest):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
+
+    monkeypatch.setattr(training._Guard, "step", full)
+    line = train(tiny, rows_file, tmp_path / "run", status=1)
+    assert "Out of memory at batch_size=4" in line and sorted(path.name for path in tmp_path.iterdir()) == ["rows.tsv"]
