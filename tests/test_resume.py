@@ -628,9 +628,9 @@ def small_disk(tmp_path):
     folder.mkdir()
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root on Linux")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
     try:
         yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
     finally:
@@ -678,7 +678,7 @@ def test_disk_full_from_the_first_checkpoint_leaves_nothing(small_disk, tiny, ro
     disk, resize = small_disk
     after_saves(monkeypatch, 0, lambda: resize("12k"))
     assert "No space left" in train(tiny, rows_file, disk / "run", status=1)
-    resize("64m")
+    resize("16m")
     assert files(disk) == {} and list(disk.iterdir()) == []
 
 
