@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import os
 import pickle
 import random
 import threading
@@ -22,11 +21,6 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_pre
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
-
-# One compilation of a program is enough for all tests and their subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what they cost
 
 from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment import classifier as room

@@ -17,11 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-# One compilation of a program is enough for all tests and their subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
 import safetensors.numpy
 from typer.testing import CliRunner
 
