@@ -162,7 +162,9 @@ class _Settings:
             raise ModelError(f"loss_on={self.loss_on!r} is not one of auto, response, text.")
         if self.patience is not None and not self.validation_fraction:
             raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
-        for name in ("checkpoint_dir", "devices", "strategy"):
+        if not isinstance(self.checkpoint_dir, str | Path | None):
+            raise ModelError(f"checkpoint_dir={self.checkpoint_dir!r} must be None or the path of a folder.")
+        for name in ("devices", "strategy"):
             if getattr(self, name) is not None:
                 raise ModelError(f"{name} is not available in version {__version__}. Leave it None.")
 
@@ -218,10 +220,14 @@ class _Fitting:
         y: Sequence[Any],  # n labels
         sample_weight: Sequence[float] | None = None,  # (n,), of each row, on top of class_weight
     ) -> GemmaLoraClassifier:
-        """Fine-tune; every call starts from the untrained adapter.
+        """Fine-tune; every call starts from the untrained adapter, or ends what a killed one began.
+
+        With `checkpoint_dir`, a fit of the same data and settings goes on from its checkpoint, and a finished one is
+        read: the result has the same bits, on the CPU. What `callbacks` remember themselves is not in a checkpoint.
 
         Raises `DataError` for comments, labels, template or words that cannot work, `ModelError` for parameters,
-        `RunError` when training does not converge to finite numbers.
+        `RunError` when training does not converge to finite numbers, memory is short (then it is a `MemoryError`
+        too), or a checkpoint is damaged or in use; `OSError` when none can be written.
         """
         comments = _check_comments(X)
         if not comments:
@@ -243,7 +249,8 @@ class _Fitting:
                 adapter, history, buckets = train_adapter(
                     base, start, rows, words, recipe, validation=validation, patience=self.patience,
                     lora_dropout=self.lora_dropout, seed=self.seed, callbacks=self.callbacks or (),
-                    progress=print_progress if self.verbose else None,
+                    progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
+                    settings={"template": self.template, "labels": list(map(str, classes)), "words": list(words.words)},
                 )  # fmt: skip
             finally:
                 for callback in self.callbacks or ():
@@ -504,7 +511,7 @@ class GemmaLoraClassifier(
         validation_fraction: float = 0.0,  # share of the rows held out to choose the best epoch
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
-        checkpoint_dir: str | Path | None = None,  # reserved for exact resume
+        checkpoint_dir: str | Path | None = None,  # for a folder a fit, from which a killed one goes on
         devices: int | Sequence[Any] | None = None,  # reserved for several devices
         strategy: str | None = None,  # reserved for several devices
         seed: int = 0,

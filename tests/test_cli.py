@@ -17,11 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-# One compilation of a program is enough for all tests and their subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
 import safetensors.numpy
 from typer.testing import CliRunner
 
@@ -997,7 +992,7 @@ def test_error_of_a_process_is_one_line(tmp_path, trained):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
-def test_interrupted_training_leaves_nothing(sent, tmp_path, good, tiny, run):
+def test_interrupted_training_leaves_only_its_checkpoint(sent, tmp_path, good, tiny, run):
     before = tree(tmp_path)
     arguments = [*map(str, train_arguments(tiny, good, 1_000_000)), "--out", str(run)]
     # A test run in the background passes on that Ctrl-C is ignored.
@@ -1026,7 +1021,12 @@ def test_interrupted_training_leaves_nothing(sent, tmp_path, good, tiny, run):
     after = [line for line in said if not line.startswith("epoch ")]
     assert not any("Traceback" in line for line in after), "".join(after)
     assert status in ((1, 130) if sent == signal.SIGINT else (1, 143, -signal.SIGTERM))
-    assert tree(tmp_path) == before
+    assert "--resume" in "".join(after)
+    left = tree(tmp_path)
+    added = {name for name in left if name not in before}
+    assert {name: data for name, data in left.items() if name in before} == before
+    assert any(name.endswith("/checkpoint.json") for name in added)
+    assert all(Path(name).parts[:2] == (run.name, "checkpoint") for name in added), added
 
 
 # --- the real comments ----------------------------------------------------------------------------------------------

@@ -32,13 +32,14 @@ ROOM_IMPORTS = {
     "prompt": {"data"},
     "model": set(),
     "adapter": {"model"},
-    "training": {"prompt", "model", "adapter"},
-    "classifier": {"data", "prompt", "model", "adapter", "training"},
+    "checkpoint": {"adapter"},
+    "training": {"prompt", "model", "adapter", "checkpoint"},
+    "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
     "cli": {
-        *("data", "prompt", "model", "adapter", "training"),
+        *("data", "prompt", "model", "adapter", "checkpoint", "training"),
         *("classifier", "evaluation", "submission", "pretraining"),
     },
 }
