@@ -786,12 +786,12 @@ def summarize(
     first = measured[0] if measured else None
     return {"epoch": steady, "first_epoch": first, "fit": fit, "process": process, "extrapolated": cut}
 
-# %% ../nbs/10_benchmark.ipynb #9377a9d7
+# %% ../nbs/10_benchmark.ipynb #131eecd3
 _COLUMNS = {  # name in the result -> heading, decimals
     "epoch": ("epoch (s)", 3), "first_epoch": ("first epoch (s)", 2), "fit_cold": ("fit, cold (s)", 1),
     "fit_warm": ("fit, warm (s)", 1), "process_cold": ("process, cold (s)", 1),
     "process_warm": ("process, warm (s)", 1), "predict": ("predict (s)", 3), "rows_per_second": ("rows scored/s", 0),
-    "peak_gb": ("peak memory (GB)", 2), "utilisation": ("FLOP utilisation", 3),
+    "peak_gb": ("peak memory (GB)", 2), "utilisation": ("FLOP utilisation", 4),
 }  # fmt: skip
 
 
