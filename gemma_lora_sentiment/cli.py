@@ -30,7 +30,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
            'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'train', 'cross_validate', 'evaluate',
-           'predict', 'submit', 'info', 'quickstart', 'pretrain']
+           'predict', 'submit', 'info', 'quickstart', 'pretrain', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 def _one_line(error: BaseException) -> str:
@@ -787,3 +787,39 @@ def pretrain(
             progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True), start=start,
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
+
+# %% ../nbs/11_cli.ipynb #fcbdba3e
+@app.command()
+@_guarded
+def benchmark(
+    shape: Annotated[str, typer.Option(help="tiny, mini_ko or gemma_2b, with random weights.")] = "mini_ko",
+    systems: Annotated[str | None, typer.Option(help="Names: ours,peft,tutorial for example. By default all.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to train on.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Rows a step, of ours and of PEFT.")] = 16,
+    epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 5,
+    dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    file: Annotated[str | None, typer.Option(help="Comments to take the rows from, instead of drawing them.")] = None,
+    memory_limit: Annotated[float | None, typer.Option(help="GB of GPU memory for a process; a T4: 15.8.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds a process may take.")] = 180.0,
+    sweep: Annotated[str | None, typer.Option(help="Cost against size as well: rows,length,batch or all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, benchmark.tsv and figures.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Time this package, the tutorial's recipe and PEFT on the same rows."""
+    from gemma_lora_sentiment.benchmark import SWEEPS, BenchmarkSettings, run_benchmark
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file. Give a folder.")
+    settings = BenchmarkSettings(
+        shape=shape, rows=rows, batch_size=batch_size, epochs=epochs, dtype=dtype, quantization=quantization, file=file,
+        memory_limit=memory_limit, time_limit=time_limit, seed=seed,
+    )  # fmt: skip
+    chosen, kinds = (None if names is None else [n for n in names.split(",") if n] for names in (systems, sweep))
+    result = run_benchmark(
+        settings, chosen, out, SWEEPS if sweep == "all" else {kind: SWEEPS.get(kind, ()) for kind in kinds or ()},
+        say=lambda text: print(text, flush=True), progress=lambda text: _say(quiet, text),
+    )  # fmt: skip
+    if any(run.get("failed") for runs in result["systems"].values() for run in runs.values()):
+        raise typer.Exit(1)

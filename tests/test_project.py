@@ -38,9 +38,10 @@ ROOM_IMPORTS = {
     "evaluation": set(),
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
+    "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "model", "adapter", "checkpoint", "training"),
-        *("classifier", "evaluation", "submission", "pretraining"),
+        *("classifier", "evaluation", "submission", "pretraining", "benchmark"),
     },
 }
 ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "submission"]
