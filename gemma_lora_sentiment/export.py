@@ -54,7 +54,7 @@ def _model_type(backbone: keras.Model) -> str:
         return "gemma2"
     capped = backbone.attention_logit_soft_cap or backbone.final_logit_soft_cap
     if capped or backbone.use_sliding_window_attention or not backbone.query_head_dim_normalize:
-        raise _refuse("it has soft caps, a sliding window or another attention scale, and no normalization after layers")
+        raise _refuse("it has soft caps, sliding windows or another attention scale, but no norms after its layers")
     return "gemma"
 
 # %% ../nbs/03b_export.ipynb #ex0007ab
@@ -285,9 +285,16 @@ def _reloaded_logits(folder: Path, prompts: Sequence[np.ndarray]) -> list[np.nda
     import torch
     import transformers
 
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
-    )
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
+            local_files_only=True,
+        )  # fmt: skip
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     if wrong := [name for names in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[names]]:
         raise RunError(f"Transformers found tensor {wrong[0]} missing or out of place; nothing was exported.")
     model = model.eval()
@@ -302,8 +309,9 @@ def _largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
 
 # %% ../nbs/03b_export.ipynb #ex0024ab
 _TEXTS = (
-    "국물이 진하고  좋았어요 또 갈게요!! 10점", "맛이 없어요ㅠㅠ 다시는 안 가요…\n\n비추", " Great food, terrible service :) 😋☕",
-    "뷁\t쉙 ㅋㅋㅋㅋ <b>100%</b> naïve", "Instruction:\n맛있어요\n\nResponse:\n",
+    "국물이 진하고  좋았어요 또 갈게요!! 10점", "맛이 없어요ㅠㅠ 다시는 안 가요…\n\n비추",
+    " Great food, terrible service :) 😋☕", "뷁\t쉙 ㅋㅋㅋㅋ <b>100%</b> naïve",
+    "Instruction:\n맛있어요\n\nResponse:\n",
 )  # fmt: skip
 
 

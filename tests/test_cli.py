@@ -29,7 +29,7 @@ from gemma_lora_sentiment import GemmaLoraClassifier, __version__, read_comments
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.model import tiny_gemma
 
-COMMANDS = ("quickstart", "train", "cross-validate", "evaluate", "predict", "submit", "info", "pretrain")
+COMMANDS = ("quickstart", "train", "cross-validate", "evaluate", "predict", "submit", "info", "pretrain", "export")
 METRICS = {"accuracy", "macro_f1", "roc_auc", "log_loss", "n", "classes", "baseline_accuracy", "seconds"}
 PHRASES = ("맛있어요", "별로예요", "또 갈게요", "실망했어요", "친절해요", "다시는 안 가요")
 ROWS = [(str(10 + i), f"{PHRASES[i % 6]} {i}", str(1 - i % 2)) for i in range(24)]

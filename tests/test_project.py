@@ -32,6 +32,7 @@ ROOM_IMPORTS = {
     "prompt": {"data"},
     "model": set(),
     "adapter": {"model"},
+    "export": {"model", "adapter"},
     "training": {"prompt", "model", "adapter"},
     "classifier": {"data", "prompt", "model", "adapter", "training"},
     "evaluation": set(),
@@ -39,7 +40,7 @@ ROOM_IMPORTS = {
     "pretraining": {"model", "prompt"},
     "cli": {
         *("data", "prompt", "model", "adapter", "training"),
-        *("classifier", "evaluation", "submission", "pretraining"),
+        *("classifier", "evaluation", "submission", "pretraining", "export"),
     },
 }
 ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "submission"]
