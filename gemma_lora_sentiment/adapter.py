@@ -211,11 +211,12 @@ def check_files(
 ) -> None:
     "Raise `RunError` naming the first file that is missing, or not as it was saved."
     folder = Path(folder)
-    lines = _read(folder / _SUMS).decode("latin-1").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    text = _read(folder / _SUMS).decode("latin-1")
+    is_whole = re.fullmatch(r"([0-9a-f]{64} [ *][^\n]+\n)+", text)
+    sums = {line[66:]: line[:64] for line in text.split("\n")} if is_whole else {}
     for name in names:
-        now, saved = _digest(_read(folder / name)), sums.get(name, "")
-        if not re.fullmatch("[0-9a-f]{64}", saved):
+        now, saved = _digest(_read(folder / name)), sums.get(name)
+        if saved is None:
             raise RunError(f"{folder / _SUMS} is damaged (it has no digest of {name}); restore it.")
         if now != saved:
             raise RunError(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -16,6 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIM
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what they cost
 
+from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment.adapter import (
     Adapter,
     RunError,
@@ -322,8 +324,10 @@ def test_tensors_beside_the_projections_are_refused(embedding, folder, base):
 ], ids=str)  # fmt: skip
 def test_an_adapter_of_a_base_of_other_shape_is_refused(other, folder, base):
     config = {**base.backbone.get_config(), **other}
-    names = ("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim",
-             "head_dim")  # fmt: skip
+    names = (
+        "vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim",
+        "head_dim",
+    )  # fmt: skip
     backbone = keras_nlp.models.GemmaBackbone(**{name: config[name] for name in names})
     assert_refused(folder, Base("other", backbone, base.tokenizer_proto, "float32"))
 
@@ -530,3 +534,110 @@ def test_layers_that_one_block_lacks_are_left_alone(base, tmp_path):
     saved = save_adapter(tmp_path / "again", loaded, "tiny")
     assert json.loads((saved / CONFIG).read_text())["target_modules"] == ["layers.1.self_attn.q_proj"]
     assert load_adapter(saved, base).rank == loaded.rank
+
+
+# --- saved runs
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BASE_OF_RUNS = FIXTURES / "hf_gemma"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_runs_of_every_format_still_load(version):
+    folder = FIXTURES / f"run_format{version}"
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    clf = GemmaLoraClassifier.load(folder, preset=str(BASE_OF_RUNS))
+    assert json.loads((folder / "classifier.json").read_text())["format"] == version
+    assert clf.classes_.tolist() == ["neg", "pos"] and clf.words_.words == ("bad", "good")
+    np.testing.assert_allclose(clf.predict_proba(expected["comments"]), expected["probabilities"], atol=1e-5)
+
+
+def cut(data, rng):
+    return data[: int(rng.integers(len(data)))]
+
+
+def flip(data, rng):
+    flipped = bytearray(data)
+    for place in rng.integers(0, len(data), int(rng.integers(1, 4))):
+        flipped[place] ^= 1 << int(rng.integers(8))
+    return bytes(flipped) if bytes(flipped) != data else flip(data, rng)
+
+
+def of_tensors(change):
+    def damage(data, rng):
+        tensors = safetensors.numpy.load(data)
+        name = sorted(tensors)[int(rng.integers(len(tensors)))]
+        return safetensors.numpy.save(change(tensors, name, rng), {"format": "pt"})
+
+    return damage
+
+
+def without(tensors, name, rng):
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+def of_wrong_shape(tensors, name, rng):
+    value = tensors[name]
+    shapes = [value.T.copy(), value[:-1], value[:, :-1], value.reshape(-1), np.concatenate([value, value])]
+    shapes = [shape for shape in shapes if shape.shape != value.shape]
+    return {**tensors, name: shapes[int(rng.integers(len(shapes)))]}
+
+
+def of_wrong_dtype(tensors, name, rng):
+    dtype = rng.choice(["float16", "float64", "int32", "uint8"])
+    return {key: value.astype(dtype) if key == name or rng.random() < 0.3 else value for key, value in tensors.items()}
+
+
+DAMAGE = [
+    *((cut, name) for name in (TENSORS, CONFIG, "classifier.json", SUMS)),
+    *((flip, name) for name in (TENSORS, CONFIG, "classifier.json", SUMS)),
+    *((of_tensors(change), TENSORS) for change in (without, of_wrong_shape, of_wrong_dtype)),
+]
+
+
+def damaged_runs(tmp_path, first, last):
+    "Damage the saved run in different ways; each must be refused in one line, and none loaded."
+    messages = []
+    for number in range(first, last):
+        damage, name = DAMAGE[number % len(DAMAGE)]
+        run = tmp_path / f"run{number}"
+        shutil.copytree(FIXTURES / "run_format2", run)
+        (run / name).write_bytes(damage((run / name).read_bytes(), np.random.default_rng(number)))
+        with pytest.raises(RunError) as error:
+            GemmaLoraClassifier.load(run, preset=str(BASE_OF_RUNS))
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 600 and f"run{number}" in message, message
+        messages.append(message)
+    return messages
+
+
+def test_40_damaged_runs_are_refused(tmp_path):
+    assert len(damaged_runs(tmp_path, 0, 40)) == 40
+
+
+@pytest.mark.slow
+def test_200_damaged_runs_are_refused(tmp_path):
+    print(f"{len(damaged_runs(tmp_path, 0, 200))} damaged runs, all refused")
+
+
+def test_tensors_damaged_before_the_digests_were_made_are_refused_too(tmp_path):
+    "What a digest cannot tell: a file that was already wrong."
+    for number, change in enumerate((without, of_wrong_shape)):
+        run = tmp_path / f"run{number}"
+        shutil.copytree(FIXTURES / "run_format2", run)
+        data = of_tensors(change)((run / TENSORS).read_bytes(), np.random.default_rng(0))
+        names = ("classifier.json", CONFIG)
+        save_files(run, {TENSORS: data, **{name: (run / name).read_bytes() for name in names}})
+        with pytest.raises(RunError, match="is missing|the base need"):
+            GemmaLoraClassifier.load(run, preset=str(BASE_OF_RUNS))
+
+
+def test_a_base_of_the_same_shape_and_other_weights_is_refused(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(BASE_OF_RUNS, base)
+    tensors = safetensors.numpy.load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + np.float32(1e-3)
+    safetensors.numpy.save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match="is not the one this classifier was fitted on"):
+        GemmaLoraClassifier.load(FIXTURES / "run_format2", preset=str(base))

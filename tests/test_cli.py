@@ -1,5 +1,6 @@
 """What would bore a reader of 11_cli: bad files, options and folders, full disks, Ctrl-C, what each command writes."""
 
+import hashlib
 import json
 import math
 import os
@@ -340,7 +341,11 @@ def rewrite(path, **changes):
         for name in outer:
             inner = inner[name]
         inner[last] = value
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_text(json.dumps(content), encoding="utf-8")
+    sums = path.parent / "SHA256SUMS"  # as someone would who edits on purpose, or the digest alone were refused
+    if sums.is_file():
+        sums.write_text(sums.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
 def with_classifier(**changes):
@@ -596,7 +601,7 @@ def test_train_writes_a_whole_run(trained):
     run = trained / "run"
     names = {name for name, data in tree(run).items() if data is not None}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
         "history.csv", "wrong.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png", "figures/roc.png",
         "figures/scores.png", "figures/training_curves.png",
     }  # fmt: skip
