@@ -22,11 +22,11 @@ from . import __version__
 from gemma_lora_sentiment.adapter import (
     Adapter,
     RunError,
-    adapter_settings,
+    adapter_files,
+    check_files,
     load_adapter,
     new_adapter,
-    save_adapter,
-    write_atomically,
+    save_files,
 )
 from .data import DataError, split_comments
 from .model import Base, ModelError, load_base
@@ -411,12 +411,15 @@ class _Persistence:
         self,
         folder: str | Path,
     ) -> Path:  # the folder
-        "Write `adapter_config.json`, `adapter_model.safetensors` and `classifier.json`. Raises `OSError` if it cannot."
+        """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`, `classifier.json` and `SHA256SUMS`.
+
+        Raises `OSError` if it cannot; then what was saved there before is intact.
+        """
         check_is_fitted(self, "adapter_")
         parameters = self.get_params(deep=False)
         unsaved = ("callbacks", "label_words")
         description = {
-            "format": 1,
+            "format": 2,
             "version": __version__,
             "parameters": {name: _jsonable(value) for name, value in parameters.items() if name not in unsaved},
             "classes": {"dtype": self.classes_.dtype.kind, "values": [_plain(label) for label in self.classes_]},
@@ -429,22 +432,23 @@ class _Persistence:
             "base_fingerprint": self.base_fingerprint_,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        save_adapter(folder, self.adapter_, str(self.preset))
-        write_atomically(Path(folder) / "classifier.json", text)
-        return Path(folder)
+        return save_files(folder, {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text})
 
     @classmethod
     def load(
         cls,
         folder: str | Path,  # written by `save`
         preset: str | None = None,  # where the base is now, when it has moved
+        verify: bool = True,  # False: take files that were edited since they were saved
     ) -> GemmaLoraClassifier:  # fitted
-        "Read a saved classifier. Raises `RunError` for a missing or damaged file, or another base."
+        "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
         path = Path(folder) / "classifier.json"
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["format"] != 1:
-                raise ValueError(f"format {saved['format']!r}, this version reads format 1")
+            if saved["format"] not in (1, 2):
+                raise ValueError(f"format {saved['format']!r}, this version reads formats 1 and 2")
+            if verify and (saved["format"] == 2 or (path.parent / "SHA256SUMS").is_file()):
+                check_files(folder, ("classifier.json", "adapter_config.json", "adapter_model.safetensors"))
             parameters, label_kind = dict(saved["parameters"]), saved["classes"]["dtype"]
             if isinstance(parameters.get("class_weight"), list):
                 parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
@@ -472,13 +476,45 @@ class _Persistence:
         clf.label_words = dict(zip(labels, words, strict=True)) if words != [str(label) for label in labels] else None
         try:
             base = clf._loaded_base()
-            rank, _, targets = adapter_settings(folder)
-            clf.adapter_ = load_adapter(folder, base.scorer(targets, rank))
+            clf.adapter_ = load_adapter(folder, base, verify)
             tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
             clf.words_ = label_words(labels, tokenizer, template, clf.label_words)
         except (DataError, ModelError) as error:
             raise type(error)(f"{folder} cannot be loaded: {error}") from None
         return clf
+
+    @classmethod
+    def from_peft(
+        cls,
+        folder: str | Path,  # adapter_config.json and adapter_model.safetensors, as PEFT saves them
+        labels: Sequence[Any],  # the classes
+        preset: str | None = None,  # the base it was trained on; by default the one that its configuration names
+        **parameters: Any,  # of the classifier: template, label_words, max_length, dtype, quantization
+    ) -> GemmaLoraClassifier:  # fitted
+        """Classify with an adapter that Hugging Face PEFT trained.
+
+        Give the template and label words that it was trained with. Raises `RunError` for a damaged adapter, or one
+        that sets what this package does not compute, `DataError` and `ModelError` for labels, words and parameters.
+        """
+        clf = cls(preset=_base_of_peft(folder) if preset is None else preset, **parameters)
+        classes, _ = _check_labels(list(labels), len(list(labels)))
+        base, clf.recipe_name_, recipe, clf.words_, _ = clf._prepared(classes)
+        clf.adapter_ = load_adapter(folder, base)
+        clf.recipe_ = replace(recipe, epochs=0)
+        clf.classes_, clf.dtype_, clf.base_fingerprint_ = classes, base.dtype, base.fingerprint
+        clf.history_, clf.buckets_, clf.best_epoch_ = pd.DataFrame(), (), 0
+        return clf
+
+
+def _base_of_peft(folder: str | Path) -> str:
+    try:
+        name = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise RunError(f"{folder} does not say which base it is for; give it as preset=, hf://google/gemma-2b say.")
+    is_address = name.count("/") == 1 and "://" not in name and not Path(name).exists()
+    return f"hf://{name}" if is_address else name
 
 # %% ../nbs/05_classifier.ipynb #636b2173
 class GemmaLoraClassifier(

@@ -30,7 +30,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
            'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'train', 'cross_validate', 'evaluate',
-           'predict', 'submit', 'info', 'quickstart', 'pretrain', 'benchmark']
+           'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 def _one_line(error: BaseException) -> str:
@@ -787,6 +787,52 @@ def pretrain(
             progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True), start=start,
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
+
+# %% ../nbs/11_cli.ipynb #fc8b7caf
+def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
+    words = dict(zip(clf.classes_.tolist(), clf.words_.words, strict=True))
+    prompt = clf.template.partition("{response}")[0]
+    own = "mini_ko is a small Korean base of gemma_lora_sentiment, not Google's Gemma.\n\n"
+    own = own if str(clf.preset) == "mini_ko" else ""
+    return (
+        f"{own}It answers a comment with the word of its label. The words: `{words}`. The prompt, in Python:\n\n"
+        f"```python\nprompt = {prompt!r}.replace('{{instruction}}', comment)\n```\n\n"
+        "Compare the log-probabilities of the words after it, or let it write and take the first word. `<bos>` stands "
+        "before the prompt; the tokenizer adds it."
+    )
+
+
+@app.command()
+@_guarded
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
+    to: Annotated[Path, typer.Option(help="Folder of the checkpoint; it must not exist, or be empty.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: that of the run.")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Merge a run into its base as a checkpoint for Transformers and vLLM, and prove it by loading it."""
+    from gemma_lora_sentiment.export import check_extra, export_checkpoint
+
+    check_extra()
+    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.model import load_base, release_bases
+
+    clf = GemmaLoraClassifier.load(run)
+    base = clf._loaded_base()
+    comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
+    prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
+    if base.dtype != "float32" or base.quantization:
+        _say(quiet, f"loading {clf.preset} in float32, to merge without rounding twice")
+        del base
+        release_bases()
+        base = load_base(clf.preset, "float32")
+    dtype = clf.dtype_ if dtype == "auto" else dtype
+    _say(quiet, f"merging into {base.parameter_count:,} parameters, then loading them with Transformers")
+    found = export_checkpoint(to, base, clf.adapter_, prompts, dtype, _card(clf))
+    print(f"logits in Transformers differ by at most {found['transformers']:.1e} from the run's")
+    if dtype != "float32":
+        print(f"rounding to {dtype} moved logits by at most {found['rounding']:.1e}")
+    print(f"{dtype} checkpoint saved in {to}")
 
 # %% ../nbs/11_cli.ipynb #fcbdba3e
 @app.command()

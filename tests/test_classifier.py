@@ -691,7 +691,7 @@ def test_save_and_load(parameters, y, make, tmp_path):
     clf = make(**parameters).fit(COMMENTS, y * 6)
     folder = clf.save(tmp_path / "a" / "run")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "classifier.json"
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json"
     ]  # fmt: skip
     loaded = GemmaLoraClassifier.load(folder)
     assert same(loaded, clf) and loaded.words_ == clf.words_ and loaded.buckets_ == clf.buckets_
@@ -757,7 +757,7 @@ def test_a_cut_classifier_json_is_refused_in_one_line(place, folder):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("name", ["classifier.json", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["classifier.json", "adapter_config.json", "adapter_model.safetensors", "SHA256SUMS"])
 def test_missing_files_are_refused_in_one_line(name, folder):
     (folder / name).unlink()
     with pytest.raises(RunError, match=name) as error:
@@ -786,8 +786,25 @@ def test_a_classifier_json_of_other_content_is_refused_in_one_line(change, folde
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises((RunError, ModelError, DataError)) as error:
+        GemmaLoraClassifier.load(folder, verify=False)
+    assert one_line(error)
+    with pytest.raises(RunError) as error:
         GemmaLoraClassifier.load(folder)
     assert one_line(error)
+
+
+def test_what_was_edited_on_purpose_loads_unverified(folder, fitted):
+    path = folder / "classifier.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["parameters"]["verbose"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="classifier.json is not as it was saved.*verify=False") as error:
+        GemmaLoraClassifier.load(folder)
+    assert one_line(error)
+    loaded = GemmaLoraClassifier.load(folder, verify=False)
+    assert loaded.verbose == 1 and same(loaded, fitted)
+    loaded.save(folder)
+    assert same(GemmaLoraClassifier.load(folder), fitted)
 
 
 def test_an_adapter_of_another_run_is_refused(make, folder, tmp_path):

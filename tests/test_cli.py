@@ -1,5 +1,6 @@
 """What would bore a reader of 11_cli: bad files, options and folders, full disks, Ctrl-C, what each command writes."""
 
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from gemma_lora_sentiment import GemmaLoraClassifier, __version__, read_comments
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.model import tiny_gemma
 
-COMMANDS = ("quickstart", "train", "cross-validate", "evaluate", "predict", "submit", "info", "pretrain")
+COMMANDS = ("quickstart", "train", "cross-validate", "evaluate", "predict", "submit", "info", "pretrain", "export")
 METRICS = {"accuracy", "macro_f1", "roc_auc", "log_loss", "n", "classes", "baseline_accuracy", "seconds"}
 PHRASES = ("맛있어요", "별로예요", "또 갈게요", "실망했어요", "친절해요", "다시는 안 가요")
 ROWS = [(str(10 + i), f"{PHRASES[i % 6]} {i}", str(1 - i % 2)) for i in range(24)]
@@ -335,7 +336,11 @@ def rewrite(path, **changes):
         for name in outer:
             inner = inner[name]
         inner[last] = value
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_text(json.dumps(content), encoding="utf-8")
+    sums = path.parent / "SHA256SUMS"  # as someone would who edits on purpose, or the digest alone were refused
+    if sums.is_file():
+        sums.write_text(sums.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
 def with_classifier(**changes):
@@ -591,7 +596,7 @@ def test_train_writes_a_whole_run(trained):
     run = trained / "run"
     names = {name for name, data in tree(run).items() if data is not None}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
         "history.csv", "wrong.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png", "figures/roc.png",
         "figures/scores.png", "figures/training_curves.png",
     }  # fmt: skip

@@ -33,6 +33,7 @@ ROOM_IMPORTS = {
     "model": set(),
     "adapter": {"model"},
     "checkpoint": {"adapter"},
+    "export": {"model", "adapter"},
     "training": {"prompt", "model", "adapter", "checkpoint"},
     "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
     "evaluation": set(),
@@ -40,7 +41,7 @@ ROOM_IMPORTS = {
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "model", "adapter", "checkpoint", "training"),
+        *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
         *("classifier", "evaluation", "submission", "pretraining", "benchmark"),
     },
 }
