@@ -30,7 +30,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
            'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'train', 'cross_validate', 'evaluate',
-           'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export', 'benchmark']
+           'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 def _one_line(error: BaseException) -> str:
@@ -192,7 +192,7 @@ def _judge(
     folder: Path,  # where to write
     rows: Any,  # labelled comments: id, comment, label
     clf: Any,  # fitted classifier
-    baseline: Any | None,  # fitted baseline, or None when its training rows are not there
+    baseline: dict[str, Any] | None,  # fitted baselines by name, or None when their training rows are not there
     history: Any | None = None,  # of training, for the curves; without rows where nothing was trained
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:  # metrics of ours, metrics of the baseline
     from gemma_lora_sentiment import evaluation
@@ -200,35 +200,91 @@ def _judge(
     classes = clf.classes_
     probabilities = clf.predict_proba(rows.comment)
     metrics = evaluation.compute_metrics(rows.label, probabilities, classes)
-    baseline_probabilities = baseline_metrics = None
-    if baseline is not None:
-        baseline_probabilities = baseline.predict_proba(list(rows.comment))
-        baseline_metrics = evaluation.compute_metrics(rows.label, baseline_probabilities, classes)
-    metrics["baseline_accuracy"] = baseline_metrics["accuracy"] if baseline_metrics else None
-    metrics["baseline"] = baseline_metrics
+    theirs = {name: other.predict_proba(list(rows.comment)) for name, other in (baseline or {}).items()}
+    if clf.recipe_.epochs:
+        theirs["zero_shot"] = _zero_shot(clf, classes).predict_proba(rows.comment)
+    _add_analysis(metrics, rows, classes, probabilities, theirs)
+    _write_table(folder / "predictions.tsv", _prediction_table(rows, classes, probabilities, theirs.get("baseline")))
     wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, classes, rows["id"])
     _write_table(folder / "wrong.tsv", wrong)
     evaluation.save_figures(
         folder / "figures", rows.label, probabilities, classes,
-        history if history is not None and len(history) else None, baseline_probabilities,
+        history if history is not None and len(history) else None, theirs.get("baseline"),
     )  # fmt: skip
-    return metrics, baseline_metrics
+    return metrics, metrics["baseline"]
 
 
-def _fitted_baseline(rows: Any, seed: int) -> Any:
-    from gemma_lora_sentiment.evaluation import baseline_classifier
+def _fitted_baseline(rows: Any, seed: int) -> dict[str, Any]:
+    from gemma_lora_sentiment.evaluation import simple_baselines
 
-    return baseline_classifier(seed).fit(list(rows.comment), rows.label)
+    return {name: other.fit(list(rows.comment), rows.label) for name, other in simple_baselines(seed).items()}
 
 
 def _print_comparison(ours: dict[str, Any], baseline: dict[str, Any] | None) -> None:
-    from gemma_lora_sentiment.evaluation import comparison_table, verdict
+    "The verdict first, then the table."
+    from gemma_lora_sentiment.analysis import decision_text, metrics_table
+    from gemma_lora_sentiment.evaluation import verdict
 
-    if baseline is None:
-        print(f"accuracy {ours['accuracy']:.3f}  macro F1 {ours['macro_f1']:.3f}  n {ours['n']}")
-        return
-    print(comparison_table(ours, baseline).round(3).to_string())
-    print(verdict(ours, baseline))
+    if baseline is not None:
+        print(verdict(ours, baseline))
+        print(ours["comparison"]["sentence"])
+    names = {"baseline": "TF-IDF baseline", "zero_shot": "zero-shot", "most_frequent": "most frequent class"}
+    others = {names[name]: ours["baselines"][name] for name in names if name in ours["baselines"]}
+    print(metrics_table({"gemma + LoRA": ours, **others}).to_string())
+    print(decision_text(ours["decision"]))
+
+
+# %% ../nbs/11_cli.ipynb #1f983e02
+def _zero_shot(clf: Any, classes: Any) -> Any:
+    "The base as it is, with the prompt, words and labels of `clf`."
+    from sklearn.base import clone
+
+    untrained = clone(clf).set_params(
+        epochs=0, validation_fraction=0.0, patience=None, callbacks=None, checkpoint_dir=None, verbose=0
+    )
+    return untrained.fit(["-"] * len(classes), classes)  # an untrained classifier learns its labels only
+
+
+def _add_analysis(
+    metrics: dict[str, Any],  # of ours; receives intervals, baselines, comparison and decision
+    rows: Any,  # labelled comments
+    classes: Any,
+    probabilities: Any,  # float (n, n_classes), or (repeats, n, n_classes)
+    theirs: dict[str, Any],  # name -> probabilities of another classifier on the same rows
+) -> None:
+    from gemma_lora_sentiment import analysis
+    from gemma_lora_sentiment.data import duplicate_groups
+
+    groups = duplicate_groups(rows.comment)
+    metrics["intervals"] = analysis.metric_intervals(rows.label, probabilities, classes, groups=groups)
+    names = {"baseline": "the TF-IDF baseline", "zero_shot": "the base itself"}
+    names["most_frequent"] = "the most frequent class"
+    baselines = {}
+    for name, values in theirs.items():
+        baselines[name] = analysis.metrics_with_intervals(rows.label, values, classes, groups)
+        baselines[name]["comparison"] = analysis.paired_comparison(
+            rows.label, probabilities, values, classes, groups=groups, names=("gemma + LoRA", names[name])
+        )
+    tfidf = baselines.get("baseline")
+    metrics |= {"baseline_accuracy": tfidf["accuracy"] if tfidf else None, "baseline": tfidf, "baselines": baselines}
+    metrics["comparison"] = tfidf["comparison"] if tfidf else None
+    metrics["decision"] = analysis.choose_decision(rows.label, probabilities, classes, groups=groups)
+
+
+def _prediction_table(
+    rows: Any, classes: Any, probabilities: Any, baseline: Any | None, fold: Any | None = None
+) -> Any:  # id, comment, label, prediction, baseline_prediction, fold (where known), p_<label> ...
+    import numpy as np
+
+    names = np.array(classes)
+    table = rows[["id", "comment", "label"]].assign(prediction=names[probabilities.argmax(axis=1)])
+    if baseline is not None:
+        table["baseline_prediction"] = names[baseline.argmax(axis=1)]
+    if fold is not None:
+        table["fold"] = fold
+    for column, label in enumerate(names):
+        table[f"p_{label}"] = probabilities[:, column]
+    return table
 
 # %% ../nbs/11_cli.ipynb #83c0fc6a
 def _versions() -> dict[str, str]:
@@ -532,8 +588,9 @@ def _refitted(clf: Any, rows: Any) -> Any:
 @_guarded
 def cross_validate(
     file: Annotated[str, typer.Argument(help="Labelled comments.")],
-    out: Annotated[Path, typer.Option(help="Folder for cv.json, oof.tsv and figures.")],
+    out: Annotated[Path, typer.Option(help="Folder for cv.json, oof.tsv, label_errors.tsv and figures.")],
     folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="How often the rows are cut in folds anew.")] = 1,
     preset: Preset = "mini_ko",
     recipe: Recipe = "auto",
     epochs: Epochs = None,
@@ -555,6 +612,9 @@ def cross_validate(
         batch_size=batch_size, max_length=max_length, template=template, label_words=label_word,
         class_weight=class_weight, dtype=dtype, quantization=quantization, seed=seed,
     )  # fmt: skip
+    import numpy as np
+    import pandas as pd
+
     from gemma_lora_sentiment import evaluation
     from gemma_lora_sentiment.data import duplicate_groups, read_comments
 
@@ -563,34 +623,53 @@ def cross_validate(
     clf = _checked_classifier(True, given, rows, file)
     _warn_if_seen(file, preset)
     with _folder(out) as folder:
+        groups, simple = duplicate_groups(rows.comment), evaluation.simple_baselines(seed)
+        settings = {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
         oof = evaluation.cross_validate(
-            {"ours": clf, "baseline": evaluation.baseline_classifier(seed)}, rows.comment, rows.label, folds=folds,
-            groups=duplicate_groups(rows.comment), seed=seed,
+            {"ours": clf, "baseline": simple.pop("baseline")}, rows.comment, rows.label, **settings,
             progress=lambda done, total, name: _say(quiet, f"fold {done}/{total}: {name}"),
         )  # fmt: skip
+        floor = evaluation.cross_validate(simple, rows.comment, rows.label, **settings)
         classes = sorted(rows.label.unique())
+        layers = {name: evaluation.probabilities_from_oof(oof, name, classes) for name in ("ours", "baseline")}
+        theirs = {"baseline": layers["baseline"]}
+        theirs |= {name: evaluation.probabilities_from_oof(floor, name, classes) for name in simple}
+        theirs["zero_shot"] = _zero_shot(clf, classes).predict_proba(rows.comment)
         metrics = evaluation.metrics_from_oof(oof, "ours", classes)
-        baseline = evaluation.metrics_from_oof(oof, "baseline", classes)
-        table = rows[["id", "comment", "label"]].assign(
-            prediction=oof["ours_prediction"].to_numpy(),
-            baseline_prediction=oof["baseline_prediction"].to_numpy(),
-            fold=oof["fold"].to_numpy(),
-        )
-        for label in classes:
-            table[f"p_{label}"] = oof[f"ours_p_{label}"].to_numpy()
-        _write_table(folder / "oof.tsv", table)
-        columns = [f"ours_p_{label}" for label in classes]
-        probabilities = oof[columns].to_numpy()
-        theirs = oof[[f"baseline_p_{label}" for label in classes]].to_numpy()
-        evaluation.save_figures(folder / "figures", rows.label, probabilities, classes, baseline=theirs)
-        wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, classes, rows["id"])
+        _add_analysis(metrics, rows, classes, layers["ours"], theirs)
+        fold_of_row = oof["fold"].to_numpy().reshape(repeats, -1)
+        tables = [
+            _prediction_table(rows, classes, layers["ours"][repeat], layers["baseline"][repeat], fold_of_row[repeat])
+            for repeat in range(repeats)
+        ]
+        if repeats > 1:
+            tables = [table.assign(repeat=repeat) for repeat, table in enumerate(tables)]
+        _write_table(folder / "oof.tsv", pd.concat(tables))
+        first, theirs_first = layers["ours"][0], layers["baseline"][0]
+        evaluation.save_figures(folder / "figures", rows.label, first, classes, baseline=theirs_first)
+        wrong = evaluation.wrong_rows(rows.comment, rows.label, first, classes, rows["id"])
         _write_table(folder / "wrong.tsv", wrong)
-        metrics |= {"folds": folds, "seed": seed, "baseline_accuracy": baseline["accuracy"], "baseline": baseline}
+        _write_doubtful_labels(folder, rows, classes, np.concatenate(list(layers.values())), groups)
+        baseline = metrics["baseline"]
+        metrics |= {"folds": folds, "repeats": repeats, "seed": seed}
         metrics |= {"settings": _settings(clf), "versions": _versions(), "device": _device()}
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "cv.json", metrics)
     _print_comparison(metrics, baseline)
-    print(f"{folds} folds, {metrics['n']} rows, {metrics['seconds']:.0f} s; written to {out}")
+    cuts = f"{folds} folds" if repeats == 1 else f"{repeats} times {folds} folds"
+    print(f"{cuts}, {metrics['n']} rows, {metrics['seconds']:.0f} s; written to {out}")
+
+
+def _write_doubtful_labels(folder: Path, rows: Any, classes: Any, layers: Any, groups: Any) -> None:
+    "`label_errors.tsv`, the most suspicious first, and `conflicts.tsv` where copies have different labels."
+    from gemma_lora_sentiment import analysis
+
+    suspects = analysis.likely_label_errors(rows.comment, rows.label, layers, classes, rows["id"])
+    _write_table(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4))
+    conflicts = analysis.conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
+    if len(conflicts):
+        _write_table(folder / "conflicts.tsv", conflicts)
+
 
 # %% ../nbs/11_cli.ipynb #a1997b04
 def _baseline_of_run(run: Path, seed: int) -> tuple[Any | None, str]:  # baseline or None, and why not
@@ -621,7 +700,8 @@ def _known_labels(rows: Any, clf: Any, file: str) -> Any:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     file: Annotated[str, typer.Argument(help="Labelled comments.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json, wrong.tsv and figures.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, predictions.tsv, wrong.tsv and figures.")],
+    explain: Annotated[int, typer.Option(min=0, help="Mistakes to explain by their tokens, in influence.tsv.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Metrics and figures of a saved run on labelled rows."""
@@ -636,21 +716,119 @@ def evaluate(
         _say(quiet, why_not)
     with _folder(out) as folder:
         metrics, baseline = _judge(folder, rows, clf, baseline_clf)
+        if explain:
+            _write_influence(folder, rows, clf, explain)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "metrics.json", metrics)
     _print_comparison(metrics, baseline)
     print(f"{metrics['n']} rows; written to {out}")
 
-# %% ../nbs/11_cli.ipynb #670b3969
+
+def _write_influence(folder: Path, rows: Any, clf: Any, number: int) -> None:
+    "`influence.tsv`: the tokens that moved the most confident mistakes, left out one by one in one batch."
+    from gemma_lora_sentiment.analysis import explain_mistakes
+    from gemma_lora_sentiment.evaluation import wrong_rows
+
+    wrong = wrong_rows(rows.comment, rows.label, clf.predict_proba(rows.comment), clf.classes_, rows["id"])
+    _write_table(folder / "influence.tsv", explain_mistakes(clf, wrong, number))
+
+
+# %% ../nbs/11_cli.ipynb #65c138a0
+def _metrics_file(run: Path) -> Path:
+    found = [run / name for name in ("cv.json", "metrics.json") if (run / name).is_file()]
+    if not found:
+        raise ValueError(f"{run} has no metrics.json or cv.json. Give a folder that train or cross-validate wrote.")
+    return found[0]
+
+
+def _predictions_of(run: Path, file: str | None) -> Any:  # id, comment, label, p_<label> ..., all as text
+    "What a run has predicted without having seen it, or what it predicts for the rows of `file`."
+    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.data import read_comments
+
+    if file is not None:
+        clf = GemmaLoraClassifier.load(run)
+        rows = _known_labels(read_comments(file), clf, file)
+        return _prediction_table(rows, clf.classes_, clf.predict_proba(rows.comment), None)
+    for name in ("oof.tsv", "predictions.tsv"):
+        if (run / name).is_file():
+            return read_comments(run / name)
+    raise ValueError(f"{run} has no predictions.tsv or oof.tsv. Give a folder of this version, or --rows FILE.")
+
+
 @app.command()
 @_guarded
-def predict(
-    run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
-    file: Annotated[str, typer.Argument(help="Comments: TSV, CSV, JSONL, Parquet or plain lines.")],
-    out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of train, evaluate or cross-validate.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+    rows: Annotated[str | None, typer.Option(help="Labelled comments for both runs to predict.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.json and differences.tsv.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write id, comment, label and one p_<label> column a class."""
+    """Two runs side by side on the same rows."""
+    from gemma_lora_sentiment.analysis import compare_predictions, metrics_table
+
+    if first.resolve() == second.resolve():
+        raise ValueError(f"{first} and {second} are one folder. Give two.")
+    names = (str(first), str(second))
+    tables = [_predictions_of(run, rows) for run in (first, second)]
+    result, differences = compare_predictions(*tables, names=names)
+    print(result["comparison"]["sentence"])
+    print(metrics_table({name: result[name] for name in names}).to_string())
+    many = [f"{number} of {name}" for name, number in zip(names, result["rows_of_each"], strict=True)]
+    print(f"{result['rows']} rows in both ({', '.join(many)}); different answers on {len(differences)}")
+    if out is not None:
+        with _folder(out) as folder:
+            _write_json(folder / "compare.json", {"runs": list(names), **result})
+            _write_table(folder / "differences.tsv", differences)
+
+
+@app.command()
+@_guarded
+def decide(
+    run: Annotated[Path, typer.Argument(help="Folder of train or cross-validate.")],
+    cost: Annotated[list[str] | None, typer.Option(help="LABEL=COST of a mistake on such a comment; else 1.")] = None,
+    accuracy: Annotated[float, typer.Option(help="Accuracy wanted of the answers; below it, none is given.")] = 0.95,
+    quiet: Quiet = False,
+) -> None:
+    """Choose threshold and band of a run by cost and wanted accuracy, and store them with it."""
+    import numpy as np
+
+    from gemma_lora_sentiment import analysis
+    from gemma_lora_sentiment.data import duplicate_groups, whole_file
+
+    path, table = _metrics_file(run), _predictions_of(run, None)
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    spelled = {str(label): label for label in metrics["classes"]}
+    try:
+        pairs = [text.rpartition("=") for text in cost or []]
+        costs = {spelled[label]: float(number) for label, _, number in pairs}
+    except (KeyError, ValueError):
+        raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
+    repeats = table["repeat"].nunique() if "repeat" in table else 1
+    n = len(table) // repeats
+    values = table[[f"p_{label}" for label in spelled]].to_numpy(np.float64).reshape(repeats, n, -1)
+    labels = [spelled[str(label)] for label in table.label[:n]]
+    metrics["decision"] = analysis.choose_decision(
+        labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
+        groups=duplicate_groups(table.comment[:n]),
+    )  # fmt: skip
+    with whole_file(path) as temporary:
+        _write_json(temporary, metrics)
+    print(analysis.decision_text(metrics["decision"]))
+
+
+@app.command()
+@_guarded
+def suggest(
+    run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
+    file: Annotated[str, typer.Argument(help="Comments without labels.")],
+    out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
+    number: Annotated[int, typer.Option(min=1, help="Comments wanted.")] = 20,
+    quiet: Quiet = False,
+) -> None:
+    """List the comments that are most worth labelling next."""
+    from gemma_lora_sentiment.analysis import worth_labelling
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.data import read_comments, whole_file
 
@@ -660,13 +838,50 @@ def predict(
     clf = GemmaLoraClassifier.load(run)
     rows = read_comments(file, labelled=False)
     _say(quiet, f"scoring {len(rows)} comments")
+    table = worth_labelling(rows.comment, clf.predict_proba(rows.comment), clf.classes_, number, rows["id"], clf.seed)
+    with whole_file(out) as temporary:
+        _write_table(temporary, table, out.suffix)
+    print(f"{len(table)} of {len(rows)} comments to label next written to {out}")
+
+# %% ../nbs/11_cli.ipynb #670b3969
+@app.command()
+@_guarded
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
+    file: Annotated[str, typer.Argument(help="Comments: TSV, CSV, JSONL, Parquet or plain lines.")],
+    out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="By the run's decision; adds `abstains`.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write id, comment, label and one p_<label> column a class."""
+    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.data import read_comments, whole_file
+
+    _check_file(out)
+    if out.suffix.lower() not in _TABLES:
+        raise ValueError(f"--out {out} has none of the suffixes {', '.join(_TABLES)}. Give it one of these.")
+    decision = _decision_of_run(run) if calibrated else None
+    clf = GemmaLoraClassifier.load(run)
+    rows = read_comments(file, labelled=False)
+    _say(quiet, f"scoring {len(rows)} comments")
     probabilities = clf.predict_proba(rows.comment)
     table = rows[["id", "comment"]].assign(label=clf.classes_[probabilities.argmax(axis=1)])
     for column, label in enumerate(clf.classes_):
         table[f"p_{label}"] = probabilities[:, column]
+    if decision is not None:
+        from gemma_lora_sentiment.analysis import apply_decision
+
+        table = table[["id", "comment"]].join(apply_decision(probabilities, decision))
     with whole_file(out) as temporary:
         _write_table(temporary, table, out.suffix)
     print(f"{len(table)} rows written to {out}")
+
+
+def _decision_of_run(run: Path) -> dict[str, Any]:
+    decision = json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("decision")
+    if decision is None:
+        raise ValueError(f"{run} stores no decision. Train again, or leave out --calibrated.")
+    return decision
 
 
 @app.command()

@@ -25,7 +25,10 @@ from gemma_lora_sentiment import GemmaLoraClassifier, __version__, read_comments
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.model import tiny_gemma
 
-COMMANDS = ("quickstart", "train", "cross-validate", "evaluate", "predict", "submit", "info", "pretrain", "export")
+COMMANDS = (
+    *("quickstart", "train", "cross-validate", "evaluate", "compare", "decide", "predict", "suggest", "submit"),
+    *("info", "pretrain", "export", "benchmark"),
+)
 METRICS = {"accuracy", "macro_f1", "roc_auc", "log_loss", "n", "classes", "baseline_accuracy", "seconds"}
 PHRASES = ("맛있어요", "별로예요", "또 갈게요", "실망했어요", "친절해요", "다시는 안 가요")
 ROWS = [(str(10 + i), f"{PHRASES[i % 6]} {i}", str(1 - i % 2)) for i in range(24)]
@@ -597,8 +600,8 @@ def test_train_writes_a_whole_run(trained):
     names = {name for name, data in tree(run).items() if data is not None}
     assert names == {
         "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
-        "history.csv", "wrong.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png", "figures/roc.png",
-        "figures/scores.png", "figures/training_curves.png",
+        "history.csv", "wrong.tsv", "predictions.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png",
+        "figures/roc.png", "figures/scores.png", "figures/training_curves.png",
     }  # fmt: skip
     assert all((run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in names if name.endswith(".png"))
     assert len(pd.read_csv(run / "history.csv")) == 2

@@ -37,15 +37,16 @@ ROOM_IMPORTS = {
     "training": {"prompt", "model", "adapter", "checkpoint"},
     "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
     "evaluation": set(),
+    "analysis": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
-        *("classifier", "evaluation", "submission", "pretraining", "benchmark"),
+        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
