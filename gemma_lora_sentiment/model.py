@@ -520,6 +520,11 @@ def _generate(
         causal_lm = keras_nlp.models.Gemma3CausalLM if is_gemma3 else keras_nlp.models.GemmaCausalLM
         language_model = causal_lm(backbone=self.backbone, preprocessor=None)
         language_model.compile(sampler="greedy")
+        normalize = language_model._normalize_generate_outputs
+        # KerasHub 0.32 gives Gemma 3's images back with the tokens, and stumbles where there are none.
+        language_model._normalize_generate_outputs = lambda outputs, is_scalar: normalize(
+            [{name: value for name, value in output.items() if value is not None} for output in outputs], is_scalar
+        )
         # The bound method, not the model: Keras would take a model for a layer of this one.
         self._generate_tokens = language_model.generate
     padded = np.zeros((1, max_length), np.int32)
