@@ -417,7 +417,7 @@ class _Persistence:
         """
         check_is_fitted(self, "adapter_")
         parameters = self.get_params(deep=False)
-        unsaved = ("callbacks", "label_words")
+        unsaved = ("callbacks", "label_words", "checkpoint_dir")
         description = {
             "format": 2,
             "version": __version__,
