@@ -119,14 +119,14 @@ def _interval(
 ) -> list[float] | None:  # None where nothing can be said
     reach = norm.ppf((1 + level) / 2) * deviation
     if name == "log_loss":
-        known = value > 0 and deviation > 0
+        known = deviation > 1e-9
         return [float(value * np.exp(-reach / value)), float(value * np.exp(reach / value))] if known else None
     if not np.isfinite(value):
         return None
     if min(value, 1 - value) < 1e-9:
         share = binomtest(n_groups * round(value), n_groups).proportion_ci(level, method="wilson")
         return [float(share.low), float(share.high)]
-    if not deviation > 0:
+    if not deviation > 1e-9:
         return None
     reach /= value * (1 - value)
     return [float(expit(logit(value) - reach)), float(expit(logit(value) + reach))]
@@ -427,9 +427,9 @@ def _least_sureness(
     good = np.flatnonzero((reached >= accuracy) & is_last)
     if not len(good):
         return {"confidence": None, "answered": 0.0, "accuracy": None}
-    last = good[-1]
+    last, ordered = good[-1], np.append(sureness[order], 0.0)
     return {
-        "confidence": float(sureness[order][last]),
+        "confidence": float((ordered[last] + ordered[last + 1]) / 2),  # half-way to the next, so rounding moves no row
         "answered": float(answered[last] / len(order)),
         "accuracy": float(reached[last]),
     }

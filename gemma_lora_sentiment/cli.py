@@ -202,7 +202,7 @@ def _judge(
     metrics = evaluation.compute_metrics(rows.label, probabilities, classes)
     theirs = {name: other.predict_proba(list(rows.comment)) for name, other in (baseline or {}).items()}
     if clf.recipe_.epochs:
-        theirs["zero_shot"] = _zero_shot(clf, classes).predict_proba(rows.comment)
+        theirs["zero_shot"] = _zero_shot(clf, classes, rows.comment)
     _add_analysis(metrics, rows, classes, probabilities, theirs)
     _write_table(folder / "predictions.tsv", _prediction_table(rows, classes, probabilities, theirs.get("baseline")))
     wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, classes, rows["id"])
@@ -235,14 +235,16 @@ def _print_comparison(ours: dict[str, Any], baseline: dict[str, Any] | None) -> 
 
 
 # %% ../nbs/11_cli.ipynb #1f983e02
-def _zero_shot(clf: Any, classes: Any) -> Any:
-    "The base as it is, with the prompt, words and labels of `clf`."
+def _zero_shot(clf: Any, classes: Any, comments: Any) -> Any:  # float32 (n, n_classes)
+    "What the base says as it is, with the prompt, words and labels of `clf`."
     from sklearn.base import clone
 
     untrained = clone(clf).set_params(
         epochs=0, validation_fraction=0.0, patience=None, callbacks=None, checkpoint_dir=None, verbose=0
     )
-    return untrained.fit(["-"] * len(classes), classes)  # an untrained classifier learns its labels only
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ours has said already which comments were too long
+        return untrained.fit(["-"] * len(classes), classes).predict_proba(comments)  # it learns its labels only
 
 
 def _add_analysis(
@@ -634,7 +636,7 @@ def cross_validate(
         layers = {name: evaluation.probabilities_from_oof(oof, name, classes) for name in ("ours", "baseline")}
         theirs = {"baseline": layers["baseline"]}
         theirs |= {name: evaluation.probabilities_from_oof(floor, name, classes) for name in simple}
-        theirs["zero_shot"] = _zero_shot(clf, classes).predict_proba(rows.comment)
+        theirs["zero_shot"] = _zero_shot(clf, classes, rows.comment)
         metrics = evaluation.metrics_from_oof(oof, "ours", classes)
         _add_analysis(metrics, rows, classes, layers["ours"], theirs)
         fold_of_row = oof["fold"].to_numpy().reshape(repeats, -1)

@@ -786,6 +786,129 @@ def test_cross_validate(tmp_path, tiny):
     assert names == {"confusion_matrix.png", "precision_recall.png", "roc.png", "scores.png"}
 
 
+def test_cross_validate_repeated_with_bad_labels(tmp_path, tiny):
+    rows = [*ROWS, ("98", ROWS[0][1], ROWS[1][2])]  # a copy with the other label
+    (tmp_path / "rows.tsv").write_text(tsv(rows), encoding="utf-8")
+    done(*command_line("cross-validate", tmp_path / "rows.tsv", tiny, None), "--repeats", 2, "--out", tmp_path / "cv")
+    metrics = json.loads((tmp_path / "cv" / "cv.json").read_text())
+    assert metrics["n"] == 25 and metrics["repeats"] == 2
+    oof = read_comments(tmp_path / "cv" / "oof.tsv")
+    assert len(oof) == 50 and list(oof.repeat) == ["0"] * 25 + ["1"] * 25
+    assert (oof.prediction == oof.label).mean() == pytest.approx(metrics["accuracy"])
+    assert list(pd.read_csv(tmp_path / "cv" / "conflicts.tsv", sep="\t", dtype=str).id) == [ROWS[0][0], "98"]
+    suspects = pd.read_csv(tmp_path / "cv" / "label_errors.tsv", sep="\t", dtype={"id": str, "label": str})
+    assert list(suspects.columns) == ["id", "comment", "label", "likely_label", "suspicion"]
+    assert suspects.suspicion.is_monotonic_decreasing and (suspects.suspicion > 0).all()
+    # The costs of a cross-validation can be stated afterwards.
+    text = done("decide", tmp_path / "cv", "--cost", "1=5").stdout
+    decision = json.loads((tmp_path / "cv" / "cv.json").read_text())["decision"]
+    assert decision["cost"] == [1, 5] and decision["n"] == 25 and "5 on '1'" in text
+
+
+# --- how sure, against what, and what to do -------------------------------------------------------------------------
+
+
+def test_metrics_say_how_sure_they_are(trained):
+    metrics = json.loads((trained / "run" / "metrics.json").read_text())
+    assert set(metrics["baselines"]) == {"baseline", "most_frequent", "zero_shot"}
+    for one in (metrics, *metrics["baselines"].values()):
+        assert set(one["intervals"]) == {"accuracy", "macro_f1", "roc_auc", "log_loss"}
+        low, high = one["intervals"]["accuracy"]
+        assert 0 <= low <= one["accuracy"] <= high <= 1
+        assert one["comparison"]["sentence"].endswith(".")
+    assert metrics["baseline"] == metrics["baselines"]["baseline"]
+    assert metrics["comparison"] == metrics["baseline"]["comparison"]
+    assert metrics["decision"]["temperature"] > 0 and metrics["decision"]["classes"] == ["0", "1"]
+    first = (trained / "stdout.txt").read_text().splitlines()[0]
+    assert ("baseline" in first) and ("more accurate" in first or "equally accurate" in first)
+    table = read_comments(trained / "run" / "predictions.tsv")
+    assert list(table.columns) == ["id", "comment", "label", "prediction", "baseline_prediction", "p_0", "p_1"]
+    assert (table.prediction == table.label).mean() == pytest.approx(metrics["accuracy"])
+
+
+def test_the_baseline_is_named_first_where_it_wins(tmp_path, capsys):
+    from gemma_lora_sentiment.cli import _add_analysis, _print_comparison
+    from gemma_lora_sentiment.evaluation import compute_metrics
+
+    rows = pd.DataFrame(ROWS, columns=["id", "comment", "label"])
+    right = np.array([[0.8, 0.2] if label == "0" else [0.2, 0.8] for label in rows.label])
+    ours = right.copy()
+    ours[:9] = ours[:9, ::-1]
+    metrics = compute_metrics(rows.label, ours, ["0", "1"])
+    _add_analysis(metrics, rows, ["0", "1"], ours, {"baseline": right})
+    _print_comparison(metrics, metrics["baseline"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("The TF-IDF baseline is more accurate than gemma + LoRA: 1.000 against 0.625")
+    assert lines[1] == "The TF-IDF baseline is better than gemma + LoRA on 9 comments, worse on 0: p = 0.0039."
+
+
+def test_compare(tmp_path, good, tiny, trained, run):
+    other = tmp_path / "other"
+    done(*train_arguments(tiny, good, 1), "--out", other)
+    result = done("compare", trained / "run", other, "--out", tmp_path / "compared")
+    assert "5 rows in both" in result.stdout and result.stderr == ""
+    content = json.loads((tmp_path / "compared" / "compare.json").read_text())
+    for folder in (trained / "run", other):
+        expected = json.loads((folder / "metrics.json").read_text())
+        assert content[str(folder)]["accuracy"] == expected["accuracy"]
+    differences = pd.read_csv(tmp_path / "compared" / "differences.tsv", sep="\t", dtype=str)
+    assert (differences["first"] != differences["second"]).all()
+    assert "24 rows in both" in done("compare", run, other, "--rows", good).stdout
+
+
+def test_compare_refuses(tmp_path, trained, run):
+    one_error_line(call("compare", trained / "run", trained / "run"), 2)
+    one_error_line(call("compare", trained / "run", tmp_path), 2)
+    content = re.sub(r"^(\d+\t)", r"\1다른 ", (run / "predictions.tsv").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (run / "predictions.tsv").write_text(content, encoding="utf-8")
+    assert "share no labelled row" in call("compare", trained / "run", run).stderr
+
+
+def test_decide_and_predict_calibrated(tmp_path, run):
+    before = json.loads((run / "metrics.json").read_text())
+    done("decide", run, "--cost", "0=3", "--accuracy", 0.6)
+    after = json.loads((run / "metrics.json").read_text())
+    assert after["decision"]["cost"] == [3, 1] and after["decision"]["wanted_accuracy"] == 0.6
+    assert after["decision"]["temperature"] == pytest.approx(before["decision"]["temperature"], rel=1e-3)
+    assert {**after, "decision": 0} == {**before, "decision": 0}
+    (tmp_path / "new.tsv").write_text(tsv(ROWS[:7]), encoding="utf-8")
+    done("predict", run, tmp_path / "new.tsv", "--out", tmp_path / "out.tsv", "--calibrated")
+    table = pd.read_csv(tmp_path / "out.tsv", sep="\t", dtype={"label": str})
+    assert list(table.columns) == ["id", "comment", "label", "abstains", "p_0", "p_1"]
+    assert ((table.label == "1") == (table.p_1 >= after["decision"]["threshold"])).all()
+    done("predict", run, tmp_path / "new.tsv", "--out", tmp_path / "plain.tsv")
+    plain = pd.read_csv(tmp_path / "plain.tsv", sep="\t")
+    odds = [np.log(each.p_1 / each.p_0) for each in (plain, table)]
+    assert np.allclose(odds[0] / after["decision"]["temperature"], odds[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("cost", ["1", "good=5", "1=dear", "1=-2"])
+def test_decide_refuses(cost, run):
+    before = tree(run)
+    one_error_line(call("decide", run, "--cost", cost), 2)
+    assert tree(run) == before
+
+
+def test_suggest(tmp_path, trained):
+    (tmp_path / "new.txt").write_text("\n".join(f"{PHRASES[i % 6]} {i}" for i in range(30)), encoding="utf-8")
+    result = done("suggest", trained / "run", tmp_path / "new.txt", "--out", tmp_path / "next.tsv", "--number", 4)
+    table = pd.read_csv(tmp_path / "next.tsv", sep="\t")
+    assert list(table.columns) == ["id", "comment", "margin", "p_0", "p_1"] and "4 of 30" in result.stdout
+    assert len(table) == 4 and table.margin.is_monotonic_increasing
+    one_error_line(call("suggest", trained / "run", tmp_path / "new.txt", "--out", tmp_path / "next.xls"), 2)
+
+
+def test_evaluate_explains_mistakes(tmp_path, trained):
+    turned = [(i, comment, "1" if label == "0" else "0") for i, comment, label in ROWS[:8]]
+    arguments = ("evaluate", trained / "run", tmp_path / "turned.tsv", "--out", tmp_path / "out", "--explain", 2)
+    (tmp_path / "turned.tsv").write_text(tsv([*turned, *((f"x{row[0]}", *row[1:]) for row in ROWS[:8])]), encoding="utf-8")
+    done(*arguments)
+    wrong = pd.read_csv(tmp_path / "out" / "wrong.tsv", sep="\t", dtype=str)
+    table = pd.read_csv(tmp_path / "out" / "influence.tsv", sep="\t", dtype=str)
+    assert len(wrong) == 8 and list(table.id) == list(wrong.id[:2])
+    assert list(table.columns) == ["id", "comment", "label", "prediction", "spoke_for", "spoke_against"]
+
+
 def test_evaluate_with_and_without_the_rows_of_training(tmp_path, good, tiny, run):
     rewrite(run / "run.json", data__source=str(good))
     new = tmp_path / "new.tsv"
