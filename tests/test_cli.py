@@ -901,7 +901,8 @@ def test_suggest(tmp_path, trained):
 def test_evaluate_explains_mistakes(tmp_path, trained):
     turned = [(i, comment, "1" if label == "0" else "0") for i, comment, label in ROWS[:8]]
     arguments = ("evaluate", trained / "run", tmp_path / "turned.tsv", "--out", tmp_path / "out", "--explain", 2)
-    (tmp_path / "turned.tsv").write_text(tsv([*turned, *((f"x{row[0]}", *row[1:]) for row in ROWS[:8])]), encoding="utf-8")
+    rows = [*turned, *((f"x{row[0]}", *row[1:]) for row in ROWS[:8])]
+    (tmp_path / "turned.tsv").write_text(tsv(rows), encoding="utf-8")
     done(*arguments)
     wrong = pd.read_csv(tmp_path / "out" / "wrong.tsv", sep="\t", dtype=str)
     table = pd.read_csv(tmp_path / "out" / "influence.tsv", sep="\t", dtype=str)
