@@ -5,23 +5,28 @@
 # %% ../nbs/03_adapter.ipynb #12ae9416
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .model import LabelScorer
+from .model import Base, LabelScorer, LayerRanks
 
 # %% auto #0
-__all__ = ['RunError', 'Adapter', 'new_adapter', 'to_peft', 'from_peft', 'write_atomically', 'save_adapter', 'adapter_settings',
-           'load_adapter']
+__all__ = ['RunError', 'Adapter', 'new_adapter', 'to_peft', 'from_peft', 'from_textbook', 'to_textbook', 'write_atomically',
+           'save_files', 'check_files', 'adapter_files', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/03_adapter.ipynb #03a48d85
 class RunError(RuntimeError):
@@ -33,8 +38,8 @@ class Adapter:
     """One LoRA: arrays by Keras variable path, and the three numbers that give them their meaning."""
 
     arrays: dict[str, np.ndarray]  # float32; `.../lora_kernel_a` (..., rank) and `.../lora_kernel_b` (rank, ...)
-    rank: int
-    alpha: float  # the product AB is scaled by alpha / rank
+    rank: LayerRanks  # a number, or for each layer's path its rank and what divides alpha there
+    alpha: float  # the product AB is scaled by alpha / rank, or by alpha / divisor
     targets: tuple[str, ...]  # names of the layers, as Keras calls them
 
     @property
@@ -71,11 +76,12 @@ _PER_HEAD = ("query", "key", "value")
 
 def _pairs(
     adapter: Adapter,
-) -> Iterable[tuple[int, str, np.ndarray, np.ndarray]]:  # block number, Keras layer, A, B
+) -> Iterable[tuple[str, int, str, np.ndarray, np.ndarray]]:  # path of the layer, block number, Keras layer, A, B
     for path, a in adapter.arrays.items():
         if path.endswith("lora_kernel_a"):
             block, *_, layer, _ = path.split("/")
-            yield int(block.rsplit("_", 1)[1]), layer, a, adapter.arrays[path[:-1] + "b"]
+            number = int(block.rsplit("_", 1)[1])
+            yield path.rsplit("/", 1)[0], number, layer, a, adapter.arrays[path[:-1] + "b"]
 
 # %% ../nbs/03_adapter.ipynb #81f58471
 def to_peft(
@@ -108,19 +114,36 @@ def from_peft(
     b = lora_b[: lora_b.shape[0] // heads, :rank].T
     if not np.array_equal(to_peft(layer, a, b)[1], lora_b):
         raise RunError(
-            f"lora_B of {_PEFT_MODULES[layer]} is not one matrix repeated for each head, as this package writes it; "
-            "only adapters saved by it can be loaded."
+            f"lora_B of {_PEFT_MODULES[layer]} is not one matrix repeated for each head, as this package writes it."
         )
     return a, b
 
+# %% ../nbs/03_adapter.ipynb #a85e2ece
+def from_textbook(
+    lora_a: np.ndarray,  # (r, inputs), one for all heads
+    lora_b: np.ndarray,  # (heads x head size, r)
+    heads: int,
+) -> tuple[np.ndarray, np.ndarray]:  # Keras's A (heads, inputs, heads x r) and B (heads x r, head size)
+    "A projection's pair as PEFT trains it, in Keras's layout; exact."
+    rank, inputs = lora_a.shape
+    a = np.zeros((heads, inputs, heads, rank), lora_a.dtype)
+    for head in range(heads):
+        a[head, :, head] = lora_a.T
+    b = lora_b.reshape(heads, -1, rank).transpose(0, 2, 1)
+    return a.reshape(heads, inputs, heads * rank), np.ascontiguousarray(b.reshape(heads * rank, -1))
+
+
+def to_textbook(
+    a: np.ndarray,  # (heads, inputs, heads x r), as `from_textbook` makes it
+    b: np.ndarray,  # (heads x r, head size)
+) -> tuple[np.ndarray, np.ndarray]:  # lora_A (r, inputs), lora_B (heads x head size, r)
+    "The inverse of `from_textbook`."
+    heads, rank = a.shape[0], a.shape[-1] // a.shape[0]
+    lora_b = b.reshape(heads, rank, -1).transpose(0, 2, 1).reshape(-1, rank)
+    return np.ascontiguousarray(a[0, :, :rank].T), np.ascontiguousarray(lora_b)
+
 # %% ../nbs/03_adapter.ipynb #e51c943e
-def write_atomically(
-    path: str | Path,
-    data: bytes | str,  # text is written as UTF-8
-) -> Path:
-    "Write a file whole or not at all. Raises `OSError` when the folder cannot be written; nothing is left behind."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _written_beside(path: Path, data: bytes | str) -> str:  # a temporary file in the folder of `path`
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -128,125 +151,343 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it readable by the owner alone
-        os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
+    return temporary
+
+
+def _write_together(files: Mapping[Path, bytes | str]) -> None:
+    waiting: dict[Path, str] = {}
+    try:
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            waiting[path] = _written_beside(path, data)
+        for path, temporary in waiting.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in waiting.values():
+            Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(
+    path: str | Path,
+    data: bytes | str,  # text is written as UTF-8
+) -> Path:
+    "Write a file whole or not at all. Raises `OSError` when the folder cannot be written; nothing is left behind."
+    _write_together({Path(path): data})
+    return Path(path)
+
+# %% ../nbs/03_adapter.ipynb #55dc89f7
+_SUMS = "SHA256SUMS"
+
+
+def _digest(data: bytes | str) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def save_files(
+    folder: str | Path,
+    files: Mapping[str, bytes | str],  # name -> content; text is written as UTF-8
+) -> Path:  # the folder
+    "Write files that belong together, and `SHA256SUMS` of them. Raises `OSError`; then the previous ones are intact."
+    folder = Path(folder)
+    sums = "".join(f"{_digest(data)}  {name}\n" for name, data in files.items())
+    _write_together({folder / name: data for name, data in {**files, _SUMS: sums}.items()})
+    return folder
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{path.parent} holds no {path.name}; give the folder of a saved run.") from None
+
+
+def check_files(
+    folder: str | Path,
+    names: Iterable[str],  # files that `SHA256SUMS` must vouch for
+) -> None:
+    "Raise `RunError` naming the first file that is missing, or not as it was saved."
+    folder = Path(folder)
+    text = _read(folder / _SUMS).decode("latin-1")
+    is_whole = re.fullmatch(r"([0-9a-f]{64} [ *][^\n]+\n)+", text)
+    sums = {line[66:]: line[:64] for line in text.split("\n")} if is_whole else {}
+    for name in names:
+        now, saved = _digest(_read(folder / name)), sums.get(name)
+        if saved is None:
+            raise RunError(f"{folder / _SUMS} is damaged (it has no digest of {name}); restore it.")
+        if now != saved:
+            raise RunError(
+                f"{folder / name} is not as it was saved (sha256 {now[:8]}..., {_SUMS} says {saved[:8]}...): one of "
+                "the two is damaged or was edited. Restore it; what you edited on purpose loads with verify=False."
+            )
 
 # %% ../nbs/03_adapter.ipynb #c5ff9bd5
-def save_adapter(
-    folder: str | Path,
+def _peft_pairs(
+    adapter: Adapter,
+) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:  # module -> lora_A, lora_B, alpha
+    pairs = {}
+    for path, block, layer, a, b in _pairs(adapter):
+        name = f"layers.{block}.{_PEFT_MODULES[layer]}"
+        if isinstance(adapter.rank, Mapping):
+            pair = to_textbook(a, b) if layer in _PER_HEAD else to_peft(layer, a, b)
+            pairs[name] = (*pair, adapter.alpha * pair[0].shape[0] / adapter.rank[path][1])
+        else:
+            pair = to_peft(layer, a, b)
+            pairs[name] = (*pair, adapter.alpha * (pair[0].shape[0] // adapter.rank))
+    return pairs
+
+
+def _pattern(
+    numbers: Mapping[str, float],  # module in full -> its number
+    default: float,
+) -> dict[str, float]:  # PEFT's pattern: the shortest names under which those differ from the default
+    pattern = {}
+    for module in _PEFT_MODULES.values():
+        of_blocks = {name: number for name, number in numbers.items() if name.endswith(module)}
+        short = {module.split(".")[-1]: number for number in of_blocks.values()}
+        chosen = short if len(set(of_blocks.values())) == 1 else of_blocks
+        pattern |= {name: number for name, number in chosen.items() if number != default}
+    return pattern
+
+# %% ../nbs/03_adapter.ipynb #c49c01ce
+def adapter_files(
     adapter: Adapter,
     base_name: str,  # preset of the base, for `base_model_name_or_path`
-) -> Path:  # the folder
-    "Write `adapter_config.json` and `adapter_model.safetensors` in PEFT's layout."
-    tensors, rank_pattern, alpha_pattern = {}, {}, {}
-    for block, layer, a, b in _pairs(adapter):
-        module = f"base_model.model.model.layers.{block}.{_PEFT_MODULES[layer]}"
-        lora_a, lora_b = to_peft(layer, a, b)
-        tensors |= {f"{module}.lora_A.weight": lora_a, f"{module}.lora_B.weight": lora_b}
-        if (heads := lora_a.shape[0] // adapter.rank) > 1:
-            name = _PEFT_MODULES[layer].split(".")[-1]
-            rank_pattern[name], alpha_pattern[name] = lora_a.shape[0], adapter.alpha * heads
+) -> dict[str, bytes | str]:  # name -> content
+    "`adapter_config.json` and `adapter_model.safetensors` in PEFT's layout."
+    pairs = _peft_pairs(adapter)
+    ranks = {name: lora_a.shape[0] for name, (lora_a, _, _) in pairs.items()}
+    alphas = {name: alpha for name, (_, _, alpha) in pairs.items()}
+    rank, alpha = adapter.rank, adapter.alpha
+    if isinstance(rank, Mapping):
+        rank, alpha = (Counter(numbers.values()).most_common(1)[0][0] for numbers in (ranks, alphas))
+    modules = [_PEFT_MODULES[target] for target in adapter.targets]
+    blocks = {name.split(".")[1] for name in pairs}
+    everywhere = len(pairs) == len(modules) * len(blocks) == len(modules) * (1 + max(map(int, blocks)))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "target_modules": [_PEFT_MODULES[target].split(".")[-1] for target in adapter.targets],
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": [module.split(".")[-1] for module in modules] if everywhere else list(pairs),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    folder = Path(folder)
-    write_atomically(folder / "adapter_model.safetensors", safetensors.numpy.save(tensors, {"format": "pt"}))
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    return folder
+    tensors = {}
+    for name, (lora_a, lora_b, _) in pairs.items():
+        tensors[f"base_model.model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.model.{name}.lora_B.weight"] = lora_b
+    return {
+        "adapter_model.safetensors": safetensors.numpy.save(tensors, {"format": "pt"}),
+        "adapter_config.json": json.dumps(config, indent=2) + "\n",
+    }
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Adapter,
+    base_name: str,  # preset of the base, for `base_model_name_or_path`
+) -> Path:  # the folder
+    "Write the adapter's two files and `SHA256SUMS`. Raises `OSError`; then an adapter saved before is intact."
+    return save_files(folder, adapter_files(adapter, base_name))
 
 # %% ../nbs/03_adapter.ipynb #3b72004c
+_COMPUTED = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_OF_TRAINING = (  # or of bookkeeping: what is computed with a trained adapter does not depend on them
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "runtime_config", "layers_pattern", "ensure_weight_tying",
+)  # fmt: skip
+_OWN_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that change the base's weights
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_config(config: Any) -> None:
+    "Raise `ValueError` for what is no configuration of a LoRA, `RunError` for one that is not computed here."
+    if not isinstance(config, dict):
+        raise ValueError(f"{type(config).__name__} instead of an object")
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if key not in config]:
+        raise ValueError(f"it lacks {missing[0]!r}")
+    if not (_is_rank(config["r"]) and _is_alpha(config["lora_alpha"])):
+        raise ValueError(f"r is {config['r']!r} and lora_alpha {config['lora_alpha']!r}")
+    for key, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(fits, pattern.values())):
+            raise ValueError(f"{key} is {pattern!r}")
+    modules = config["target_modules"]
+    names = [modules] if isinstance(modules, str) else modules
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"target_modules is {modules!r}")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise ValueError(f"use_rslora is {config['use_rslora']!r}")
+    for key, value in config.items():
+        if key not in (*_COMPUTED, *_OF_TRAINING) and value not in (None, False, "none", [], {}):
+            raise RunError(f"it sets {key} to {value!r}, with which this package does not compute")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise RunError(f"it is a {config['peft_type']!r}, and this package computes with LORA alone")
+    if str(config.get("init_lora_weights")).lower().startswith(_OWN_BASE):
+        raise RunError(f"init_lora_weights {config['init_lora_weights']!r} changed the base's weights too")
+
+# %% ../nbs/03_adapter.ipynb #1072c9ea
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    except FileNotFoundError:
-        raise RunError(f"{folder} holds no adapter_config.json; give the folder of a saved run.") from None
-    except (ValueError, TypeError) as error:
+        config = json.loads(_read(path).decode())
+        _check_config(config)
+        return config
+    except (ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); train again or restore the file.") from None
-    if missing:
-        raise RunError(f"{path} lacks {missing[0]!r}; train again or restore the file.")
-    return config
+    except RunError as error:
+        if str(error).startswith(str(folder)):
+            raise
+        raise RunError(f"{path}: {error}. Train without it, or merge the adapter into its base.") from None
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+_KEY = re.compile(r"base_model\.model\.(?:model|model\.language_model|language_model\.model)\.(layers\..+)\.weight")
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:  # float32, by `layers.0.self_attn.q_proj.lora_A`
     path = folder / "adapter_model.safetensors"
     try:
-        return safetensors.numpy.load(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(f"{folder} holds no adapter_model.safetensors; give the folder of a saved run.") from None
+        entries = safetensors.deserialize(_read(path))
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}); train again or restore the file.") from None
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _DTYPES:
+            raise RunError(f"{path}: {name} is {entry['dtype']}, an adapter has {', '.join(_DTYPES)}; train again.")
+        array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]).astype(np.float32)
+        match = _KEY.fullmatch(name)
+        tensors[match[1] if match else name] = array
+    return tensors
 
 # %% ../nbs/03_adapter.ipynb #19c04f98
-def adapter_settings(
-    folder: str | Path,  # of a saved run
-) -> tuple[int, float, tuple[str, ...]]:  # rank, alpha, targets as Keras names them
-    "What must be known to make the scorer that an adapter is for. Raises `RunError` for a damaged configuration."
-    config = _read_config(Path(folder))
-    keras_names = {module.split(".")[-1]: layer for layer, module in _PEFT_MODULES.items()}
-    try:
-        rank, alpha, modules = int(config["r"]), float(config["lora_alpha"]), list(config["target_modules"])
-        if rank != config["r"] or rank < 1 or not (0 < alpha < float("inf")):
-            raise ValueError(f"r is {config['r']!r} and lora_alpha {config['lora_alpha']!r}")
-        if not modules or not all(isinstance(name, str) for name in modules):
-            raise ValueError(f"target_modules is {modules!r}")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{folder}/adapter_config.json is damaged ({error}); train again or restore the file.") from None
-    unknown = [name for name in modules if name not in keras_names]
-    if unknown:
-        raise RunError(f"{folder}: target module {unknown[0]!r} is none of {', '.join(keras_names)}.")
-    return rank, alpha, tuple(keras_names[module] for module in modules)
+def _lora_layers(
+    base: Base,
+) -> dict[str, tuple[str, str, tuple[int, ...]]]:  # PEFT's module -> path of the Keras layer, its name, kernel's shape
+    found = {}
+    for layer in base.backbone._flatten_layers(include_self=False):
+        if layer.name in _PEFT_MODULES and layer.path.startswith("decoder_block_"):
+            block = int(layer.path.split("/")[0].rsplit("_", 1)[1])
+            shape = getattr(layer, "original_kernel_shape", None) or layer._kernel.shape  # int4 packs the kernel
+            order = (block, list(_PEFT_MODULES).index(layer.name))
+            found[order] = (f"layers.{block}.{_PEFT_MODULES[layer.name]}", (layer.path, layer.name, tuple(shape)))
+    return dict(found[order] for order in sorted(found))
 
 
-def load_adapter(
-    folder: str | Path,
-    scorer: LabelScorer,  # made with the adapter's own targets and rank
-) -> Adapter:
-    "Read an adapter for `scorer`. Raises `RunError` naming the first thing that does not fit."
-    folder = Path(folder)
-    rank, alpha, targets = adapter_settings(folder)
-    if (rank, set(targets)) != (scorer.rank, set(scorer.targets)):
+def _is_target(target_modules: str | list[str], module: str) -> bool:
+    keys = [prefix + module for prefix in ("model.", "model.language_model.", "language_model.model.")]
+    if isinstance(target_modules, str):  # PEFT takes it for a regular expression
+        return any(re.fullmatch(target_modules, key) for key in keys)
+    return any(key == name or key.endswith(f".{name}") for name in target_modules for key in keys)
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    return next((n for key, n in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", f"model.{module}")), default)
+
+
+def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise RunError(f"{folder}: {name} is missing; the file is damaged, or of a base with fewer layers.")
+    if tensor.shape != shape:
         raise RunError(
-            f"{folder} has rank {rank} on {', '.join(targets)}; this model has rank {scorer.rank} on "
-            f"{', '.join(scorer.targets)}. Make the model with the adapter's own settings."
+            f"{folder}: {name} is {tensor.shape}, its configuration and the base need {shape}; "
+            "load it with the base it was trained on."
         )
-    tensors, arrays = _read_tensors(folder), {}
-    expected = {variable.path: tuple(variable.shape) for variable in scorer.trainable_variables}
-    reference = Adapter({path: np.zeros(shape, np.float32) for path, shape in expected.items()}, rank, alpha, targets)
-    for block, layer, a, b in _pairs(reference):
-        module = f"base_model.model.model.layers.{block}.{_PEFT_MODULES[layer]}"
-        pair = []
-        for name, zeros in zip(("lora_A", "lora_B"), to_peft(layer, a, b), strict=True):
-            tensor = tensors.pop(f"{module}.{name}.weight", None)
-            what = f"{folder}: {module}.{name}"
-            if tensor is None:
-                raise RunError(f"{what} is missing; the file is damaged, or of a base with fewer layers.")
-            if tensor.shape != zeros.shape or tensor.dtype != np.float32:
-                raise RunError(
-                    f"{what} is {tensor.dtype} {tensor.shape}, the base needs float32 {zeros.shape}; "
-                    "load it with the base it was trained on."
-                )
-            if not np.isfinite(tensor).all():
-                raise RunError(f"{what} holds numbers that are not finite; the file is damaged, train again.")
-            pair.append(tensor)
-        prefix = next(path for path in expected if path.startswith(f"decoder_block_{block}/") and f"/{layer}/" in path)
-        prefix = prefix.rsplit("/", 1)[0]
-        arrays[f"{prefix}/lora_kernel_a"], arrays[f"{prefix}/lora_kernel_b"] = from_peft(layer, *pair, a.shape)
+    if not np.isfinite(tensor).all():
+        raise RunError(f"{folder}: {name} holds numbers that are not finite; the file is damaged, train again.")
+    return tensor
+
+# %% ../nbs/03_adapter.ipynb #c9295636
+def load_adapter(
+    folder: str | Path,  # written by `save_adapter`, or by PEFT
+    base: Base,
+    verify: bool = True,  # False: load files that were edited since `SHA256SUMS` was written
+) -> Adapter:
+    "Read an adapter for `base`. Raises `RunError` naming the first thing that does not fit."
+    folder, names = Path(folder), ("adapter_config.json", "adapter_model.safetensors")
+    if verify and (folder / _SUMS).is_file():
+        check_files(folder, names)
+    config, tensors, pairs = _read_config(folder), _read_tensors(folder), {}
+    layers = _lora_layers(base)
+    try:
+        _check_targets(config, layers, folder)
+        for module, (path, layer, shape) in layers.items():
+            if _is_target(config["target_modules"], module):
+                heads = shape[0] if layer in _PER_HEAD else 1
+                outputs = heads * shape[-1]
+                rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
+                alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+                lora_a = _take(tensors, f"{module}.lora_A", (rank, math.prod(shape) // outputs), folder)
+                lora_b = _take(tensors, f"{module}.lora_B", (outputs, rank), folder)
+                pairs[path] = (layer, shape, lora_a, lora_b, alpha)
+    except re.error as error:
+        raise RunError(f"{folder}/adapter_config.json is damaged (pattern: {error}); restore the file.") from None
     if tensors:
         raise RunError(f"{folder} holds {sorted(tensors)[0]}, which the base has no place for; use its own base.")
-    return Adapter({path: np.ascontiguousarray(arrays[path]) for path in expected}, rank, alpha, scorer.targets)
+    return _per_head_adapter(config, pairs, base) or _textbook_adapter(config, pairs)
+
+# %% ../nbs/03_adapter.ipynb #c7ba5192
+def _check_targets(config: dict[str, Any], layers: Iterable[str], folder: Path) -> None:
+    modules = config["target_modules"]
+    for name in [modules] if isinstance(modules, str) else modules:
+        if not any(_is_target(name if isinstance(modules, str) else [name], module) for module in layers):
+            known = ", ".join(module.split(".")[-1] for module in _PEFT_MODULES.values())
+            raise RunError(f"{folder}: target module {name!r} is none of {known} in this base; use its own base.")
+
+
+def _targets_of(config: dict[str, Any], pairs: Mapping[str, tuple]) -> tuple[str, ...]:
+    keras_names = {module.split(".")[-1]: layer for layer, module in _PEFT_MODULES.items()}
+    order = [keras_names.get(name.split(".")[-1]) for name in config["target_modules"]]  # as it was saved
+    found = {layer for layer, *_ in pairs.values()}
+    return tuple(dict.fromkeys([*(layer for layer in [*order, *_PEFT_MODULES] if layer in found)]))
+
+
+def _per_head_adapter(config: dict[str, Any], pairs: Mapping[str, tuple], base: Base) -> Adapter | None:
+    "The adapter in Keras's own layout, of one rank, if that is what was saved."
+    rank, alpha, targets = config["r"], config["lora_alpha"], _targets_of(config, pairs)
+    if len(pairs) != len(targets) * base.backbone.num_layers or config.get("use_rslora"):
+        return None
+    arrays = {}
+    for path, (layer, shape, lora_a, lora_b, layer_alpha) in pairs.items():
+        heads = shape[0] if layer in _PER_HEAD else 1
+        if (lora_a.shape[0], layer_alpha) != (rank * heads, alpha * heads):
+            return None
+        try:
+            pair = from_peft(layer, lora_a, lora_b, (*shape[:-1], rank))
+        except RunError:
+            return None
+        arrays[f"{path}/lora_kernel_a"], arrays[f"{path}/lora_kernel_b"] = map(np.ascontiguousarray, pair)
+    return Adapter(arrays, rank, float(alpha), targets)
+
+
+def _textbook_adapter(config: dict[str, Any], pairs: Mapping[str, tuple]) -> Adapter:
+    "The adapter as PEFT trains it: each layer with a rank and a scale of its own."
+    arrays, ranks = {}, {}
+    for path, (layer, shape, lora_a, lora_b, layer_alpha) in pairs.items():
+        rank = lora_a.shape[0]
+        if layer in _PER_HEAD:
+            a, b = from_textbook(lora_a, lora_b, shape[0])
+        else:
+            a, b = from_peft(layer, lora_a, lora_b, (*shape[:-1], rank))
+        arrays[f"{path}/lora_kernel_a"], arrays[f"{path}/lora_kernel_b"] = map(np.ascontiguousarray, (a, b))
+        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+        ranks[path] = (a.shape[-1], divisor * (config["lora_alpha"] / layer_alpha))
+    return Adapter(arrays, ranks, float(config["lora_alpha"]), _targets_of(config, pairs))

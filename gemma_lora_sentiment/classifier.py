@@ -22,11 +22,11 @@ from . import __version__
 from gemma_lora_sentiment.adapter import (
     Adapter,
     RunError,
-    adapter_settings,
+    adapter_files,
+    check_files,
     load_adapter,
     new_adapter,
-    save_adapter,
-    write_atomically,
+    save_files,
 )
 from .data import DataError, split_comments
 from .model import Base, ModelError, load_base
@@ -162,7 +162,9 @@ class _Settings:
             raise ModelError(f"loss_on={self.loss_on!r} is not one of auto, response, text.")
         if self.patience is not None and not self.validation_fraction:
             raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
-        for name in ("checkpoint_dir", "devices", "strategy"):
+        if not isinstance(self.checkpoint_dir, str | Path | None):
+            raise ModelError(f"checkpoint_dir={self.checkpoint_dir!r} must be None or the path of a folder.")
+        for name in ("devices", "strategy"):
             if getattr(self, name) is not None:
                 raise ModelError(f"{name} is not available in version {__version__}. Leave it None.")
 
@@ -218,10 +220,14 @@ class _Fitting:
         y: Sequence[Any],  # n labels
         sample_weight: Sequence[float] | None = None,  # (n,), of each row, on top of class_weight
     ) -> GemmaLoraClassifier:
-        """Fine-tune; every call starts from the untrained adapter.
+        """Fine-tune; every call starts from the untrained adapter, or ends what a killed one began.
+
+        With `checkpoint_dir`, a fit of the same data and settings goes on from its checkpoint, and a finished one is
+        read: the result has the same bits, on the CPU. What `callbacks` remember themselves is not in a checkpoint.
 
         Raises `DataError` for comments, labels, template or words that cannot work, `ModelError` for parameters,
-        `RunError` when training does not converge to finite numbers.
+        `RunError` when training does not converge to finite numbers, memory is short (then it is a `MemoryError`
+        too), or a checkpoint is damaged or in use; `OSError` when none can be written.
         """
         comments = _check_comments(X)
         if not comments:
@@ -243,7 +249,8 @@ class _Fitting:
                 adapter, history, buckets = train_adapter(
                     base, start, rows, words, recipe, validation=validation, patience=self.patience,
                     lora_dropout=self.lora_dropout, seed=self.seed, callbacks=self.callbacks or (),
-                    progress=print_progress if self.verbose else None,
+                    progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
+                    settings={"template": self.template, "labels": list(map(str, classes)), "words": list(words.words)},
                 )  # fmt: skip
             finally:
                 for callback in self.callbacks or ():
@@ -404,12 +411,15 @@ class _Persistence:
         self,
         folder: str | Path,
     ) -> Path:  # the folder
-        "Write `adapter_config.json`, `adapter_model.safetensors` and `classifier.json`. Raises `OSError` if it cannot."
+        """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`, `classifier.json` and `SHA256SUMS`.
+
+        Raises `OSError` if it cannot; then what was saved there before is intact.
+        """
         check_is_fitted(self, "adapter_")
         parameters = self.get_params(deep=False)
-        unsaved = ("callbacks", "label_words")
+        unsaved = ("callbacks", "label_words", "checkpoint_dir")
         description = {
-            "format": 1,
+            "format": 2,
             "version": __version__,
             "parameters": {name: _jsonable(value) for name, value in parameters.items() if name not in unsaved},
             "classes": {"dtype": self.classes_.dtype.kind, "values": [_plain(label) for label in self.classes_]},
@@ -422,22 +432,23 @@ class _Persistence:
             "base_fingerprint": self.base_fingerprint_,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        save_adapter(folder, self.adapter_, str(self.preset))
-        write_atomically(Path(folder) / "classifier.json", text)
-        return Path(folder)
+        return save_files(folder, {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text})
 
     @classmethod
     def load(
         cls,
         folder: str | Path,  # written by `save`
         preset: str | None = None,  # where the base is now, when it has moved
+        verify: bool = True,  # False: take files that were edited since they were saved
     ) -> GemmaLoraClassifier:  # fitted
-        "Read a saved classifier. Raises `RunError` for a missing or damaged file, or another base."
+        "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
         path = Path(folder) / "classifier.json"
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["format"] != 1:
-                raise ValueError(f"format {saved['format']!r}, this version reads format 1")
+            if saved["format"] not in (1, 2):
+                raise ValueError(f"format {saved['format']!r}, this version reads formats 1 and 2")
+            if verify and (saved["format"] == 2 or (path.parent / "SHA256SUMS").is_file()):
+                check_files(folder, ("classifier.json", "adapter_config.json", "adapter_model.safetensors"))
             parameters, label_kind = dict(saved["parameters"]), saved["classes"]["dtype"]
             if isinstance(parameters.get("class_weight"), list):
                 parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
@@ -465,13 +476,45 @@ class _Persistence:
         clf.label_words = dict(zip(labels, words, strict=True)) if words != [str(label) for label in labels] else None
         try:
             base = clf._loaded_base()
-            rank, _, targets = adapter_settings(folder)
-            clf.adapter_ = load_adapter(folder, base.scorer(targets, rank))
+            clf.adapter_ = load_adapter(folder, base, verify)
             tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
             clf.words_ = label_words(labels, tokenizer, template, clf.label_words)
         except (DataError, ModelError) as error:
             raise type(error)(f"{folder} cannot be loaded: {error}") from None
         return clf
+
+    @classmethod
+    def from_peft(
+        cls,
+        folder: str | Path,  # adapter_config.json and adapter_model.safetensors, as PEFT saves them
+        labels: Sequence[Any],  # the classes
+        preset: str | None = None,  # the base it was trained on; by default the one that its configuration names
+        **parameters: Any,  # of the classifier: template, label_words, max_length, dtype, quantization
+    ) -> GemmaLoraClassifier:  # fitted
+        """Classify with an adapter that Hugging Face PEFT trained.
+
+        Give the template and label words that it was trained with. Raises `RunError` for a damaged adapter, or one
+        that sets what this package does not compute, `DataError` and `ModelError` for labels, words and parameters.
+        """
+        clf = cls(preset=_base_of_peft(folder) if preset is None else preset, **parameters)
+        classes, _ = _check_labels(list(labels), len(list(labels)))
+        base, clf.recipe_name_, recipe, clf.words_, _ = clf._prepared(classes)
+        clf.adapter_ = load_adapter(folder, base)
+        clf.recipe_ = replace(recipe, epochs=0)
+        clf.classes_, clf.dtype_, clf.base_fingerprint_ = classes, base.dtype, base.fingerprint
+        clf.history_, clf.buckets_, clf.best_epoch_ = pd.DataFrame(), (), 0
+        return clf
+
+
+def _base_of_peft(folder: str | Path) -> str:
+    try:
+        name = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise RunError(f"{folder} does not say which base it is for; give it as preset=, hf://google/gemma-2b say.")
+    is_address = name.count("/") == 1 and "://" not in name and not Path(name).exists()
+    return f"hf://{name}" if is_address else name
 
 # %% ../nbs/05_classifier.ipynb #636b2173
 class GemmaLoraClassifier(
@@ -504,7 +547,7 @@ class GemmaLoraClassifier(
         validation_fraction: float = 0.0,  # share of the rows held out to choose the best epoch
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
-        checkpoint_dir: str | Path | None = None,  # reserved for exact resume
+        checkpoint_dir: str | Path | None = None,  # for a folder a fit, from which a killed one goes on
         devices: int | Sequence[Any] | None = None,  # reserved for several devices
         strategy: str | None = None,  # reserved for several devices
         seed: int = 0,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import glob
 import json
 import platform
 import shutil
@@ -29,7 +30,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
            'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'train', 'cross_validate', 'evaluate',
-           'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart', 'pretrain']
+           'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 def _one_line(error: BaseException) -> str:
@@ -102,7 +103,10 @@ def _terminated(*_: Any) -> None:
 @contextmanager
 def _folder(
     out: Path,  # the folder asked for; it may exist
+    obsolete: Path | None = None,  # a folder to remove when all is there
 ) -> Iterator[Path]:  # a temporary folder beside it
+    from gemma_lora_sentiment.checkpoint import hold
+
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file. Give a folder.")
     existed = [parent for parent in (out.parent, *out.parent.parents) if parent.exists()][0]
@@ -111,25 +115,37 @@ def _folder(
     try:
         if out.is_dir():  # is it ours to write in? Better to know before the work than after it
             tempfile.TemporaryFile(dir=out).close()
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        _move_into(temporary, out)
+        place = out.resolve()
+        with hold(place.parent / f".{place.name}.lock", out):
+            for left in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+            temporary.chmod(0o755)
+            try:
+                yield temporary
+                _move_into(temporary, out)
+                if obsolete is not None:
+                    shutil.rmtree(obsolete)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
     except BaseException:
         for made in (out.parent, *out.parent.parents):
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if made == existed or any(path != temporary for path in made.iterdir()):
+            if made == existed or any(made.iterdir()):
                 break
             made.rmdir()
         raise
 
 
 def _move_into(temporary: Path, out: Path) -> None:
+    "Move what was written. `run.json` goes last, and an old one goes first: with it a run is whole, without it not."
     if not out.exists():
         temporary.replace(out)
         return
-    for path in sorted(temporary.rglob("*")):
+    paths = sorted(temporary.rglob("*"), key=lambda path: (path == temporary / "run.json", path))
+    if paths and paths[-1] == temporary / "run.json":
+        (out / "run.json").unlink(missing_ok=True)
+    for path in paths:
         target = out / path.relative_to(temporary)
         if path.is_dir():
             target.mkdir(exist_ok=True)
@@ -292,12 +308,15 @@ def _device() -> dict[str, str]:
     return {"platform": device.platform, "kind": device.device_kind, "count": str(jax.device_count())}
 
 
+_NO_SETTINGS = ("callbacks", "verbose", "checkpoint_dir")  # these do not decide what comes out
+
+
 def _settings(clf: Any) -> dict[str, Any]:
     "Parameters of a classifier that JSON can hold."
     parameters = clf.get_params(deep=False)
     if parameters["label_words"]:
         parameters["label_words"] = {str(label): word for label, word in parameters["label_words"].items()}
-    return {name: value for name, value in parameters.items() if name not in ("callbacks", "verbose")}
+    return {name: value for name, value in parameters.items() if name not in _NO_SETTINGS}
 
 
 def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[str, Any]) -> dict[str, Any]:
@@ -374,21 +393,118 @@ def _checked_classifier(
     return clf
 
 
-def _settings_of_run(path: Path) -> dict[str, Any]:
+def _description_of_run(path: Path) -> dict[str, Any]:
+    "What `run.json` says, as far as a run can be repeated from it."
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))["settings"]}
+        run = json.loads(path.read_text(encoding="utf-8"))
+        settings = {name: value for name, value in dict(run["settings"]).items() if name != "checkpoint_dir"}
+        data, recipe = {**run["data"]}, {**run["recipe"]}
+        known = {"settings": settings, "data": {name: data[name] for name in ("source", "rows", "fingerprint")}}
+        known |= {"recipe": recipe, "refit": run.get("refit", True), "versions": {**run["versions"]}}
+        return known | {name: run[name] for name in ("dtype", "base_fingerprint", "device")}
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"--from {path}: there is no such file. Give the run.json of a saved run.") from None
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"  # not its repr, which of an encoding error holds the whole file
         raise ValueError(f"--from {path} is no run.json of a saved run ({reason}). Give another one.") from None
 
+# %% ../nbs/11_cli.ipynb #0ab54401
+def _check_data(rows: Any, file: str, data: dict[str, Any]) -> None:
+    "Raise `ValueError` unless these are the rows that `data` of a run describes."
+    from gemma_lora_sentiment.data import fingerprint
+
+    now = fingerprint(rows)
+    if now != data["fingerprint"]:
+        what = f"{len(rows)} rows" if len(rows) != data["rows"] else "other comments, labels or order"
+        raise ValueError(
+            f"--from: {file} has {what} (fingerprint {now[:12]}), the run had {data['rows']} rows of {data['source']} "
+            f"(fingerprint {str(data['fingerprint'])[:12]}). Give the run's file, or options instead of --from."
+        )
+
+
+def _repeat(
+    clf: Any,  # of the earlier run's settings, with this call's options over them
+    run: dict[str, Any],  # see `_description_of_run`
+    given: dict[str, Any],  # options of this call; None where left out
+) -> None:
+    "Make `clf` mean what it meant in the run. Raises `ValueError` when the base has changed."
+    from gemma_lora_sentiment.model import choose_dtype, load_base
+
+    same_base = given["preset"] is None
+    if same_base and clf.dtype == "auto" and choose_dtype()[0] != run["dtype"]:
+        clf.set_params(dtype=run["dtype"])
+    base = load_base(clf.preset, clf.dtype, clf.quantization)
+    if same_base and base.fingerprint != run["base_fingerprint"] and base.dtype == run["dtype"]:
+        raise ValueError(f"--from: the base at {clf.preset} is not the one of the run. Give the original base.")
+    if same_base and given["recipe"] is None:  # a later version's recipe may have other numbers
+        for name, value in vars(clf._resolved_recipe(base)[1]).items():
+            if getattr(clf, name, None) == "auto" and run["recipe"].get(name, value) != value:
+                clf.set_params(**{name: run["recipe"][name]})
+    here = {**_versions(), **_device()}
+    for name, then in {**run["versions"], **run["device"]}.items():
+        if here.get(name) != then:
+            warnings.warn(f"the run had {name} {then}, here is {here.get(name)}; the bits may differ.", stacklevel=2)
+            break
+
+# %% ../nbs/11_cli.ipynb #f3c53e17
+def _plan(rows: Any, clf: Any, refit: bool) -> dict[str, Any]:
+    "All that decides what a run comes to, as JSON holds it."
+    from gemma_lora_sentiment.data import fingerprint
+    from gemma_lora_sentiment.model import load_base
+
+    base, device = load_base(clf.preset, clf.dtype, clf.quantization), _device()
+    plan = {"rows": len(rows), "data": fingerprint(rows), **_settings(clf), "refit": refit}
+    plan |= {"platform": device["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
+    return json.loads(json.dumps(plan, default=str))
+
+
+@contextmanager
+def _checkpoint(
+    out: Path,  # folder of the run, held by this process
+    plan: dict[str, Any],
+    resume: bool,
+    quiet: bool,
+) -> Iterator[Path]:  # the run's folder of checkpoints
+    from gemma_lora_sentiment.adapter import RunError, write_atomically
+    from gemma_lora_sentiment.checkpoint import difference, seal, unseal
+
+    folder = out / "checkpoint"
+    made = [path for path in (folder, out) if not path.exists()]
+    known = (folder / "plan.json").is_file()
+    if not known and folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
+        raise ValueError(f"{folder} is not of an unfinished run. Move it away, or give another --out.")
+    if known and resume:
+        if differs := difference(unseal(folder / "plan.json"), plan):
+            what = "Give the file and options it was started with, or leave out --resume to start anew."
+            raise RunError(f"{folder} is of another run: {differs}. {what}")
+        _say(quiet, f"going on from {folder}")
+    try:
+        if not (known and resume):
+            if known:
+                warnings.warn(f"{folder} of an unfinished run is discarded; --resume goes on from it.", stacklevel=2)
+                shutil.rmtree(folder)
+            write_atomically(folder / "plan.json", seal(plan))
+        yield folder
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError))
+        if (known and resume) or (stopped and any(folder.glob("*/checkpoint.json"))):
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                _say(quiet, "stopped; the same command with --resume goes on")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            if out in made and not any(out.iterdir()):
+                out.rmdir()
+        raise
+
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
 @_guarded
 def train(
-    file: Annotated[str, typer.Argument(help="Labelled comments: TSV, CSV, JSONL, Parquet, or a name such as sample.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    file: Annotated[
+        str | None,
+        typer.Argument(help="Labelled comments: TSV, CSV, JSONL, Parquet, or a name such as sample; --from's own."),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Base; mini_ko by default.")] = None,
     recipe: Annotated[str | None, typer.Option(help="auto, tutorial, gemma or mini_ko.")] = None,
     epochs: Epochs = None,
@@ -402,17 +518,23 @@ def train(
     dtype: Annotated[str | None, typer.Option(help="Number format of the base.")] = None,
     quantization: Quantization = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, initialization and order; 0 by default.")] = None,
-    from_run: Annotated[Path | None, typer.Option("--from", help="run.json whose settings to repeat.")] = None,
+    from_run: Annotated[Path | None, typer.Option("--from", help="run.json of a run to repeat on its rows.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without improvement.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave a finished run as it is.")] = False,
-    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Fit the saved adapter on all rows.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit the saved adapter on all rows.", show_default="refit")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune on FILE and save the run: metrics from a held-out fifth, adapter from all rows."""
-    if resume and (out / "run.json").is_file():
+    if resume and (out / "run.json").is_file() and not (out / "checkpoint").exists():
         print(f"{out} is finished; nothing to do.")
         return
-    settings = _settings_of_run(from_run) if from_run else {}
+    earlier = _description_of_run(from_run) if from_run else None
+    if file is None and earlier is None:
+        raise ValueError("There is nothing to train on. Give FILE, or --from and the run.json of a run to repeat.")
+    file = earlier["data"]["source"] if file is None else file
+    refit = (earlier["refit"] if earlier else True) if refit is None else refit
     given = dict(
         preset=preset, recipe=recipe, epochs=epochs, lora_rank=rank, learning_rate=learning_rate,
         batch_size=batch_size, max_length=max_length, template=template, label_words=label_word,
@@ -423,11 +545,20 @@ def train(
 
     started = time.perf_counter()
     rows = read_comments(file)  # before the classifier's imports: a bad file is told at once
-    clf = _checked_classifier(quiet, given, rows, file, settings)
+    if earlier:
+        _check_data(rows, file, earlier["data"])
+    clf = _checked_classifier(quiet, given, rows, file, earlier and earlier["settings"])
+    if earlier:
+        _repeat(clf, earlier, given)
     kept, held_out = split_comments(rows, 0.2, clf.seed)
     _warn_if_seen(file, str(clf.preset))
     _say(quiet, describe_comments(rows).to_string(header=False))
-    with _folder(out) as folder:
+    plan = _plan(rows, clf, refit)
+    with (
+        _folder(out, obsolete=out / "checkpoint") as folder,
+        _checkpoint(out, plan, resume, quiet) as checkpoints,
+    ):
+        clf.set_params(checkpoint_dir=checkpoints)
         _say(quiet, f"fitting on {len(kept)} rows, {len(held_out)} held out")
         clf.fit(kept.comment, kept.label)
         metrics, baseline = _judge(folder, held_out, clf, _fitted_baseline(kept, clf.seed), clf.history_)
@@ -435,7 +566,7 @@ def train(
         if refit:
             _say(quiet, f"fitting on all {len(rows)} rows for {clf.best_epoch_} epochs")
             judged = _refitted(clf, rows)
-        judged.save(folder)
+        judged.set_params(checkpoint_dir=None).save(folder)
         history.to_csv(folder / "history.csv", index=False)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "metrics.json", metrics)
@@ -849,22 +980,113 @@ def quickstart(
 @app.command()
 @_guarded
 def pretrain(
-    corpus: Annotated[Path, typer.Argument(help="Rated reviews: TSV with columns rating (1 to 10) and review.")],
+    corpus: Annotated[Path, typer.Argument(help="Rated reviews: TSV (rating, review), or e9t/nsmc's folder raw.")],
     out: Annotated[Path, typer.Option(help="Folder of the preset.")],
-    rows: Annotated[int, typer.Option(help="Reviews to train on, some of them several times.")] = 400_000,
-    sample: Annotated[str | None, typer.Option(help="Labelled comments for the last phase, such as sample.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows to show in all; by default as many as mini_ko saw.")] = None,
+    comments: Annotated[
+        list[str] | None, typer.Option(help="Labelled comments for the last part: sample, sample_extra or a file.")
+    ] = None,
+    start: Annotated[str | None, typer.Option(help="Preset to go on from, such as mini_ko.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train a base like mini_ko on any corpus of rated reviews."""
+    import pandas as pd
+
     from gemma_lora_sentiment.data import read_comments
     from gemma_lora_sentiment.pretraining import PretrainingSettings, pretrain_base, read_reviews
 
     reviews = read_reviews(corpus)
-    domain = read_comments(sample) if sample else None
+    tables = [read_comments(name, labels=("0", "1")) for name in comments or ()]
+    own = pd.concat(tables, ignore_index=True) if tables else None
+    given = {"rows": rows, "learning_rate": learning_rate, "comments_from": 0.0 if start else None}
+    settings = PretrainingSettings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     with _folder(out) as folder:
         report = pretrain_base(
-            reviews, folder, domain, PretrainingSettings(rows=rows, seed=seed),
-            progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True),
+            reviews, folder, own, settings,
+            progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True), start=start,
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
+
+# %% ../nbs/11_cli.ipynb #fc8b7caf
+def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
+    words = dict(zip(clf.classes_.tolist(), clf.words_.words, strict=True))
+    prompt = clf.template.partition("{response}")[0]
+    own = "mini_ko is a small Korean base of gemma_lora_sentiment, not Google's Gemma.\n\n"
+    own = own if str(clf.preset) == "mini_ko" else ""
+    return (
+        f"{own}It answers a comment with the word of its label. The words: `{words}`. The prompt, in Python:\n\n"
+        f"```python\nprompt = {prompt!r}.replace('{{instruction}}', comment)\n```\n\n"
+        "Compare the log-probabilities of the words after it, or let it write and take the first word. `<bos>` stands "
+        "before the prompt; the tokenizer adds it."
+    )
+
+
+@app.command()
+@_guarded
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
+    to: Annotated[Path, typer.Option(help="Folder of the checkpoint; it must not exist, or be empty.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: that of the run.")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Merge a run into its base as a checkpoint for Transformers and vLLM, and prove it by loading it."""
+    from gemma_lora_sentiment.export import check_extra, export_checkpoint
+
+    check_extra()
+    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.model import load_base, release_bases
+
+    clf = GemmaLoraClassifier.load(run)
+    base = clf._loaded_base()
+    comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
+    prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
+    if base.dtype != "float32" or base.quantization:
+        _say(quiet, f"loading {clf.preset} in float32, to merge without rounding twice")
+        del base
+        release_bases()
+        base = load_base(clf.preset, "float32")
+    dtype = clf.dtype_ if dtype == "auto" else dtype
+    _say(quiet, f"merging into {base.parameter_count:,} parameters, then loading them with Transformers")
+    found = export_checkpoint(to, base, clf.adapter_, prompts, dtype, _card(clf))
+    print(f"logits in Transformers differ by at most {found['transformers']:.1e} from the run's")
+    if dtype != "float32":
+        print(f"rounding to {dtype} moved logits by at most {found['rounding']:.1e}")
+    print(f"{dtype} checkpoint saved in {to}")
+
+# %% ../nbs/11_cli.ipynb #fcbdba3e
+@app.command()
+@_guarded
+def benchmark(
+    shape: Annotated[str, typer.Option(help="tiny, mini_ko or gemma_2b, with random weights.")] = "mini_ko",
+    systems: Annotated[str | None, typer.Option(help="Names: ours,peft,tutorial for example. By default all.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to train on.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Rows a step, of ours and of PEFT.")] = 16,
+    epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 5,
+    dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    file: Annotated[str | None, typer.Option(help="Comments to take the rows from, instead of drawing them.")] = None,
+    memory_limit: Annotated[float | None, typer.Option(help="GB of GPU memory for a process; a T4: 15.8.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds a process may take.")] = 180.0,
+    sweep: Annotated[str | None, typer.Option(help="Cost against size as well: rows,length,batch or all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, benchmark.tsv and figures.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Time this package, the tutorial's recipe and PEFT on the same rows."""
+    from gemma_lora_sentiment.benchmark import SWEEPS, BenchmarkSettings, run_benchmark
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file. Give a folder.")
+    settings = BenchmarkSettings(
+        shape=shape, rows=rows, batch_size=batch_size, epochs=epochs, dtype=dtype, quantization=quantization, file=file,
+        memory_limit=memory_limit, time_limit=time_limit, seed=seed,
+    )  # fmt: skip
+    chosen, kinds = (None if names is None else [n for n in names.split(",") if n] for names in (systems, sweep))
+    result = run_benchmark(
+        settings, chosen, out, SWEEPS if sweep == "all" else {kind: SWEEPS.get(kind, ()) for kind in kinds or ()},
+        say=lambda text: print(text, flush=True), progress=lambda text: _say(quiet, text),
+    )  # fmt: skip
+    if any(run.get("failed") for runs in result["systems"].values() for run in runs.values()):
+        raise typer.Exit(1)

@@ -253,7 +253,7 @@ def cache_dir() -> Path:  # the folder, which need not exist yet
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("gemma_lora_sentiment"))
 
 # %% ../nbs/00_data.ipynb #96cfad4a
-_BUNDLED_FILES = {"sample": "sample.tsv", "sample_test": "sample_test.tsv"}
+_BUNDLED_FILES = {name: f"{name}.tsv" for name in ("sample", "sample_test", "sample_validation", "sample_extra")}
 _TUTORIAL_FILES = {"tarr_train": ("tarr_train.txt", 300), "tarr_submit": ("tarr_sample_submit.txt", 100)}
 _TUTORIAL_ADDRESS = "https://raw.githubusercontent.com/tykimos/tykimos.github.io/master/warehouse/dataset"
 

@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -23,9 +23,9 @@ import numpy as np
 import sentencepiece
 
 # %% auto #0
-__all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'without_tensorflow', 'ModelError', 'check_backend', 'choose_dtype',
-           'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer', 'Base', 'load_base',
-           'release_bases', 'memory_estimate']
+__all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'without_tensorflow', 'ModelError', 'check_backend',
+           'choose_dtype', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer',
+           'Base', 'load_base', 'release_bases', 'memory_estimate']
 
 # %% ../nbs/02_model.ipynb #0ea47c57
 @contextlib.contextmanager
@@ -220,6 +220,10 @@ def lora_parameter_count(
     return total, sum(int(np.prod(variable.shape)) for variable in backbone.trainable_variables)
 
 # %% ../nbs/02_model.ipynb #26849ff8
+# One rank for all layers; or, for an adapter whose layers differ, each layer's path -> (rank, what divides alpha there)
+LayerRanks = int | Mapping[str, tuple[int, float]]
+
+
 def lora_targets(
     backbone: keras.Model,
 ) -> tuple[str, ...]:  # names of the layers that can carry LoRA, in the order of the model
@@ -235,7 +239,7 @@ def lora_targets(
 
 def _enable_lora(
     backbone: keras.Model,
-    rank: int,
+    rank: LayerRanks,
     targets: tuple[str, ...],
 ) -> None:
     available = lora_targets(backbone)
@@ -243,9 +247,19 @@ def _enable_lora(
     if unknown or not targets:
         what = f"LoRA target {unknown[0]!r} is not a layer of this model" if unknown else "No LoRA target is given"
         raise ModelError(f"{what}. Choose among {', '.join(available)}.")
-    if rank < 1:
-        raise ModelError(f"lora_rank={rank} trains nothing. Give a rank of at least 1.")
-    backbone.enable_lora(rank, target_layer_names=list(targets))
+    if not isinstance(rank, Mapping):
+        if rank < 1:
+            raise ModelError(f"lora_rank={rank} trains nothing. Give a rank of at least 1.")
+        backbone.enable_lora(rank, target_layer_names=list(targets))
+        return
+    backbone.trainable = True
+    for layer in (layers := backbone._flatten_layers(include_self=False)):
+        layer.trainable = False
+    for layer in layers:
+        if layer.path in rank:
+            layer.trainable = True
+            layer.enable_lora(rank[layer.path][0])
+            layer.lora_rank = rank[layer.path][1]  # Keras divides alpha by it, and needs it for nothing else
 
 # %% ../nbs/02_model.ipynb #4e5b5ea2
 def _compute_beside(
@@ -277,13 +291,14 @@ class LabelScorer(keras.Model):
     def __init__(
         self,
         backbone: keras.Model,  # a KerasHub Gemma backbone; LoRA is put on it here
-        rank: int,  # LoRA rank
+        rank: LayerRanks,  # LoRA rank
         targets: tuple[str, ...] = ("query", "value"),  # names of the layers that carry LoRA
     ):
         super().__init__(name="label_scorer")
         _enable_lora(backbone, rank, targets)
         self.backbone, self.rank, self.targets = backbone, rank, targets
-        self.lora_alpha = keras.Variable(float(rank), trainable=False, dtype="float32", name="lora_alpha")
+        alpha = 1.0 if isinstance(rank, Mapping) else float(rank)
+        self.lora_alpha = keras.Variable(alpha, trainable=False, dtype="float32", name="lora_alpha")
         self.dropout_rate = keras.Variable(0.0, trainable=False, dtype="float32", name="dropout_rate")
         self.dropout_seed = keras.Variable(0, trainable=False, dtype="int32", name="dropout_seed")
         for layer in backbone._flatten_layers(include_self=False):
@@ -505,6 +520,11 @@ def _generate(
         causal_lm = keras_nlp.models.Gemma3CausalLM if is_gemma3 else keras_nlp.models.GemmaCausalLM
         language_model = causal_lm(backbone=self.backbone, preprocessor=None)
         language_model.compile(sampler="greedy")
+        normalize = language_model._normalize_generate_outputs
+        # KerasHub 0.32 gives Gemma 3's images back with the tokens, and stumbles where there are none.
+        language_model._normalize_generate_outputs = lambda outputs, is_scalar: normalize(
+            [{name: value for name, value in output.items() if value is not None} for output in outputs], is_scalar
+        )
         # The bound method, not the model: Keras would take a model for a layer of this one.
         self._generate_tokens = language_model.generate
     padded = np.zeros((1, max_length), np.int32)
@@ -538,7 +558,7 @@ class Base:
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
         self.lock = threading.RLock()  # held while an adapter is in the shared model
-        self._scorers: dict[tuple[tuple[str, ...], int], LabelScorer] = {}
+        self._scorers: dict[tuple, LabelScorer] = {}
 
     @property
     def parameter_count(self) -> int:
@@ -567,13 +587,14 @@ class Base:
     def scorer(
         self,
         targets: Sequence[str] = ("query", "value"),  # names of the layers that carry LoRA
-        rank: int = 4,
+        rank: LayerRanks = 4,
     ) -> LabelScorer:
         "The scorer with LoRA of this rank on these layers; made once. Raises `ModelError` for unknown layers."
-        key = (tuple(targets), int(rank))
+        rank = dict(rank) if isinstance(rank, Mapping) else int(rank)
+        key = (tuple(targets), tuple(sorted(rank.items())) if isinstance(rank, dict) else rank)
         with self.lock, _untouched_random_state():
             if key not in self._scorers:
-                self._scorers[key] = LabelScorer(_share_weights(self.backbone), int(rank), tuple(targets))
+                self._scorers[key] = LabelScorer(_share_weights(self.backbone), rank, tuple(targets))
             return self._scorers[key]
 
 # %% ../nbs/02_model.ipynb #d7e8d1b3

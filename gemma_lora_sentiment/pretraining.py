@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
-from .model import without_tensorflow  # isort: skip
+from .model import resolve_preset, without_tensorflow  # isort: skip
 
 import jax
 import keras
@@ -38,8 +38,8 @@ __all__ = ['PretrainingSettings', 'read_reviews', 'train_tokenizer', 'cooccurren
 class PretrainingSettings:
     """Numbers of one pre-training run."""
 
-    rows: int = 2_000_000  # rows shown, in several passes
-    vocabulary_size: int = 16_000
+    rows: int = 1_600_000  # rows shown, in several passes
+    vocabulary_size: int = 24_000
     num_layers: int = 4
     hidden_dim: int = 384
     num_query_heads: int = 6
@@ -54,19 +54,24 @@ class PretrainingSettings:
     language_positions: int = 8  # positions a row at which the next token of the text is predicted
     language_weight: float = 0.3  # weight of all of them together, beside 1 for the response
     noise: float = 1.0  # factor on the probabilities of missing spaces, inserted characters and emoji
-    piece_dropout: float = 0.0  # probability that a merge of byte-pair encoding is left out
+    piece_dropout: float = 0.1  # probability that a merge of byte-pair encoding is left out
     counted: bool = True  # embeddings begin from co-occurrence counts
     shares: tuple[tuple[int, int, int], ...] = ((1, 4, 116), (5, 6, 14), (7, 8, 30), (9, 10, 116))  # ratings, weight
     comments_from: float = 0.7  # from this part of training on, labelled comments are mixed in
-    comments_share: float = 0.3  # of the rows from there on
+    comments_share: float = 0.6  # of the rows from there on
+    averaged: int = 3  # times the last part is run, from one state with other draws; the weights are averaged
     seed: int = 0
 
 # %% ../nbs/09_pretraining.ipynb #38480604
 def read_reviews(
-    path: str | Path,  # TSV, also compressed, with columns `rating` (1 to 10) and `review`
+    path: str | Path,  # TSV, also compressed: columns `rating` (1 to 10), `review`; or the folder `raw` of e9t/nsmc
 ) -> pd.DataFrame:  # rating int, review str
     "Read rated reviews. Raises `ValueError` when a column is missing or a rating is none of 1 to 10."
-    table = pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False, dtype=str)
+    path = Path(path)
+    if path.is_dir():
+        table = _read_raw(path)
+    else:
+        table = pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False, dtype=str)
     missing = [name for name in ("rating", "review") if name not in table]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(table)}. Name the columns so.")
@@ -76,6 +81,17 @@ def read_reviews(
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(f"{path} line {row + 2}: rating {table.rating[row]!r} is not from 1 to 10. Fix the row.")
     return pd.DataFrame({"rating": rating.astype(int), "review": table.review})
+
+
+def _read_raw(folder: Path) -> pd.DataFrame:
+    "One JSON file a film: white space is folded, and of equal reviews the first is kept."
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
+    if not paths:
+        raise ValueError(f"{folder} holds no .json file. Give the folder `raw` of a clone of github.com/e9t/nsmc.")
+    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+    table = pd.DataFrame(rows, columns=["rating", "review"], dtype=str)
+    table["review"] = table.review.str.split().str.join(" ")
+    return table[table.review != ""].drop_duplicates("review", ignore_index=True)
 
 # %% ../nbs/09_pretraining.ipynb #c383d320
 _EMOJI = dict.fromkeys(
@@ -183,23 +199,24 @@ def pretraining_rows(
     reviews: pd.DataFrame,  # rating, review
     tokenizer: TextTokenizer,
     settings: PretrainingSettings,
-    comments: pd.DataFrame | None = None,  # comment, label "0" or "1": mixed in late
+    rows: int,  # to be shown
+    comments: pd.DataFrame | None = None,  # comment, label "0" or "1": mixed in by `comments_share`
+    part: int = 0,  # another number, other draws
 ) -> Iterator[list[tuple[list[int], int]]]:  # one list a pass: token ids of the text, id of the response's word
     "Rows in the order they are shown, drawn from the seed; every pass draws noise, words and scarce ratings anew."
-    rng, shown, own = random.Random(settings.seed), 0, []
+    rng, shown, own = random.Random(f"{settings.seed} {part}"), 0, []
     groups = [reviews[reviews.rating.between(low, high)].to_numpy().tolist() for low, high, _ in settings.shares]
     # One pass takes each group's share, as far as the scarcest group goes.
     unit = min(len(group) / weight for group, (_, _, weight) in zip(groups, settings.shares, strict=True))
-    while shown < settings.rows:
+    while shown < rows:
         drawn = [pair for group, (*_, weight) in zip(groups, settings.shares, strict=True)
                  for pair in rng.sample(group, max(1, int(unit * weight)))]  # fmt: skip
         rng.shuffle(drawn)
-        drawn = drawn[: settings.rows - shown]
-        if comments is not None:
-            for i in range(max(0, int(settings.comments_from * settings.rows) - shown), len(drawn)):
-                if rng.random() < settings.comments_share:
-                    own = own or _as_ratings(comments, rng)
-                    drawn[i] = own.pop()
+        drawn = drawn[: rows - shown]
+        for i in range(len(drawn)):
+            if comments is not None and rng.random() < settings.comments_share:
+                own = own or _as_ratings(comments, rng)
+                drawn[i] = own.pop()
         shown += len(drawn)
         texts = [_noisy(text, rating, rng, settings.noise) for rating, text in drawn]
         words = tokenizer.encode([_response(rating, rng) for rating, _ in drawn])
@@ -209,7 +226,8 @@ def pretraining_rows(
 
 
 def _as_ratings(comments: pd.DataFrame, rng: random.Random) -> list[tuple[int, str]]:
-    pairs = [({"0": 1, "1": 10}[str(label)], text) for text, label in zip(comments.comment, comments.label, strict=True)]
+    rating = {"0": 1, "1": 10}
+    pairs = [(rating[str(label)], text) for text, label in zip(comments.comment, comments.label, strict=True)]
     return rng.sample(pairs, len(pairs))
 
 
@@ -285,8 +303,16 @@ class _WarmUpAndDown(keras.optimizers.schedules.LearningRateSchedule):
         return {"highest": self.highest, "warm_up": self.warm_up, "total": self.total}
 
 
-def _model(settings: PretrainingSettings, size: int, embeddings: np.ndarray | None) -> keras.Model:
-    backbone = keras_nlp.models.GemmaBackbone(
+def _loaded(preset: str | Path) -> tuple[bytes, keras.Model]:  # SentencePiece model, backbone in float32
+    with without_tensorflow():
+        loaded = keras_nlp.models.GemmaCausalLM.from_preset(str(resolve_preset(str(preset))), dtype="float32")
+    return loaded.preprocessor.tokenizer.proto, loaded.backbone
+
+
+def _model(
+    settings: PretrainingSettings, size: int, embeddings: np.ndarray | None, backbone: keras.Model | None = None
+) -> keras.Model:
+    backbone = backbone or keras_nlp.models.GemmaBackbone(
         vocabulary_size=size, num_layers=settings.num_layers, num_query_heads=settings.num_query_heads,
         num_key_value_heads=1, hidden_dim=settings.hidden_dim, intermediate_dim=settings.intermediate_dim,
         head_dim=settings.head_dim, dropout=settings.dropout, dtype="float32",
@@ -301,6 +327,22 @@ def _model(settings: PretrainingSettings, size: int, embeddings: np.ndarray | No
     model = _PretrainingModel(backbone)
     model.compile(optimizer=optimizer, loss=loss)
     return model
+
+
+def _show(
+    model: keras.Model,
+    passes: Iterator[list[tuple[list[int], int]]],
+    tokenizer: TextTokenizer,
+    settings: PretrainingSettings,
+    say: Callable[[str], None],
+) -> None:
+    for rows in passes:
+        batches = _Batches(rows, tokenizer, settings, int(model.optimizer.iterations))
+        if len(batches) == 0:
+            continue
+        started, history = time.perf_counter(), model.fit(batches, shuffle=False, verbose=0).history
+        rate = len(rows) / (time.perf_counter() - started)
+        say(f"step {int(model.optimizer.iterations)}: loss {history['loss'][0]:.3f}, {rate:.0f} rows/s")
 
 
 def _held_out_accuracy(model: keras.Model, reviews: pd.DataFrame, tokenizer: TextTokenizer) -> float:
@@ -340,6 +382,7 @@ def pretrain_base(
     comments: pd.DataFrame | None = None,  # comment, label "0" or "1": for the last part
     settings: PretrainingSettings | None = None,
     progress: Callable[[str], None] | None = None,  # called with lines for people
+    start: str | Path | None = None,  # a preset to go on from: its tokenizer, its shape and its weights are taken
 ) -> dict[str, Any]:  # parameters, held_out_accuracy, seconds, settings; also in `pretraining.json`
     "The whole of it, from reviews to preset folder. The same seed on the same machine gives the same base."
     settings, started = settings or PretrainingSettings(), time.perf_counter()
@@ -350,23 +393,29 @@ def pretrain_base(
     held_out = pd.concat([group.head(min(800, len(group) // 10)) for _, group in clear.groupby(clear.rating >= 9)])
     shown = shuffled.drop(held_out.index)
     own = [] if comments is None else comments.comment.tolist()
-    proto = train_tokenizer(shown.review.head(250_000).tolist() + own * 5, settings.vocabulary_size)
+    proto, backbone = _loaded(start) if start else (None, None)
+    if proto is None:
+        proto = train_tokenizer(shown.review.head(250_000).tolist() + own * 5, settings.vocabulary_size)
     tokenizer = TextTokenizer(proto)
     size = tokenizer.processor.vocab_size()
     say(f"{len(shown)} reviews, {size} pieces, {time.perf_counter() - started:.0f} s")
-    counted = tokenizer.encode(shown.review.tolist())
-    embeddings = None
-    if settings.counted:
-        ratings = shown.rating.to_numpy()
+    counted, ratings, embeddings = tokenizer.encode(shown.review.tolist()), shown.rating.to_numpy(), None
+    if settings.counted and backbone is None:
         embeddings = cooccurrence_embeddings(counted, ratings, size, settings.hidden_dim, seed=settings.seed)
         say(f"co-occurrences counted, {time.perf_counter() - started:.0f} s")
     shown = shown[[len(ids) <= settings.max_tokens for ids in counted]]
-    model, step = _model(settings, size, embeddings), 0
-    for number, rows in enumerate(pretraining_rows(shown, tokenizer, settings, comments)):
-        batches = _Batches(rows, tokenizer, settings, number)
-        history = model.fit(batches, shuffle=False, verbose=0).history
-        step += len(batches)
-        say(f"pass {number + 1}, step {step}: loss {history['loss'][0]:.3f}, {time.perf_counter() - started:.0f} s")
+    model = _model(settings, size, embeddings, backbone)
+    first = int(settings.rows * settings.comments_from)
+    _show(model, pretraining_rows(shown, tokenizer, settings, first), tokenizer, settings, say)
+    state = [np.array(variable.value) for variable in (*model.variables, *model.optimizer.variables)]
+    total = [np.zeros(variable.shape, np.float64) for variable in model.backbone.weights]
+    for part in range(1, settings.averaged + 1):
+        for variable, value in zip((*model.variables, *model.optimizer.variables), state, strict=True):
+            variable.assign(value)
+        last = pretraining_rows(shown, tokenizer, settings, settings.rows - first, comments, part)
+        _show(model, last, tokenizer, settings, say)
+        total = [so_far + np.array(v.value) for so_far, v in zip(total, model.backbone.weights, strict=True)]
+    model.backbone.set_weights([array / settings.averaged for array in total])
     save_base(model.backbone, proto, folder)
     report = {
         "parameters": model.backbone.count_params(),

@@ -11,6 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest runs 
 # The user's downloads must neither help a test nor be touched by one. Removed when the session ends.
 _cache = tempfile.TemporaryDirectory(prefix="gemma_lora_sentiment_", ignore_cleanup_errors=True)
 os.environ["GEMMA_LORA_SENTIMENT_CACHE"] = _cache.name
+# One compilation of a program is enough for all tests and their subprocesses.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what they cost
 
 
 @pytest.fixture(scope="session")

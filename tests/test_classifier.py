@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import os
 import pickle
 import random
 import threading
@@ -22,11 +21,6 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_pre
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
-
-# One compilation of a program is enough for all tests and their subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what they cost
 
 from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment import classifier as room
@@ -264,7 +258,7 @@ def test_comments_that_cannot_be_predicted_are_refused_in_one_line(X, fitted):
     dict(patience=2), dict(patience=0, validation_fraction=0.2), dict(loss_on="words"), dict(recipe="best"),
     dict(dtype="fp16"), dict(quantization="int3"), dict(target_layers=("qeury",)), dict(target_layers=()),
     dict(class_weight="equal"), dict(class_weight={0: 1}), dict(class_weight={0: -1, 1: 1}), dict(class_weight=[1, 2]),
-    dict(checkpoint_dir="x"), dict(devices=2), dict(strategy="data"), dict(preset="gema"), dict(seed=-1),
+    dict(checkpoint_dir=3), dict(devices=2), dict(strategy="data"), dict(preset="gema"), dict(seed=-1),
     dict(seed=None), dict(seed="x"), dict(target_layers="query"), dict(target_layers=5), dict(callbacks=5),
     dict(class_weight={0: "a", 1: 1}), dict(class_weight={0: float("inf"), 1: 1}), dict(class_weight={0: 0, 1: 0}),
     dict(learning_rate=float("inf")), dict(lora_alpha=float("inf")),
@@ -697,7 +691,7 @@ def test_save_and_load(parameters, y, make, tmp_path):
     clf = make(**parameters).fit(COMMENTS, y * 6)
     folder = clf.save(tmp_path / "a" / "run")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "classifier.json"
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json"
     ]  # fmt: skip
     loaded = GemmaLoraClassifier.load(folder)
     assert same(loaded, clf) and loaded.words_ == clf.words_ and loaded.buckets_ == clf.buckets_
@@ -763,7 +757,7 @@ def test_a_cut_classifier_json_is_refused_in_one_line(place, folder):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("name", ["classifier.json", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["classifier.json", "adapter_config.json", "adapter_model.safetensors", "SHA256SUMS"])
 def test_missing_files_are_refused_in_one_line(name, folder):
     (folder / name).unlink()
     with pytest.raises(RunError, match=name) as error:
@@ -792,8 +786,25 @@ def test_a_classifier_json_of_other_content_is_refused_in_one_line(change, folde
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises((RunError, ModelError, DataError)) as error:
+        GemmaLoraClassifier.load(folder, verify=False)
+    assert one_line(error)
+    with pytest.raises(RunError) as error:
         GemmaLoraClassifier.load(folder)
     assert one_line(error)
+
+
+def test_what_was_edited_on_purpose_loads_unverified(folder, fitted):
+    path = folder / "classifier.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["parameters"]["verbose"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="classifier.json is not as it was saved.*verify=False") as error:
+        GemmaLoraClassifier.load(folder)
+    assert one_line(error)
+    loaded = GemmaLoraClassifier.load(folder, verify=False)
+    assert loaded.verbose == 1 and same(loaded, fitted)
+    loaded.save(folder)
+    assert same(GemmaLoraClassifier.load(folder), fitted)
 
 
 def test_an_adapter_of_another_run_is_refused(make, folder, tmp_path):

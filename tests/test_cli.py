@@ -1,5 +1,6 @@
 """What would bore a reader of 11_cli: bad files, options and folders, full disks, Ctrl-C, what each command writes."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,11 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-# One compilation of a program is enough for all tests and their subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
 import safetensors.numpy
 from typer.testing import CliRunner
 
@@ -31,7 +27,7 @@ from gemma_lora_sentiment.model import tiny_gemma
 
 COMMANDS = (
     *("quickstart", "train", "cross-validate", "evaluate", "compare", "decide", "predict", "suggest", "submit"),
-    *("info", "pretrain"),
+    *("info", "pretrain", "export", "benchmark"),
 )
 METRICS = {"accuracy", "macro_f1", "roc_auc", "log_loss", "n", "classes", "baseline_accuracy", "seconds"}
 PHRASES = ("맛있어요", "별로예요", "또 갈게요", "실망했어요", "친절해요", "다시는 안 가요")
@@ -343,7 +339,11 @@ def rewrite(path, **changes):
         for name in outer:
             inner = inner[name]
         inner[last] = value
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_text(json.dumps(content), encoding="utf-8")
+    sums = path.parent / "SHA256SUMS"  # as someone would who edits on purpose, or the digest alone were refused
+    if sums.is_file():
+        sums.write_text(sums.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
 def with_classifier(**changes):
@@ -599,7 +599,7 @@ def test_train_writes_a_whole_run(trained):
     run = trained / "run"
     names = {name for name, data in tree(run).items() if data is not None}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
         "history.csv", "wrong.tsv", "predictions.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png",
         "figures/roc.png", "figures/scores.png", "figures/training_curves.png",
     }  # fmt: skip
@@ -902,8 +902,8 @@ def test_suggest(tmp_path, trained):
 def test_evaluate_explains_mistakes(tmp_path, trained):
     turned = [(i, comment, "1" if label == "0" else "0") for i, comment, label in ROWS[:8]]
     arguments = ("evaluate", trained / "run", tmp_path / "turned.tsv", "--out", tmp_path / "out", "--explain", 2)
-    twins = [(f"x{i}", comment, label) for i, comment, label in ROWS[:8]]
-    (tmp_path / "turned.tsv").write_text(tsv(turned + twins), encoding="utf-8")
+    rows = [*turned, *((f"x{row[0]}", *row[1:]) for row in ROWS[:8])]
+    (tmp_path / "turned.tsv").write_text(tsv(rows), encoding="utf-8")
     done(*arguments)
     wrong = pd.read_csv(tmp_path / "out" / "wrong.tsv", sep="\t", dtype=str)
     table = pd.read_csv(tmp_path / "out" / "influence.tsv", sep="\t", dtype=str)
@@ -1125,7 +1125,7 @@ def test_error_of_a_process_is_one_line(tmp_path, trained):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
-def test_interrupted_training_leaves_nothing(sent, tmp_path, good, tiny, run):
+def test_interrupted_training_leaves_only_its_checkpoint(sent, tmp_path, good, tiny, run):
     before = tree(tmp_path)
     arguments = [*map(str, train_arguments(tiny, good, 1_000_000)), "--out", str(run)]
     # A test run in the background passes on that Ctrl-C is ignored.
@@ -1154,7 +1154,12 @@ def test_interrupted_training_leaves_nothing(sent, tmp_path, good, tiny, run):
     after = [line for line in said if not line.startswith("epoch ")]
     assert not any("Traceback" in line for line in after), "".join(after)
     assert status in ((1, 130) if sent == signal.SIGINT else (1, 143, -signal.SIGTERM))
-    assert tree(tmp_path) == before
+    assert "--resume" in "".join(after)
+    left = tree(tmp_path)
+    added = {name for name in left if name not in before}
+    assert {name: data for name, data in left.items() if name in before} == before
+    assert any(name.endswith("/checkpoint.json") for name in added)
+    assert all(Path(name).parts[:2] == (run.name, "checkpoint") for name in added), added
 
 
 # --- the real comments ----------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment.adapter import Adapter, load_adapter, new_adapter, save_adapter
+from gemma_lora_sentiment.export import export_checkpoint, merged_tensors, transformers_config
 from gemma_lora_sentiment.model import load_base
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
 from gemma_lora_sentiment.training import log_softmax, score_labels
@@ -103,6 +105,72 @@ def test_classifier_of_no_epochs(folder, label_set):
     probabilities = clf.predict_proba(comments)
     assert clf.classes_.tolist() == list(range(n_labels))
     close(probabilities, label_set["probabilities"])
+
+
+# --- an adapter that PEFT trained, and the merged checkpoint; without torch
+
+
+@each_label_set
+@each_family
+def test_adapter_of_peft_gives_peft_s_probabilities(folder, label_set):
+    base, expected = load_base(FIXTURES / folder), expected_of(f"{folder}/peft")
+    adapter = load_adapter(FIXTURES / folder / "peft", base)
+    prompts, label_set = prompts_of(base, expected["comments"]), expected["label_sets"][label_set]
+    words, scorer = words_of(base, label_set["words"]), base.scorer(adapter.targets, adapter.rank)
+    with base.lock:
+        scores = score_labels(scorer, adapter, prompts, words, buckets=(48,), batch_size=8)
+    close(np.exp(log_softmax(scores)), label_set["probabilities"])
+    if not words.single_token:
+        close(scores, label_set["log_probabilities"])
+
+
+@each_family
+def test_classifier_from_peft(folder, tmp_path):
+    expected = expected_of(f"{folder}/peft")
+    label_set = expected["label_sets"]["several tokens"]
+    words = dict(zip("abc", label_set["words"], strict=True))
+    clf = GemmaLoraClassifier.from_peft(
+        FIXTURES / folder / "peft", labels="cab", preset=str(FIXTURES / folder), label_words=words, dtype="float32"
+    )
+    assert clf.classes_.tolist() == ["a", "b", "c"]
+    close(clf.predict_proba(expected["comments"]), label_set["probabilities"])
+    again = GemmaLoraClassifier.load(clf.save(tmp_path / "run"))
+    close(again.predict_proba(expected["comments"]), label_set["probabilities"])
+    saved = safetensors.numpy.load_file(tmp_path / "run" / "adapter_model.safetensors")
+    theirs = safetensors.numpy.load_file(FIXTURES / folder / "peft" / "adapter_model.safetensors")
+    assert saved.keys() == theirs.keys() and all(np.array_equal(saved[name], theirs[name]) for name in saved)
+    assert again.generate(expected["comments"][0], max_new_tokens=2) == clf.generate(expected["comments"][0], 2)
+
+
+@each_family
+def test_adapter_of_peft_merged(folder):
+    "W + scale x BA, from PEFT's own tensors."
+    base = load_base(FIXTURES / folder, "float32")
+    merged = dict(merged_tensors(base, load_adapter(FIXTURES / folder / "peft", base)))
+    weights = safetensors.numpy.load_file(FIXTURES / folder / "model.safetensors")
+    assert merged.keys() == weights.keys()
+    lora = safetensors.numpy.load_file(FIXTURES / folder / "peft" / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in lora:
+            lora_a, lora_b = lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"]
+            alpha = 9 if "o_proj" in name else 5
+            weight = weight + alpha / lora_a.shape[0] * (lora_b @ lora_a)
+        np.testing.assert_allclose(merged[name], weight, rtol=0, atol=2e-6)
+
+
+@each_family
+def test_checkpoint_merged_with_nothing_is_the_original(folder):
+    base = load_base(FIXTURES / folder, "float32")
+    merged = dict(merged_tensors(base, new_adapter(base.scorer())))
+    weights = safetensors.numpy.load_file(FIXTURES / folder / "model.safetensors")
+    assert merged.keys() == weights.keys() and all(np.array_equal(merged[name], weights[name]) for name in merged)
+    ours, theirs = transformers_config(base), json.loads((FIXTURES / folder / "config.json").read_text())
+    settings = set(ours) & set(theirs) - {"max_position_embeddings", "rope_theta", "torch_dtype"}
+    assert len(settings) >= 15 and {name: ours[name] for name in settings} == {name: theirs[name] for name in settings}
+
+
+# --- with torch
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +280,67 @@ def test_live_peft_computes_with_our_adapter(hf, tmp_path, folder, targets):
     untrained = expected["label_sets"]["several tokens"]["probabilities"]
     assert np.abs(probabilities - untrained).max() > 0.05  # the adapter does something
 
-    back = load_adapter(tmp_path / "run", scorer)
+    back = load_adapter(tmp_path / "run", base)
+    assert back.rank == 3
     for path, array in adapter.arrays.items():
         np.testing.assert_array_equal(back.arrays[path], array)
+
+
+SHAPES = {
+    "gemma, heads of its own": ("hf_gemma", dict(num_key_value_heads=2)),
+    "gemma, one head": ("hf_gemma", dict(num_attention_heads=1, num_key_value_heads=1)),
+    "gemma2, groups": ("hf_gemma2", dict(num_attention_heads=6, num_key_value_heads=3)),
+    "gemma3, groups": ("hf_gemma3", dict(num_attention_heads=4, num_key_value_heads=2)),
+}
+SETTINGS = {
+    "all seven": dict(r=4, lora_alpha=6, target_modules="all-linear"),
+    "rslora": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "patterns": dict(
+        r=2, lora_alpha=6, target_modules=["q_proj", "k_proj", "o_proj", "gate_proj"],
+        rank_pattern={"layers.0.self_attn.q_proj": 7, "gate_proj": 1}, alpha_pattern={"layers.1.mlp.gate_proj": 2},
+    ),
+    "some layers by regex": dict(r=3, lora_alpha=9, target_modules=r".*layers\.1\..*(k_proj|up_proj)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_live_adapter_of_peft_there_and_back(hf, tmp_path, shape, settings):
+    folder, changes = SHAPES[shape]
+    path = fresh_checkpoint(hf, tmp_path, folder, **changes)
+    model = hf.make_peft_adapter(path, tmp_path / "peft", seed=5, **SETTINGS[settings])
+    base = load_base(path, "float32")
+    adapter = load_adapter(tmp_path / "peft", base)
+    comments = expected_of(folder)["comments"]
+    compare_live(hf, base, model, adapter, comments, "several tokens")
+
+    save_adapter(tmp_path / "ours", adapter, str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = hf.peft.PeftModel.from_pretrained(hf.load(path), tmp_path / "ours").eval()
+    for ids in expected_of(folder)["prompt_ids"][:3]:
+        close(hf.logits_of(again, ids).numpy(), hf.logits_of(model, ids).numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("checkpoint", LIVE_CHECKPOINTS)
+def test_live_export(hf, tmp_path, checkpoint, dtype):
+    folder, changes = LIVE_CHECKPOINTS[checkpoint]
+    base = load_base(fresh_checkpoint(hf, tmp_path, folder, **changes), "float32")
+    adapter = random_adapter(base.scorer(ALL_TARGETS, rank=2), alpha=4.0)
+    found = export_checkpoint(tmp_path / "merged", base, adapter, prompts_of(base, ["맛있어요"]), dtype)
+    assert found["transformers"] < TOLERANCE and (found["rounding"] == 0) == (dtype == "float32")
+    if dtype == "float32":
+        model = hf.load(tmp_path / "merged")
+        probabilities = compare_live(hf, base, model, adapter, expected_of(folder)["comments"], "several tokens")
+        reloaded = load_base(tmp_path / "merged", "float32")  # KerasHub reads it as well
+        untrained = new_adapter(reloaded.scorer())
+        again = compare_live(hf, reloaded, model, untrained, expected_of(folder)["comments"], "several tokens")
+        close(probabilities, again)
+
+
+def test_live_export_of_peft_s_adapter(hf, tmp_path):
+    for folder in FAMILIES:
+        base = load_base(FIXTURES / folder, "float32")
+        adapter = load_adapter(FIXTURES / folder / "peft", base)
+        assert export_checkpoint(tmp_path / folder, base, adapter)["transformers"] < TOLERANCE

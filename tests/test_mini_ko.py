@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
 
+from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment.data import duplicate_groups, read_comments
 from gemma_lora_sentiment.model import load_base, resolve_preset, without_tensorflow
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer
@@ -28,9 +30,9 @@ def shell(*arguments: object, network: bool = True) -> subprocess.CompletedProce
 
 
 def test_base_fits_in_the_wheel_and_is_16_bit():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 32_000_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 40_000_000
     base = load_base("mini_ko")
-    assert 10e6 < base.parameter_count < 14e6
+    assert 10e6 < base.parameter_count < 20e6
     assert (FOLDER / "model.weights.h5").stat().st_size < 2.05 * base.parameter_count
 
 
@@ -40,7 +42,7 @@ def test_base_loads_with_keras_nlp_as_it_is():
     with without_tensorflow():
         causal_lm = keras_nlp.models.GemmaCausalLM.from_preset(str(FOLDER))
     tokenizer = causal_lm.preprocessor.tokenizer
-    assert causal_lm.backbone.vocabulary_size == tokenizer.vocabulary_size() <= 16_384
+    assert causal_lm.backbone.vocabulary_size == tokenizer.vocabulary_size() <= 32_768
     written = causal_lm.generate("Instruction:\n맛있어요\n\nResponse:\n", max_length=16)
     assert isinstance(written, str) and written
 
@@ -53,19 +55,70 @@ def test_tokenizer_has_gemmas_ids_and_template_pieces():
     assert tokenizer.decode(tokenizer.encode(["뷁쉙 🦄 ㅋㅋ"])[0]) == "뷁쉙 🦄 ㅋㅋ"
 
 
-def test_sample_is_balanced_and_does_not_leak():
+SAMPLES = ("sample", "sample_test", "sample_validation", "sample_extra")
+
+
+def test_sample_is_balanced_and_has_all_kinds():
+    counts = {name: len(read_comments(name)) for name in SAMPLES}
+    assert counts["sample"] == 1600 and counts["sample_test"] >= 400 and counts["sample_extra"] > 5000
+    for name in SAMPLES:
+        rows = read_comments(name)
+        assert set(rows.label) == {"0", "1"} and rows.kind.nunique() == 8
+        assert abs((rows.label == "1").mean() - 0.5) < 0.01 and rows.id.is_unique
     train, test = read_comments("sample"), read_comments("sample_test")
-    assert len(train) >= 300 and len(test) >= 100
-    for rows in (train, test):
-        assert abs((rows.label == "1").mean() - 0.5) < 0.02 and rows.kind.nunique() >= 6
     together = pd.concat([train, test], ignore_index=True)
     assert len(np.unique(duplicate_groups(together.comment))) == len(together)
 
 
+def shingles(comments: pd.Series) -> list[str]:
+    return ["".join(character for character in comment.lower() if character.isalnum()) for comment in comments]
+
+
+def greatest_similarity(comments: pd.Series, others: pd.Series) -> np.ndarray:
+    """Jaccard similarity of the sets of character 3-grams to the likest of `others`."""
+    vectorizer = CountVectorizer(analyzer="char", ngram_range=(3, 3), binary=True, dtype=np.float32)
+    both = vectorizer.fit_transform([*shingles(comments), *shingles(others)])
+    ours, theirs = both[: len(comments)], both[len(comments) :]
+    shared = (ours @ theirs.T).tocoo()
+    sizes = np.asarray(ours.sum(axis=1)).ravel(), np.asarray(theirs.sum(axis=1)).ravel()
+    similarity = shared.data / (sizes[0][shared.row] + sizes[1][shared.col] - shared.data)
+    greatest = np.zeros(len(comments))
+    np.maximum.at(greatest, shared.row, similarity)
+    return greatest
+
+
+@pytest.mark.parametrize("judged", ["sample_test", "sample_validation"])
+def test_rows_to_judge_on_were_kept_out_of_pretraining(judged):
+    seen = pd.concat([read_comments("sample").comment, read_comments("sample_extra").comment])
+    rows = read_comments(judged).comment
+    assert not set(rows) & set(seen)
+    assert greatest_similarity(rows, seen).max() < 0.55  # the script that dropped rows used sets of another analyzer
+    assert greatest_similarity(rows, pd.Series([*seen, rows[0]])).max() == 1  # it would be seen
+
+
 def test_sample_holds_nothing_of_the_real_files(shared_data):
-    ours = set(read_comments("sample").comment) | set(read_comments("sample_test").comment)
+    ours = {comment for name in SAMPLES for comment in read_comments(name).comment}
     for name in ("tarr_train.txt", "tarr_sample_submit.txt"):
         assert not ours & set(read_comments(shared_data / name).comment)
+
+
+def test_the_card_of_the_sample_has_its_counts():
+    card = (FOLDER.parents[1] / "samples/README.md").read_text(encoding="utf-8")
+    for name in SAMPLES:
+        rows = read_comments(name)
+        assert f"| `{name}` | {len(rows):,} | {(rows.label == '1').sum():,} | {(rows.label == '0').sum():,} |" in card
+        column = 2 + ("sample", "sample_test", "sample_validation", "sample_extra").index(name)
+        for kind, count in rows.kind.value_counts().items():
+            (line,) = [line for line in card.splitlines() if line.startswith(f"| `{kind}` |")]
+            assert line.split("|")[column + 1].strip() == f"{count:,}"
+
+
+def test_small_sets_train_without_diverging():
+    train, test = read_comments("sample"), read_comments("sample_test")
+    for n in (16, 50, 100):
+        rows = pd.concat([group.head(n // 2) for _, group in train.groupby("label")])
+        clf = GemmaLoraClassifier(verbose=0).fit(rows.comment, rows.label)
+        assert np.isfinite(clf.history_.loss).all() and clf.score(test.comment[:200], test.label[:200]) > 0.7, n
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# One compilation of a program is enough for all tests and their subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what they cost
-
 from gemma_lora_sentiment import model as room
 from gemma_lora_sentiment.adapter import RunError, new_adapter
 from gemma_lora_sentiment.model import (

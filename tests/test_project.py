@@ -32,15 +32,18 @@ ROOM_IMPORTS = {
     "prompt": {"data"},
     "model": set(),
     "adapter": {"model"},
-    "training": {"prompt", "model", "adapter"},
-    "classifier": {"data", "prompt", "model", "adapter", "training"},
+    "checkpoint": {"adapter"},
+    "export": {"model", "adapter"},
+    "training": {"prompt", "model", "adapter", "checkpoint"},
+    "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "analysis": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
+    "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "model", "adapter", "training"),
-        *("classifier", "evaluation", "analysis", "submission", "pretraining"),
+        *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
+        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
     },
 }
 ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]

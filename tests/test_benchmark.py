@@ -1,0 +1,406 @@
+"""What would bore a reader of 10_benchmark: processes that fail or take too long, limits, tables of odd results."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gemma_lora_sentiment import benchmark as room
+from gemma_lora_sentiment.benchmark import (
+    SHAPES,
+    SYSTEMS,
+    BenchmarkSettings,
+    benchmark_rows,
+    benchmark_table,
+    block_parameters,
+    comparisons,
+    draw_lengths,
+    figures_table,
+    random_base,
+    run_benchmark,
+    save_size_figure,
+    summarize,
+)
+from gemma_lora_sentiment.cli import app
+from gemma_lora_sentiment.data import DataError
+
+TINY = BenchmarkSettings(
+    shape="tiny", rows=12, predict_rows=5, score_rows=20, batch_size=4, epochs=3, length=96, time_limit=120
+)
+
+
+# --- one whole run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of ours, the tutorial's recipe and PEFT on the tiny shape: result, lines printed, folder."""
+    out, lines = tmp_path_factory.mktemp("benchmark") / "new" / "out", []
+    result = run_benchmark(TINY, ["ours", "shell", "classifier", "tutorial", "peft"], out, say=lines.append)
+    return result, "\n".join(lines).splitlines(), out
+
+
+def test_every_system_is_measured_or_left_out_by_name(run):
+    result, lines, _ = run
+    assert set(result["systems"]) | set(result["left_out"]) == {"ours", "shell", "classifier", "tutorial", "peft"}
+    assert "left out: classifier (it needs the tokenizer of mini_ko)" in lines
+    if "peft" in result["left_out"]:
+        assert any(line.startswith("left out: peft (") and line.endswith(" not installed)") for line in lines)
+    for system, runs in result["systems"].items():
+        for kind, record in runs.items():
+            assert "failed" not in record and "ended" not in record, (system, kind, record)
+    assert set(result["systems"]["ours"]) == {"cold", "warm"} and set(result["systems"]["tutorial"]) == {"cold"}
+
+
+def test_what_is_measured_is_positive_and_in_order(run):
+    table = benchmark_table(run[0])
+    for system in table.index:
+        row = table.loc[system]
+        assert 0 < row["epoch"] < row["first_epoch"] < row["fit_cold"] < row["process_cold"], row
+        assert 0.05 < row["peak_gb"] < 20 and row["utilisation"] > 0
+    ours = run[0]["systems"]["ours"]
+    assert len(ours["cold"]["epochs"]) == 6 and len(ours["warm"]["epochs"]) == 3  # the cold process fits twice
+    assert ours["cold"]["refit_seconds"] < ours["cold"]["fit_seconds"], "a second fit must not compile again"
+    assert ours["cold"]["programs"] >= 1 and ours["cold"]["compile_seconds"] < ours["cold"]["fit_seconds"]
+    assert {"fit_warm", "process_warm", "predict", "rows_per_second"} <= set(table.loc["ours"].dropna().index)
+    assert np.isnan(table.loc["tutorial", "predict"])
+
+
+def test_files_hold_what_was_measured(run):
+    result, lines, out = run
+    assert json.loads((out / "benchmark.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    table = (out / "benchmark.tsv").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in table[1:]] == [s for s in result["systems"] if s != "shell"]
+    assert sorted(path.name for path in out.iterdir()) == ["benchmark.json", "benchmark.tsv"]
+    rows = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1 and len(rows) == 2 + len(table) - 1
+    assert any(line.startswith("tutorial / ours: an epoch ") for line in lines)
+
+
+def test_shell_is_timed(run):
+    figures = figures_table(run[0]).set_index("figure").value
+    assert 0 < figures["the Python interpreter alone"] <= figures["gemma-lora-sentiment --help"] < 30
+    assert "gemma-lora-sentiment quickstart, cold" not in figures  # it is no part of the tiny shape
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(benchmark_rows(TINY)))
+    return tmp_path
+
+
+def environment(folder):
+    return room._environment(folder / "cache", TINY, None)
+
+
+def test_a_process_that_takes_too_long_is_ended(folder, monkeypatch):
+    monkeypatch.setattr(room, "_GRACE", 0.0)
+    started = time.perf_counter()
+    settings = replace(TINY, time_limit=0.5)
+    record = room._run_process(folder, room._spec_of("ours", settings, "cold"), environment(folder))
+    assert time.perf_counter() - started < 10 and record["ended"] is True and "failed" not in record
+    result = {"settings": asdict(settings), "rows": {"tokens": 400}, "systems": {"ours": {"cold": record}}}
+    assert benchmark_table(result).loc["ours", "note"] == "ended at the time limit"
+    assert comparisons(result) == []
+
+
+def test_a_process_that_fails_says_why(folder):
+    record = room._run_process(folder, {"task": "nonsense", "settings": asdict(TINY)}, environment(folder))
+    assert record["failed"].startswith("KeyError") and "nonsense" in record["failed"]
+
+
+def test_a_process_that_dies_says_why(folder, monkeypatch):
+    monkeypatch.chdir(folder)  # Python looks there before PYTHONPATH
+    broken = {**environment(folder), "PYTHONPATH": str(folder)}
+    (folder / "gemma_lora_sentiment").mkdir()
+    (folder / "gemma_lora_sentiment" / "__init__.py").write_text("raise SystemExit('no such thing')")
+    record = room._run_process(folder, {"task": "ours", "settings": asdict(TINY)}, broken)
+    assert record == {"failed": "exit status 1: no such thing"}
+
+
+def test_a_system_that_fails_does_not_stop_the_next(monkeypatch, tmp_path):
+    def run_process(folder, spec, environment):
+        if spec["task"] == "device":
+            return {"flops": 1e12, "platform": "cpu", "kind": "x", "cpus": 1, "matmul_size": 1, "matmul_dtype": "f"}
+        return {"failed": "MemoryError: full"} if spec["task"] == "ours" else {"epochs": [1.0, 0.5], "finished": True}
+
+    monkeypatch.setattr(room, "_run_process", run_process)
+    lines = []
+    result = run_benchmark(TINY, ["ours", "tutorial"], tmp_path / "out", say=lines.append)
+    assert list(result["systems"]) == ["ours", "tutorial"] and list(result["systems"]["ours"]) == ["cold"]
+    assert any("failed: MemoryError: full" in line for line in lines)
+    monkeypatch.setattr(room, "run_benchmark", lambda *args, **kwargs: result)
+    assert CliRunner().invoke(app, ["benchmark", "--shape", "tiny"]).exit_code == 1
+
+
+def test_what_is_finished_is_written_at_once(monkeypatch, tmp_path):
+    def run_process(folder, spec, environment):
+        if spec["task"] == "tutorial":
+            raise KeyboardInterrupt
+        of_device = {"flops": 1e12, "platform": "cpu", "kind": "x", "cpus": 1, "matmul_size": 1, "matmul_dtype": "f"}
+        return {**of_device, "epochs": [1.0, 0.5], "fit_seconds": 2.0, "finished": True}
+
+    monkeypatch.setattr(room, "_run_process", run_process)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(TINY, ["ours", "tutorial"], tmp_path, say=lambda text: None)
+    assert list(json.loads((tmp_path / "benchmark.json").read_text())["systems"]) == ["ours"]
+    assert "ours\t0.5\t" in (tmp_path / "benchmark.tsv").read_text()
+
+
+def test_no_process_sees_the_compile_cache_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
+    found = room._environment(tmp_path / "cache", TINY, 0.113)
+    assert "JAX_COMPILATION_CACHE_DIR" not in found and found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1130"
+    assert found["GEMMA_LORA_SENTIMENT_CACHE"] == str(tmp_path / "cache") and found["KERAS_BACKEND"] == "jax"
+
+
+def test_importing_the_room_imports_nothing_heavy():
+    code = "import sys, gemma_lora_sentiment.benchmark; print({'jax', 'keras', 'pandas', 'torch'} & set(sys.modules))"
+    paths = os.pathsep.join(filter(None, [str(Path(room.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# --- stopping in time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.0, {"partial": 1}), (1e6, {"epochs": 2})])
+def test_fit_is_stopped_in_the_middle_of_an_epoch(limit, expected, tmp_path):
+    import keras
+
+    log = room._Log(str(tmp_path / "log"), time.time(), limit)
+    model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+    model.compile(loss="mse", optimizer="sgd")
+    x = np.zeros((40, 2), np.float32)
+    model.fit(x, x[:, :1], batch_size=1, epochs=2, verbose=0, callbacks=[room._stop_in_time(log, 40)])
+    record = room._read_log(tmp_path / "log")
+    assert set(record) == set(expected)
+    if "partial" in expected:  # callbacks run beside the steps, so a few more may be made
+        assert 1 <= record["partial"]["steps"] < 40 and record["partial"]["of"] == 40
+    else:
+        assert len(record["epochs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "epoch", "fit", "extrapolated"),
+    [
+        ({"epochs": [5.0, 1.0, 3.0], "fit_seconds": 9.5}, 2.0, 9.5, None),
+        ({"epochs": [5.0, 1.0], "fit_seconds": 6.5}, 1.0, 7.5, "extrapolated from 2 of 3 epochs"),
+        ({"epochs": [5.0, 1.0]}, 1.0, 7.0, "extrapolated from 2 of 3 epochs"),  # it was ended from outside
+        ({"partial": {"seconds": 2.0, "steps": 5, "of": 10}}, 4.0, 12.0, "extrapolated from 0.5 of 3 epochs"),
+        ({"epochs": [5.0, 1.0, 3.0, 0.1, 0.1, 0.1], "fit_seconds": 9.5}, 2.0, 9.5, None),  # ours fits twice
+        ({}, None, None, None),
+    ],
+)
+def test_summary(record, epoch, fit, extrapolated):
+    summary = summarize(record, 3)
+    assert (summary["epoch"], summary["fit"], summary["extrapolated"]) == (epoch, fit, extrapolated)
+
+
+def test_a_process_that_was_cut_is_extrapolated_as_a_whole():
+    summary = summarize({"epochs": [4.0, 2.0], "fit_seconds": 6.2, "process_seconds": 10.0}, 5)
+    assert summary["process"] == 16.0 and summary["fit"] == pytest.approx(12.2) and summary["first_epoch"] == 4.0
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 100, 300, 3_000])
+def test_lengths_are_those_of_the_tutorial(n):
+    lengths = draw_lengths(n, seed=3)
+    assert len(lengths) == n and lengths.min() >= 4 and lengths.max() <= 85
+    if n >= 100:
+        assert abs(lengths.mean() - 37.6) < 0.2
+    assert not n > 2 or lengths.tolist() != sorted(lengths)
+
+
+def test_rows_of_a_seed_are_the_same_and_of_another_are_not():
+    assert benchmark_rows(TINY) == benchmark_rows(TINY) != benchmark_rows(replace(TINY, seed=1))
+
+
+def test_rows_of_a_file(tmp_path):
+    (tmp_path / "rows.txt").write_text("맛있어요\n별로예요 다시는 안 가요\n", encoding="utf-8")
+    rows = benchmark_rows(replace(TINY, file=str(tmp_path / "rows.txt")))
+    assert len(rows["train"]) == 12 and rows["train"][0] == rows["train"][2] != rows["train"][1]
+    assert len(rows["train"][1]) > len(rows["train"][0]) and max(map(max, rows["train"])) < 300
+    with pytest.raises(DataError, match="nothing.txt"):
+        benchmark_rows(replace(TINY, file=str(tmp_path / "nothing.txt")))
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def test_random_base_works_and_leaves_random_state_alone():
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    base = random_base("tiny", "float32")
+    assert random.random() == expected
+    ids = np.arange(20, 36, dtype=np.int32).reshape(2, 8)
+    hidden = np.asarray(base.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    assert np.isfinite(hidden).all() and 0.1 < hidden.std() < 10
+    again = random_base("tiny", "float32")
+    for one, other in zip(base.backbone.variables, again.backbone.variables, strict=True):
+        np.testing.assert_array_equal(np.asarray(one.value), np.asarray(other.value))
+
+
+def test_quantized_random_base_is_smaller():
+    base = random_base("tiny", "float32", "int8")
+    kernels = [variable for variable in base.backbone.variables if str(variable.value.dtype) == "int8"]
+    assert len(kernels) == 2 * 7 and base.nbytes < random_base("tiny", "float32").nbytes
+
+
+def test_block_parameters_are_all_but_embedding_and_norms():
+    base = random_base("tiny")
+    kernels = [v for v in base.backbone.variables if len(v.shape) > 1 and not v.path.endswith("embeddings")]
+    assert block_parameters(SHAPES["tiny"]) == sum(int(np.prod(variable.shape)) for variable in kernels)
+
+
+def test_sweep_leaves_out_what_would_not_end_in_time(tmp_path):
+    log = room._Log(str(tmp_path / "log"), time.time(), 120)
+    spec = {"settings": asdict(TINY), "kind": "batch", "sizes": [1, 2, 100_000]}
+    room._run_sweep(spec, {}, log)
+    record = room._read_log(tmp_path / "log")
+    assert [(point["size"], point["rows"], point["tokens"]) for point in record["points"]] == [
+        (1, 8, 512), (2, 16, 1024)
+    ]  # fmt: skip
+    assert all(0 < point["epoch_seconds"] < point["first_epoch_seconds"] for point in record["points"])
+    assert record["points_left_out"] == [100_000]
+    lines = room._describe_sweep("batch", record)
+    assert lines[0].startswith("batch 1: ") and lines[-1] == "batch 100000: left out, it would not end in time"
+
+
+def test_padding_and_sorting_of_peft():
+    assert room._padded([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
+    assert room._padded([[1, 2], [3]], "left", 9).tolist() == [[1, 2], [9, 3]]
+    assert room._sorted_batches([[1, 2], [3], [4, 5, 6]], 2) == [[1, 0], [2]]
+
+
+def test_peft_padded_on_the_left_scores_as_one_by_one():
+    torch = pytest.importorskip("torch", reason="torch is absent: install the [hf] extra")
+    pytest.importorskip("peft", reason="peft is absent: install the [hf] extra")
+    model = room._peft_model(torch, TINY, "float32", "cpu")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    q_and_v = 32 * 4 + 4 * 32 + 32 * 4 + 4 * 16  # A and B of query (2 heads of 16) and of value (1 head)
+    assert trainable == 2 * q_and_v
+    prompts = benchmark_rows(TINY)["predict"]
+    together = room._score_peft(torch, model, prompts)
+    alone = np.concatenate([room._score_peft(torch, model, [prompt]) for prompt in prompts])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    assert np.abs(together).max() > 1e-3
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+RESULT = {
+    "settings": asdict(replace(TINY, shape="gemma_2b", epochs=5)),
+    "rows": {"n": 300, "tokens": 11_265, "mean": 37.6, "longest": 85},
+    "device": {"flops": 790e12},
+    "left_out": {},
+    "systems": {
+        "ours": {
+            "cold": {
+                "epochs": [12.0, 0.25, 0.3, 0.2, 0.25], "fit_seconds": 13.5, "process_seconds": 30.0, "batch_size": 16,
+                "dtype": "bfloat16", "predict_seconds": 0.05, "score_rows": 3000, "score_seconds": 1.5,
+                "peak_bytes": 8_700_000_000, "buckets": [48, 88], "compile_cache": False,
+            },
+            "warm": {"epochs": [1.0, 0.25, 0.25, 0.25, 0.25], "fit_seconds": 2.5, "process_seconds": 15.0},
+        },
+        "peft": {
+            "cold": {
+                "epochs": [14.0, 1.5, 1.5, 1.5, 1.5], "fit_seconds": 20.0, "process_seconds": 40.0, "batch_size": 16,
+                "dtype": "bfloat16", "predict_seconds": 0.1, "peak_bytes": 11_300_000_000,
+            }
+        },
+        "cross-validation": {"cold": {"folds": [10.0, 2.0, 2.0], "process_seconds": 20.0}},
+    },
+    "sweeps": {},
+}  # fmt: skip
+
+
+def test_table_of_a_known_result():
+    ours = benchmark_table(RESULT).loc["ours"]
+    assert ours["epoch"] == 0.25 and ours["fit_warm"] == 2.5 and ours["rows_per_second"] == 2000
+    assert ours["utilisation"] == pytest.approx(4 * 1.98e9 * 11_265 / 790e12 / 0.25, rel=0.01)
+    assert ours["note"] == "batch 16, bfloat16; lengths 48/88; no compile cache"
+    lines = comparisons(RESULT)
+    assert len(lines) == 1 and lines[0].startswith("peft / ours: an epoch 6.00, the fit, cold 1.48, ")
+    assert "predict 2.00, peak memory 1.30" in lines[0]
+    figures = figures_table(RESULT).set_index("figure").value
+    assert figures["10-fold cross-validation, whole process, extrapolated from 3"] == 34.0
+
+
+def test_figure_of_no_points_and_of_one(tmp_path):
+    point = {"size": 16, "epoch_seconds": 1.0, "rows": 128, "peak_bytes": 10**9}
+    for number, sweeps in enumerate([{}, {"batch": {"failed": "x"}}, {"batch": {"points": [point]}}]):
+        save_size_figure({"sweeps": sweeps}, tmp_path / "a" / f"{number}.png")
+        assert (tmp_path / "a" / f"{number}.png").stat().st_size > 1_000
+
+
+# --- limits and bad settings ----------------------------------------------------------------------------------------
+
+
+def smi(monkeypatch, text):
+    done = subprocess.CompletedProcess([], 0, stdout=text)
+    monkeypatch.setattr(room.subprocess, "run", lambda *args, **kwargs: done)
+
+
+def test_memory_limit_is_a_share_of_the_gpu(monkeypatch):
+    assert room._memory_fraction(TINY) is None
+    smi(monkeypatch, "143771\n143771\n")
+    assert room._memory_fraction(replace(TINY, memory_limit=15.8)) == pytest.approx(15.8e9 / (143771 * 2**20))
+    for limit in (0.0, 150.0):
+        with pytest.raises(ValueError, match=r"at most 141\.7 \(GB\) here"):
+            room._memory_fraction(replace(TINY, memory_limit=limit))
+
+
+def test_memory_limit_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="Leave it out"):
+        room._memory_fraction(replace(TINY, memory_limit=15.8))
+
+
+FAULTS = {
+    "shape": (["--shape", "gemma_7b"], "is not one of tiny, mini_ko, gemma_2b"),
+    "system": (["--systems", "ours,keras"], "System 'keras' is not one of ours"),
+    "sweep": (["--sweep", "ranks"], "Sweep 'ranks' is not one of rows, length, batch"),
+    "rows": (["--rows", "1"], "rows=1 must be at least 2"),
+    "epochs": (["--epochs", "1"], "epochs=1 must be at least 2"),
+    "dtype": (["--dtype", "float8"], "dtype 'float8' is not one of auto"),
+    "quantization": (["--quantization", "int2"], "is not one of int8, int4"),
+    "file": (["--file", "nothing.tsv"], "nothing.tsv"),
+    "out": (["--out", __file__], "is a file. Give a folder."),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_option_is_one_line(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, named = FAULTS[fault]
+    result = CliRunner().invoke(app, ["benchmark", "--shape", "tiny", *options])
+    assert result.exit_code == 2 and result.stdout == "" and not list(tmp_path.iterdir())
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1 and named in result.stderr
+
+
+def test_help():
+    text = CliRunner().invoke(app, ["benchmark", "--help"]).stdout
+    assert text.startswith("Usage:") and all(name in text for name in ("--quiet", "--memory-limit", "--sweep"))
+
+
+def test_every_system_has_a_task():
+    for system in SYSTEMS:
+        task = room._spec_of(system, TINY, "cold")["task"]
+        assert task in room._TASKS or task == "shell"
