@@ -38,6 +38,7 @@ from gemma_lora_sentiment.evaluation import (
     plot_roc,
     plot_score_histogram,
     plot_training_curves,
+    probabilities_from_oof,
     save_figures,
     verdict,
     wrong_rows,
@@ -320,6 +321,34 @@ def test_cross_validate_same_seed_same_table():
     ]
     pd.testing.assert_frame_equal(tables[0], tables[1])
     assert tables[0].fold.tolist() != tables[2].fold.tolist()
+
+
+def test_repeats_cut_anew_and_are_averaged():
+    comments, labels = comments_and_labels(30)
+    comments += [comments[0], comments[1]]
+    labels += [labels[0], labels[1]]
+    estimators = {"b": baseline_classifier(), "dummy": DummyClassifier(strategy="prior")}
+    calls = []
+    oof = cross_validate(
+        estimators, comments, labels, folds=3, repeats=2, seed=4, progress=lambda *call: calls.append(call)
+    )
+    assert list(oof.columns)[:3] == ["repeat", "fold", "label"] and oof["repeat"].tolist() == [0] * 32 + [1] * 32
+    assert calls[-1] == (12, 12, "dummy")
+    for repeat, part in oof.groupby("repeat"):
+        part = part.reset_index(drop=True)
+        assert part.fold[0] == part.fold[30] and part.fold[1] == part.fold[31]
+        alone = cross_validate(estimators, comments, labels, folds=3, seed=4 + repeat)
+        pd.testing.assert_frame_equal(part.drop(columns="repeat"), alone)
+    layers = probabilities_from_oof(oof, "dummy", ["bad", "good"])
+    assert layers.shape == (2, 32, 2)
+    each = [compute_metrics(labels, layer, ["bad", "good"]) for layer in layers]
+    found = metrics_from_oof(oof, "dummy", ["bad", "good"])
+    assert found["n"] == 32
+    for name in ("accuracy", "macro_f1", "roc_auc", "log_loss"):
+        assert found[name] == pytest.approx(np.mean([one[name] for one in each]))
+    for bad in (0, 1.5, True, None):
+        with pytest.raises(ValueError, match=r"repeats is .*, expected a whole number from 1"):
+            cross_validate(estimators, comments, labels, folds=3, repeats=bad)
 
 
 def test_cross_validate_errors():
