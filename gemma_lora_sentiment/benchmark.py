@@ -1064,7 +1064,7 @@ def _describe_sweep(kind: str, record: Mapping[str, Any]) -> list[str]:
         lines.append(f"sweep over {kind}: ended at the time limit")
     return [*lines, *([f"sweep over {kind} failed: {record['failed']}"] if record.get("failed") else [])]
 
-# %% ../nbs/10_benchmark.ipynb #b3d0604b
+# %% ../nbs/10_benchmark.ipynb #5656bbd6
 def save_size_figure(
     result: Mapping[str, Any],  # of `run_benchmark` with sweeps
     path: str | Path,  # of a PNG; its folder is made
@@ -1084,7 +1084,7 @@ def save_size_figure(
         )
         for axis, (label, values) in zip(axes[:, column], panels, strict=True):
             axis.plot(sizes, values, marker="o")
-            axis.set(xscale="log", ylabel=label, ylim=(0, None))
+            axis.set(xscale="log", ylabel=label, ylim=(0, 1.1 * max(values)))
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axis.minorticks_off()
         axes[1, column].set_xlabel(units[kind])
