@@ -858,7 +858,7 @@ def _markdown_head() -> str:
     headings = ["system", *(heading for heading, _ in _COLUMNS.values()), "note"]
     return _markdown_line(headings) + "\n" + _markdown_line(["---"] * len(headings))
 
-# %% ../nbs/10_benchmark.ipynb #1976212c
+# %% ../nbs/10_benchmark.ipynb #17efe27b
 _FIGURES = (  # system, name in its record, what it is, unit
     ("shell", "interpreter_seconds", "the Python interpreter alone", "s"),
     ("shell", "import_seconds", "import gemma_lora_sentiment", "s"),
@@ -873,6 +873,8 @@ _FIGURES = (  # system, name in its record, what it is, unit
     ("ours", "base_bytes", "ours: the base", "GB"),
     ("ours", "base_peak_bytes", "ours: peak memory before the fit", "GB"),
     ("ours", "predict_peak_bytes", "ours: peak memory after scoring", "GB"),
+    ("cross-validation", "compile_seconds", "cross-validation: compilation", "s"),
+    ("cross-validation", "programs", "cross-validation: programs compiled, small ones included", ""),
     ("peft", "import_seconds", "peft: interpreter and imports", "s"),
     ("peft", "base_seconds", "peft: random weights", "s"),
     ("peft", "first_predict_seconds", "peft: the first prediction", "s"),
