@@ -922,14 +922,17 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Devices, number format and why, memory estimate, versions."""
+    from gemma_lora_sentiment.credentials import check_access
     from gemma_lora_sentiment.data import cache_dir
-    from gemma_lora_sentiment.model import choose_dtype, load_base, memory_estimate
+    from gemma_lora_sentiment.model import choose_dtype, load_base, memory_estimate, resolve_preset
     from gemma_lora_sentiment.training import recipe_for
 
     device = _device()
     chosen, why = choose_dtype(dtype)
     print(f"device: {device['count']} x {device['kind']} ({device['platform']})")
     print(f"dtype: {chosen} ({why})")
+    resolve_preset(preset)
+    print(f"access: {check_access(preset)}", flush=True)
     base = load_base(preset, dtype)
     name, recipe = recipe_for(preset, "auto", base.parameter_count)
     estimate = memory_estimate(base, recipe.lora_rank, batch_size=recipe.batch_size, length=64)

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from .credentials import access_explained, check_access
+
 # %% auto #0
 __all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'without_tensorflow', 'ModelError', 'check_backend',
            'choose_dtype', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer',
@@ -607,7 +609,10 @@ def load_base(
     dtype: str = "auto",  # see `choose_dtype`
     quantization: str | None = None,  # None, "int8" or "int4": smaller weights, LoRA stays float32
 ) -> Base:
-    "Load a base, or return the one that is held already. Raises `ModelError` when it is no Gemma text model."
+    """Load a base, or return the one that is held already.
+
+    Raises `ModelError` when it is no Gemma text model; before a download what `check_access` raises.
+    """
     check_backend()
     if quantization not in (None, "int8", "int4"):
         raise ModelError(f"quantization {quantization!r} is not one of None, int8, int4. Choose one of these.")
@@ -616,7 +621,8 @@ def load_base(
     key = (path, config.stat().st_mtime_ns if config.is_file() else None, dtype, quantization)
     with _BASES_LOCK:
         if key not in _BASES:
-            with _untouched_random_state():
+            check_access(path)
+            with _untouched_random_state(), access_explained(path):
                 _BASES[key] = _load(str(preset), path, dtype, quantization)
         return _BASES[key]
 

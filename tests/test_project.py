@@ -30,7 +30,8 @@ MODULES = sorted(path for path in (ROOT / PACKAGE).glob("*.py") if not path.name
 ROOM_IMPORTS = {
     "data": set(),
     "prompt": {"data"},
-    "model": set(),
+    "credentials": set(),
+    "model": {"credentials"},
     "adapter": {"model"},
     "checkpoint": {"adapter"},
     "export": {"model", "adapter"},
@@ -42,11 +43,11 @@ ROOM_IMPORTS = {
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
+        *("data", "prompt", "credentials", "model", "adapter", "checkpoint", "training", "export"),
         *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
