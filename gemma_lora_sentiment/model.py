@@ -71,15 +71,26 @@ def check_backend() -> None:
 def choose_dtype(
     dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; by default the one JAX runs on
+    compute_capability: float | None = None,  # of an NVIDIA card, 7.5 for a T4; by default that of JAX's devices
 ) -> tuple[str, str]:  # the dtype, and one sentence that says why
     "Choose the number format of the base. Raises `ModelError` for an unknown one."
-    platform = platform or jax.default_backend()
+    if platform is None:
+        platform = jax.default_backend()
+        if compute_capability is None:
+            found = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
+            numbers = [float(number) for number in found if number.replace(".", "", 1).isdigit()]  # AMD's are words
+            compute_capability = min(numbers, default=None)
     if dtype != "auto":
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16. Choose one of these.")
         return dtype, "as asked for"
     if platform == "cpu":
         return "float32", "a CPU computes 16-bit numbers more slowly than float32"
+    if platform == "gpu" and compute_capability is not None and compute_capability < 8.0:
+        return "float16", (
+            f"a card of compute capability {compute_capability} computes bfloat16 no faster than float32; "
+            "the first batch shows whether float16 overflows"
+        )
     return "bfloat16", f"on a {platform.upper()} it halves the memory and has the range of float32"
 
 # %% ../nbs/02_model.ipynb #3c901f3b
@@ -113,28 +124,32 @@ _TINY_FAMILIES = {
     ),
     "gemma3": dict(image_size=16, vision_encoder=None, use_sliding_window_attention=True, sliding_window_size=16,
                    use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True),
+    # as gemma4_2b: embeddings of each layer, and a last layer of each kind that borrows keys and values
+    "gemma4": dict(
+        num_layers=4, image_size=16, sliding_window_size=16, sliding_window_pattern=2, global_head_dim=32,
+        global_rope_partial_rotary_factor=0.25, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        use_double_wide_mlp=True, final_logit_soft_cap=30.0,
+    ),
 }  # fmt: skip
 
 
 def tiny_gemma(
     folder: str | Path,  # where to write the preset; made if it is not there
-    family: str = "gemma",  # "gemma", "gemma2" or "gemma3"
+    family: str = "gemma",  # "gemma", "gemma2", "gemma3" or "gemma4"
     seed: int = 0,
 ) -> str:  # the folder, to be used as a preset
-    "Write a random Gemma of two layers as a KerasHub preset folder. Raises `ModelError` for an unknown family."
+    "Write a random Gemma of two layers (four of Gemma 4) as a KerasHub preset. Raises `ModelError` for other families."
     if family not in _TINY_FAMILIES:
         raise ModelError(f"Family {family!r} is not one of {', '.join(_TINY_FAMILIES)}. Choose one of these.")
-    is_gemma3 = family == "gemma3"
-    tokenizer_class = keras_nlp.models.Gemma3Tokenizer if is_gemma3 else keras_nlp.models.GemmaTokenizer
-    backbone_class = keras_nlp.models.Gemma3Backbone if is_gemma3 else keras_nlp.models.GemmaBackbone
-    tokenizer = tokenizer_class(proto=_tiny_tokenizer_proto())
-    backbone = backbone_class(
-        vocabulary_size=tokenizer.vocabulary_size(), **_TINY, **_TINY_FAMILIES[family], dtype="float32"
-    )
+    name = {"gemma3": "Gemma3", "gemma4": "Gemma4"}.get(family, "Gemma")
+    special = dict(has_vision_tokens=False, has_video_tokens=False) if family == "gemma4" else {}
+    tokenizer = getattr(keras_nlp.models, f"{name}Tokenizer")(proto=_tiny_tokenizer_proto(), **special)
+    shape = {**_TINY, **_TINY_FAMILIES[family], "vocabulary_size": tokenizer.vocabulary_size(), "dtype": "float32"}
+    backbone = getattr(keras_nlp.models, f"{name}Backbone")(**shape)
     rng = np.random.default_rng(seed)
     for variable in backbone.variables:
         scale = 0.05 if variable.path.endswith("scale") else 0.3
-        variable.assign(rng.normal(0, scale, variable.shape).astype("float32"))
+        variable.assign(np.asarray(rng.normal(0, scale, variable.shape), "float32"))
     with without_tensorflow():
         backbone.save_to_preset(str(folder))
         tokenizer.save_to_preset(str(folder))
@@ -142,6 +157,15 @@ def tiny_gemma(
 
 # %% ../nbs/02_model.ipynb #5ecf1959
 BUNDLED_PRESETS = ("mini_ko",)  # bases inside this package
+_NO_GEMMA3N = (
+    "KerasHub gives its logits by a function over a stack of embeddings and names its layers otherwise, and this "
+    "package takes them from one tied embedding. Choose gemma3_270m, gemma3_1b or a Gemma 4."
+)
+
+
+def _backbones() -> tuple[type, ...]:  # of the families that are supported, as far as this KerasHub has them
+    names = ("GemmaBackbone", "Gemma3Backbone", "Gemma4Backbone")
+    return tuple(getattr(keras_nlp.models, name) for name in names if hasattr(keras_nlp.models, name))
 
 
 def resolve_preset(
@@ -155,12 +179,9 @@ def resolve_preset(
         return preset
     if Path(preset).exists():
         raise ModelError(f"{preset} holds no config.json; give the folder of a KerasHub preset or Hugging Face model.")
-    known = [
-        name
-        for backbone in (keras_nlp.models.GemmaBackbone, keras_nlp.models.Gemma3Backbone)
-        for name in backbone.presets
-    ]
-    if preset in known:
+    if preset in getattr(getattr(keras_nlp.models, "Gemma3nBackbone", None), "presets", ()):
+        raise ModelError(f"Preset {preset!r} is a Gemma 3n. {_NO_GEMMA3N}")
+    if any(preset in backbone.presets for backbone in _backbones()):
         return preset
     raise ModelError(
         f"Preset {preset!r} is unknown. Give {', '.join(BUNDLED_PRESETS)}, a Gemma preset of KerasHub such as "
@@ -190,9 +211,11 @@ def _untouched_random_state() -> Iterator[None]:
 
 def _share_weights(
     original: keras.Model,
-) -> keras.Model:  # a new backbone whose variables hold the original's arrays
+) -> keras.Model:  # a new backbone whose variables hold the original's arrays; text alone
     with without_tensorflow(), _without_allocation():
-        twin = type(original).from_config(original.get_config())
+        config = original.get_config()
+        config |= {name: None for name in ("vision_encoder", "audio_encoder") if name in config}
+        twin = type(original).from_config(config)
     values = {variable.path: variable.value for variable in original.variables}
     for variable in twin.variables:
         variable._value, variable._initializer = values[variable.path], None
@@ -235,6 +258,7 @@ def lora_targets(
         layer.name
         for layer in layers
         if hasattr(layer, "enable_lora") and not isinstance(layer, keras.layers.Embedding)
+        and not layer.name.startswith("per_layer_")  # Gemma 4's, outside attention and feed-forward
     ]
     return tuple(dict.fromkeys(reversed(names)))
 
@@ -287,6 +311,18 @@ def _compute_beside(
         object.__setattr__(layer, "call", call)
 
 # %% ../nbs/02_model.ipynb #08beee9c
+def _text_inputs(
+    backbone: keras.Model,
+    token_ids: Any,  # int32 (batch, length)
+    padding_mask: Any,  # int32 (batch, length)
+) -> dict[str, Any]:  # what the backbone takes
+    inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+    if isinstance(backbone.input, dict) and "position_ids" in backbone.input:  # Gemma 4 counts them itself nowhere
+        positions = keras.ops.arange(keras.ops.shape(token_ids)[1], dtype="int32")
+        inputs["position_ids"] = keras.ops.broadcast_to(positions, keras.ops.shape(token_ids))
+    return inputs
+
+
 class LabelScorer(keras.Model):
     """A Gemma backbone with LoRA that returns logits at chosen positions, float32 (batch, positions, vocabulary)."""
 
@@ -314,7 +350,7 @@ class LabelScorer(keras.Model):
 
     def hidden_states(self, inputs: dict[str, Any]) -> Any:  # float (batch, positions, hidden)
         "Hidden states of the last layer at `inputs['positions']`."
-        hidden = self.backbone({"token_ids": inputs["token_ids"], "padding_mask": inputs["padding_mask"]})
+        hidden = self.backbone(_text_inputs(self.backbone, inputs["token_ids"], inputs["padding_mask"]))
         return keras.ops.take_along_axis(hidden, inputs["positions"][..., None], axis=1)
 
     def call(self, inputs: dict[str, Any]) -> Any:  # token_ids, padding_mask int32 (b, l); positions int32 (b, p)
@@ -518,8 +554,7 @@ def _generate(
 ) -> np.ndarray:  # int32, the continuation alone, without the stop token
     "Continue a prompt greedily with the adapter that is assigned now."
     if self._generate_tokens is None:
-        is_gemma3 = isinstance(self.backbone, keras_nlp.models.Gemma3Backbone)
-        causal_lm = keras_nlp.models.Gemma3CausalLM if is_gemma3 else keras_nlp.models.GemmaCausalLM
+        causal_lm = getattr(keras_nlp.models, type(self.backbone).__name__.replace("Backbone", "CausalLM"))
         language_model = causal_lm(backbone=self.backbone, preprocessor=None)
         language_model.compile(sampler="greedy")
         normalize = language_model._normalize_generate_outputs
@@ -532,7 +567,7 @@ def _generate(
     padded = np.zeros((1, max_length), np.int32)
     mask = np.zeros((1, max_length), np.int32)
     padded[0, : len(token_ids)], mask[0, : len(token_ids)] = token_ids, 1
-    inputs = {"token_ids": padded, "padding_mask": mask}
+    inputs = _text_inputs(self.backbone, padded, mask)
     outputs = self._generate_tokens(inputs, max_length=max_length, stop_token_ids=stop_ids)
     ids = np.asarray(outputs["token_ids"])[0, len(token_ids) :]
     ends = [i for i, token_id in enumerate(ids) if token_id in stop_ids]
@@ -638,14 +673,19 @@ def _load(preset: str, path: str, dtype: str, quantization: str | None) -> Base:
             backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
-    is_text = isinstance(backbone, keras_nlp.models.GemmaBackbone) or (
-        isinstance(backbone, keras_nlp.models.Gemma3Backbone) and backbone.vision_encoder is None
-    )
-    if not is_text:
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        raise ModelError(f"Preset {preset!r} is a Gemma 3n. {_NO_GEMMA3N}")
+    if not isinstance(backbone, _backbones()):
         raise ModelError(
-            f"Preset {preset!r} is a {type(backbone).__name__}; this package takes Gemma 1, 2 and 3 text models. "
+            f"Preset {preset!r} is a {type(backbone).__name__}; this package takes Gemma 1, 2, 3 and 4. "
             "Choose one of these."
         )
+    if getattr(backbone, "is_embedding_model", False) or getattr(backbone, "use_bidirectional_attention", False):
+        raise ModelError(f"Preset {preset!r} embeds texts and cannot continue them. Choose a model of text generation.")
+    if 0 < backbone.num_layers == getattr(backbone, "num_kv_shared_layers", 0):
+        raise ModelError(f"Preset {preset!r} only assists another model in generation. Choose that model.")
+    if getattr(backbone, "vision_encoder", None) or getattr(backbone, "audio_encoder", None):
+        backbone = _share_weights(backbone)  # comments have no pictures
     if quantization:
         # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
         dense = (keras.layers.Dense, keras.layers.EinsumDense)
