@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment import precision
+from gemma_lora_sentiment import model, precision
 from gemma_lora_sentiment.adapter import RunError
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.model import (
@@ -24,7 +24,6 @@ from gemma_lora_sentiment.precision import choose_quantization, fall_back, overf
 
 COMMENTS = ["맛있어요 최고예요", "친절해요 또 갈게요", "맛이 없어요 별로예요", "불친절해요 실망했어요"] * 2
 LABELS = [1, 1, 0, 0] * 2
-T4 = SimpleNamespace(compute_capability="7.5", platform="gpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def large(tiny, tmp_path_factory):
     shutil.copytree(tiny, folder)
     base = load_base(str(folder), "float32")
     (variable,) = [v for v in base.backbone.variables if v.path == "decoder_block_0/ffw_linear/kernel"]
-    variable.assign(np.array(variable.value) * 10_000)
+    variable.assign(np.array(variable.value) * 40_000)
     with without_tensorflow():
         base.backbone.save_to_preset(str(folder))
     release_bases()
@@ -48,9 +47,13 @@ def large(tiny, tmp_path_factory):
 
 @pytest.fixture
 def t4(monkeypatch):
-    """`choose_dtype` believes that JAX runs on a T4; what is computed is computed on the CPU."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda *_: [T4])
+    """`choose_dtype` says what it says on a T4; what is computed is computed on the CPU."""
+
+    def on_a_t4(dtype="auto", *_):
+        return choose_dtype(dtype, "gpu", 7.5)
+
+    for room in (model, precision):
+        monkeypatch.setattr(room, "choose_dtype", on_a_t4)
     monkeypatch.setattr(precision, "device_memory", lambda: None)
     monkeypatch.setattr(precision, "_OVERFLOWED", {})
 
