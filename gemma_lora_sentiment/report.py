@@ -191,8 +191,8 @@ def _comparisons(metrics: Mapping[str, Any]) -> ElementTree.Element | None:
     head = ["gemma + LoRA against", "better on", "worse on", "difference in accuracy", "p (McNemar)"]
     return _table("Comment by comment", head, rows, numeric=range(1, 5)) if rows else None
 
-# %% ../nbs/06b_report.ipynb #023d8c8b
-def _decision(decision: Mapping[str, Any]) -> list[ElementTree.Element]:
+# %% ../nbs/06b_report.ipynb #fbc0adff
+def _decision(decision: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[ElementTree.Element]:
     lines = [_tag("p", line) for line in decision_text(decision).splitlines()]
     measured = decision.get("measured")
     if not measured:
@@ -202,7 +202,7 @@ def _decision(decision: Mapping[str, Any]) -> list[ElementTree.Element]:
     given = round(measured["answered"] * decision["n"])
     right = round((measured["accuracy_of_answers"] or 0) * given)
     rows.append(["share that is answered", _number(1.0), _share(given, decision["n"])])
-    rows.append(["accuracy of the answers", "", _share(right, given)])
+    rows.append(["accuracy of the answers", _measure(metrics, "accuracy"), _share(right, given)])
     caption = f"Tried on rows it was not chosen on, {decision['n']} comments"
     return [*lines, _table(caption, ["what", "as it is", "with the decision"], rows, numeric=(1, 2))]
 
@@ -294,7 +294,8 @@ def _rows_of(
         head.append("probability")
     numeric = [place for place, name in enumerate(head) if name in ("suspicion", "probability")]
     more = f"The first {limit} of {len(table)}; all are in {file}." if len(table) > limit else None
-    return [_table(caption, head, rows, numeric, class_="comments"), *([_tag("p", more)] if more else [])]
+    kind = "comments" if "comment" in columns else None
+    return [_table(caption, head, rows, numeric, class_=kind), *([_tag("p", more)] if more else [])]
 
 # %% ../nbs/06b_report.ipynb #05a63f07
 def _errors(
@@ -325,8 +326,8 @@ def _errors(
         table = tables.get(name)
         if table is None or (name == "influence" and not comments) or (nothing is None and not len(table)):
             continue
-        shown = _rows_of(table, title, f"{name}.tsv", limit, comments) if len(table) else []
-        sections.append((anchor, title, [_tag("p", sentence if len(table) else nothing), *shown]))
+        shown = _rows_of(table, sentence, f"{name}.tsv", limit, comments) if len(table) else [_tag("p", nothing)]
+        sections.append((anchor, title, shown))
     return sections
 
 # %% ../nbs/06b_report.ipynb #e92e8afd
@@ -409,28 +410,30 @@ a { color: var(--accent); }
 .soft, .interval, caption, figcaption, dt { color: var(--soft); }
 .lead { margin: 1rem 0; padding: .6rem 1rem; border-left: .35rem solid var(--accent); background: var(--tint); }
 .lead.lost { border-left-color: var(--lost); }
-.lead p { max-width: none; }
+.lead p, header p { max-width: none; }
 .caution { border-left-color: var(--lost); }
 nav ul { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: 1rem 0; padding: 0; list-style: none; }
 nav a { display: inline-block; padding: .2rem 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .cards div { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .4rem; }
 .cards dd { margin: 0; font-size: 1.7rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.cards .interval { display: block; font-size: .875rem; }
 .scroll { overflow-x: auto; margin: .75rem 0 1rem; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .925rem; }
-caption { text-align: left; padding-bottom: .3rem; }
+caption { text-align: left; padding-bottom: .3rem; max-width: 46rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th:first-child, td:first-child { padding-left: 0; }
 thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; font-weight: 600; }
 tbody th { font-weight: 500; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.measure { white-space: nowrap; }
 .measure .interval { font-size: .85em; }
+.cards .measure .interval { display: block; font-size: .9rem; }
 .strip { display: block; width: 9rem; height: 1rem; margin-top: .25rem; color: var(--accent); }
 .comments { width: 100%; }
-.comments td { min-width: 3.5rem; overflow-wrap: anywhere; }
-.comments th[lang], .comments td:nth-child(2) { max-width: 34rem; }
+.comments td { overflow-wrap: anywhere; }
+.comments td:nth-child(2) { min-width: 9rem; max-width: 34rem; }
+:lang(ko) { word-break: keep-all; }
 .pairs th { white-space: nowrap; }
 .pairs td { white-space: pre-wrap; overflow-wrap: anywhere; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 2rem; }
@@ -455,6 +458,7 @@ footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--li
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
   .scroll { overflow: visible; }
+  .strip { width: 6rem; }
   h2 { break-after: avoid; }
   tr, .lead, .cards, .columns > div { break-inside: avoid; }
   .figures { grid-template-columns: 1fr 1fr; }
@@ -487,10 +491,10 @@ def _page(
     links = [_tag("li", _tag("a", name, href=f"#{anchor}")) for anchor, name, _ in sections]
     parts = [_tag("section", _tag("h2", name), *content, id=anchor) for anchor, name, content in sections]
     header = _tag("header", _tag("h1", _text(title)), _tag("p", subtitle, class_="soft"))
-    main = _tag("main", *(part for part in top if part is not None), *parts)
     contents = _tag("nav", _tag("ul", *links), aria_label="Contents")
-    body = _tag("body", header, contents, main, _tag("footer", foot, class_="soft"))
-    for element in (head, *head, header, contents, *main, *parts, main, body):
+    main = _tag("main", *(part for part in top if part is not None), contents, *parts)
+    body = _tag("body", header, main, _tag("footer", foot, class_="soft"))
+    for element in (head, *head, header, *main, main, body):
         element.tail = "\n"
     return "<!DOCTYPE html>\n" + _markup(_tag("html", head, body, lang="en")) + "\n"
 
@@ -515,7 +519,7 @@ def report_html(
         ("scores", "How good, and how sure", [_classifiers(metrics), _comparisons(metrics), _tag("p", _SURE)]),
         ("figures", "Figures", [_figures(figures or {}, metrics)]),
         ("by-label", "By label", [] if predictions is None else [_by_label(predictions, metrics["classes"])]),
-        ("decision", "What to do with a score", _decision(decision) if decision else []),
+        ("decision", "What to do with a score", _decision(decision, metrics) if decision else []),
         *_errors(tables, limit, comments),
         ("training", "Training", _training(history) if history is not None and len(history) else []),
         *_origin(description),
