@@ -371,6 +371,7 @@ def _origin(description: Mapping[str, Any]) -> list[tuple[str, str, list[Element
         tables.append(_pairs("As they were resolved: the recipe", recipe))
     names = "epochs held_out refit folds repeats seed dtype base_fingerprint seconds finished".split()
     more = {name: description[name] for name in names if description.get(name) is not None}
+    more |= {"run": _name_of(description["run"])} if "run" in description else {}
     more |= {f"device, {name}": value for name, value in (description.get("device") or {}).items()}
     if more:
         tables.append(_pairs("The run", more))
@@ -534,7 +535,14 @@ _SURE = (
     "would vary with other comments of the same kind, for this training set. Log-loss: less is better."
 )
 
-# %% ../nbs/06b_report.ipynb #49d37c00
+# %% ../nbs/06b_report.ipynb #bed09d3d
+def _metrics_file(folder: Path) -> Path:
+    found = [folder / name for name in ("cv.json", "metrics.json") if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{folder} has no metrics.json or cv.json. Give a folder that train or cross-validate wrote.")
+    return found[0]
+
+
 def _read_tsv(path: Path, columns: Callable[[str], bool] | None = None) -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False, usecols=columns)
 
@@ -559,12 +567,10 @@ def write_report(
 ) -> Path:  # report.html in the folder
     "Write the report of a run from its files. `ValueError` where there is no metrics.json or cv.json."
     folder = Path(folder)
-    found = [folder / name for name in ("cv.json", "metrics.json") if (folder / name).is_file()]
-    if not found:
-        raise ValueError(f"{folder} has no metrics.json or cv.json. Give a folder that train or cross-validate wrote.")
-    metrics = json.loads(found[0].read_text(encoding="utf-8"))
+    found = _metrics_file(folder)
+    metrics = json.loads(found.read_text(encoding="utf-8"))
     description, tables, figures = dict(metrics), _read_tables(folder), {}
-    if found[0].name == "metrics.json" and (folder / "run.json").is_file():
+    if found.name == "metrics.json" and (folder / "run.json").is_file():
         description |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if (folder / "figures").is_dir():
         figures = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()
