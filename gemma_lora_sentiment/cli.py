@@ -858,6 +858,7 @@ def decide(
     run: Annotated[Path, typer.Argument(help="Folder of train or cross-validate.")],
     cost: Annotated[list[str] | None, typer.Option(help="LABEL=COST of a mistake on such a comment; else 1.")] = None,
     accuracy: Annotated[float, typer.Option(help="Accuracy wanted of the answers; below it, none is given.")] = 0.95,
+    by: Annotated[Path | None, typer.Option(help="Folder of cross-validate, to choose on its predictions.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Choose threshold and band of a run by cost and wanted accuracy, and store them with it."""
@@ -867,8 +868,10 @@ def decide(
     from gemma_lora_sentiment.data import duplicate_groups, whole_file
     from gemma_lora_sentiment.report import _metrics_file, write_report
 
-    path, table = _metrics_file(run), _predictions_of(run, None)
+    path, table = _metrics_file(run), _predictions_of(by or run, None)
     metrics = json.loads(path.read_text(encoding="utf-8"))
+    if by is not None:
+        _check_same_job(run, by)
     spelled = {str(label): label for label in metrics["classes"]}
     try:
         pairs = [text.rpartition("=") for text in cost or []]
@@ -888,6 +891,20 @@ def decide(
     if (run / "report.html").is_file():
         write_report(run)
     print(analysis.decision_text(metrics["decision"]))
+
+
+def _check_same_job(run: Path, by: Path) -> None:
+    "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
+    from gemma_lora_sentiment.report import _metrics_file
+
+    ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (run / "run.json", _metrics_file(by)))
+    for name in ("data", "base_fingerprint", "recipe"):
+        both = [each.get(name) for each in (ours, theirs)]
+        if name == "data":
+            both = [(each or {}).get("fingerprint") for each in both]
+        if both[0] is None or both[0] != both[1]:
+            what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
+            raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
 
 
 @app.command()

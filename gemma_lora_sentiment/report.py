@@ -271,7 +271,7 @@ def _figures(figures: Mapping[str, bytes], metrics: Mapping[str, Any]) -> Elemen
 # %% ../nbs/06b_report.ipynb #c43d6f29
 _COLUMNS = {  # of our tables: head
     "id": "id", "comment": "comment", "label": "label", "prediction": "answer", "likely_label": "more likely",
-    "suspicion": "suspicion", "spoke_for": "spoke for it", "spoke_against": "spoke against it", "group": "copies",
+    "suspicion": "suspicion", "spoke_for": "spoke for it", "spoke_against": "spoke against it", "group": "group",
 }  # fmt: skip
 
 
@@ -366,6 +366,8 @@ def _origin(description: Mapping[str, Any]) -> list[tuple[str, str, list[Element
         sections.append(("data", "Data", [_pairs("What came in", facts)]))
     tables = []
     if settings := description.get("settings"):
+        preset = str(settings.get("preset", ""))
+        settings = settings if "://" in preset or not preset else {**settings, "preset": _name_of(preset)}
         tables.append(_pairs("As they were given", settings))
     if recipe := description.get("recipe"):
         tables.append(_pairs("As they were resolved: the recipe", recipe))
@@ -421,12 +423,13 @@ nav a { display: inline-block; padding: .2rem 0; }
 .scroll { overflow-x: auto; margin: .75rem 0 1rem; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .925rem; }
-caption { text-align: left; padding-bottom: .3rem; max-width: 46rem; }
+caption { text-align: left; padding-bottom: .3rem; max-width: min(46rem, 100vw - 2.5rem); }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th:first-child, td:first-child { padding-left: 0; }
 thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; font-weight: 600; }
 tbody th { font-weight: 500; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+thead .number { white-space: normal; }
 .measure { white-space: nowrap; }
 .measure .interval { font-size: .85em; }
 .cards .measure .interval { display: block; font-size: .9rem; }
@@ -447,11 +450,13 @@ footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--li
 @media (max-width: 40rem) {
   body { padding: 1rem .9rem 2rem; }
   h1 { font-size: 1.35rem; }
-  table { font-size: .875rem; }
-  th, td { padding: .3rem .45rem; }
+  table { font-size: .8125rem; }
+  th, td { padding: .3rem .35rem; }
+  td.number { padding-left: .5rem; }
+  .comments td:nth-child(2) { min-width: 7.5rem; }
   .cards { grid-template-columns: 1fr 1fr; }
   .cards dd { font-size: 1.4rem; }
-  .scores .interval { display: block; }
+  td .measure .interval { display: block; }
 }
 @media print {
   :root { --ink: #000000; --soft: #444444; --page: #ffffff; --line: #bbbbbb; --tint: #ffffff; --accent: #00204d;
