@@ -123,21 +123,22 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
     if baseline is None:
         why = metrics.get("no_baseline") or "no baseline was measured on these rows"
         return _tag("div", _tag("p", f"Whether a simpler classifier would do is not known: {why}."), class_="lead")
-    compared = metrics.get("comparison") or baseline["comparison"]
-    lost = compared["difference"] < -1e-9
+    compared = metrics.get("comparison") or baseline.get("comparison")
+    lost = baseline["accuracy"] - metrics["accuracy"] > 1e-9
     lines = [_tag("p", _tag("strong", verdict(metrics, baseline)))]
-    difference = _number(compared["difference"], compared["interval"], "+.3f")
-    lines.append(_tag("p", compared["sentence"], " Difference in accuracy: ", difference, "."))
+    if compared is not None:
+        difference = _number(compared["difference"], compared["interval"], "+.3f")
+        lines.append(_tag("p", compared["sentence"], " Difference in accuracy: ", difference, "."))
     if lost:
         advice = "The baseline needs no GPU and trains in a second: use it for such comments"
-        doubt = "" if compared["p_value"] < 0.05 else ", unless more rows turn the difference"
+        doubt = "" if compared is not None and compared["p_value"] < 0.05 else ", unless more rows turn the difference"
         lines.append(_tag("p", f"{advice}{doubt}."))
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "roc_auc": "ROC AUC", "log_loss": "log-loss"}
 _NAMES = {
-    "baseline": "TF-IDF baseline", "zero_shot": "zero-shot: the base, untrained", "most_frequent": "most frequent class"
+    "baseline": "TF-IDF baseline", "zero_shot": "base, zero-shot", "most_frequent": "most frequent class"
 }  # fmt: skip
 
 
@@ -188,8 +189,8 @@ def _comparisons(metrics: Mapping[str, Any]) -> ElementTree.Element | None:
         ]
         for name, each in others.items()
     ]  # fmt: skip
-    head = ["gemma + LoRA against", "better on", "worse on", "difference in accuracy", "p (McNemar)"]
-    return _table("Comment by comment", head, rows, numeric=range(1, 5)) if rows else None
+    head = ["gemma + LoRA against", "better on", "worse on", "difference in accuracy", "p"]
+    return _table("Comment by comment; p by McNemar's exact test", head, rows, numeric=range(1, 5)) if rows else None
 
 # %% ../nbs/06b_report.ipynb #fbc0adff
 def _decision(decision: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[ElementTree.Element]:
@@ -275,6 +276,10 @@ _COLUMNS = {  # of our tables: head
 }  # fmt: skip
 
 
+def _shortened(comment: str, limit: int = 600) -> str:
+    return comment if len(comment) <= limit else f"{comment[:limit]} … ({len(comment)} characters)"
+
+
 def _rows_of(
     table: pd.DataFrame,  # from a file of the run
     caption: str,
@@ -285,6 +290,7 @@ def _rows_of(
     columns = [column for column in _COLUMNS if column in table and (comments or column != "comment")]
     rows = []
     for row in table.head(limit).to_dict("records"):
+        row |= {"comment": _shortened(row["comment"])} if "comment" in columns else {}
         cells = [_number(float(row[name]), form=".2f") if name == "suspicion" else row[name] for name in columns]
         if "prediction" in columns and (probability := row.get(f"p_{row['prediction']}")) is not None:
             cells.append(_number(float(probability)))
@@ -521,8 +527,9 @@ def report_html(
     caution = description.get("caution")
     top = [_lead(metrics), _tag("p", caution, class_="lead caution") if caution else None, _cards(metrics)]
     predictions, decision = tables.get("predictions"), metrics.get("decision")
+    sure = _tag("p", _SURE) if metrics.get("intervals") else None
     sections = [
-        ("scores", "How good, and how sure", [_classifiers(metrics), _comparisons(metrics), _tag("p", _SURE)]),
+        ("scores", "How good, and how sure", [_classifiers(metrics), _comparisons(metrics), sure]),
         ("figures", "Figures", [_figures(figures or {}, metrics)]),
         ("by-label", "By label", [] if predictions is None else [_by_label(predictions, metrics["classes"])]),
         ("decision", "What to do with a score", _decision(decision, metrics) if decision else []),
