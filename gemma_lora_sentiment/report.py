@@ -133,6 +133,9 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
         advice = "The baseline needs no GPU and trains in a second: use it for such comments"
         doubt = "" if compared is not None and compared["p_value"] < 0.05 else ", unless more rows turn the difference"
         lines.append(_tag("p", f"{advice}{doubt}."))
+    untrained = (metrics.get("baselines") or {}).get("zero_shot")
+    if untrained is not None and untrained["accuracy"] >= metrics["accuracy"] - 1e-9:
+        lines.append(_tag("p", "Fine-tuning gained nothing on these comments. ", untrained["comparison"]["sentence"]))
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
@@ -179,13 +182,18 @@ def _classifiers(metrics: Mapping[str, Any]) -> ElementTree.Element:
     return _table(f"Measured on the same {metrics['n']} comments", head, rows, numeric=range(1, 5), class_="scores")
 
 
+def _p_value(value: float) -> ElementTree.Element:
+    return _tag("data", "< 0.001" if value < 0.001 else f"{value:.2g}", value=repr(value))
+
+
 def _comparisons(metrics: Mapping[str, Any]) -> ElementTree.Element | None:
     baselines = metrics.get("baselines") or {}
     others = {name: each["comparison"] for name, each in baselines.items() if "comparison" in each}
     rows = [
         [
             _NAMES.get(name, name), each["better"], each["worse"],
-            _number(each["difference"], each["interval"], "+.3f"), _number(each["p_value"], form=".2g"),
+            _number(each["difference"], each["interval"], "+.3f"),
+            _p_value(each["p_value"]),
         ]
         for name, each in others.items()
     ]  # fmt: skip
