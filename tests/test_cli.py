@@ -599,6 +599,7 @@ def test_train_writes_a_whole_run(trained):
     run = trained / "run"
     names = {name for name, data in tree(run).items() if data is not None}
     assert names == {
+        "report.html",
         "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
         "history.csv", "wrong.tsv", "predictions.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png",
         "figures/roc.png", "figures/scores.png", "figures/training_curves.png",
