@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['metric_intervals', 'metrics_with_intervals', 'metrics_table', 'paired_comparison', 'compare_predictions',
-           'fit_temperature', 'apply_temperature', 'expected_calibration_error', 'choose_threshold',
-           'choose_abstention', 'choose_decision', 'apply_decision', 'decision_text', 'worth_labelling',
-           'likely_label_errors', 'conflicting_duplicates', 'word_influence', 'explain_mistakes', 'sweep']
+           'fit_temperature', 'apply_temperature', 'choose_threshold', 'choose_abstention', 'choose_decision',
+           'apply_decision', 'decision_text', 'worth_labelling', 'likely_label_errors', 'conflicting_duplicates',
+           'word_influence', 'explain_mistakes', 'sweep']
 
 # %% ../nbs/06a_analysis.ipynb #04265eaf
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ from gemma_lora_sentiment.evaluation import (
     _class_positions,
     _plain,
     compute_metrics,
+    expected_calibration_error,
     fold_indices,
 )
 
@@ -330,20 +331,6 @@ def apply_temperature(
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}, and must be above 0. Pass what fit_temperature gave.")
     return softmax(np.log(_above_zero(np.asarray(probabilities, dtype=np.float64))) / temperature, axis=1)
-
-
-def expected_calibration_error(
-    y_true: Sequence | np.ndarray | pd.Series,  # n labels
-    probabilities: np.ndarray,  # float (n, n_classes)
-    classes: Sequence,  # class values in the order of the columns
-    bins: int = 10,  # of equal width
-) -> float:  # from 0 to 1
-    "Mean distance between how sure the predictions are and how often they are right, by bins of sureness."
-    true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
-    sureness, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == true_positions
-    bin_of_row = np.minimum((sureness * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_of_row, sureness, bins) - np.bincount(bin_of_row, is_right, bins)
-    return float(np.abs(gaps).sum() / len(sureness))
 
 # %% ../nbs/06a_analysis.ipynb #6c84b0f0
 def _costs(
