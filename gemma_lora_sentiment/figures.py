@@ -9,6 +9,7 @@ __all__ = ['accuracy_by', 'plot_accuracy_by', 'learning_curve', 'plot_learning_c
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -236,6 +237,8 @@ def plot_sweep(
     values = np.full((len(lines), len(columns)), np.nan)
     ax = _new_axes(ax)
     low, high = cells["mean"].min(), cells["mean"].max()
+    if "std" in cells:  # what two standard deviations of the folds could make is not painted as black and white
+        low = min(low, high - 2 * cells["std"].iloc[0])
     for number, (_, row) in enumerate(cells.iterrows()):
         place = columns.index(row[x]), lines.index(row[y])
         values[place[::-1]] = row["mean"]
@@ -244,9 +247,10 @@ def plot_sweep(
         ax.text(*place, text, ha="center", va="center", fontsize=8, color="white" if is_dark else "black")
         if number == 0:  # the first is the best of the last stage
             corner = place[0] - 0.47, place[1] - 0.47
-            ax.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="black", linewidth=2.2, zorder=3))
-    image = ax.imshow(values, cmap="cividis", origin="lower", aspect="auto")
-    image.cmap.set_bad("white")
+            for color, width in (("black", 4.0), ("white", 1.4)):  # seen on dark and on light cells
+                ax.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=color, linewidth=width, zorder=3))
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad="white")
+    ax.imshow(values, cmap=colors, vmin=low, vmax=high, origin="lower", aspect="auto")
     ax.set_xticks(range(len(columns)), [_short(value) for value in columns])
     ax.set_yticks(range(len(lines)), [_short(value) for value in lines])
     others = [name for name in table.attrs.get("parameters", []) if name not in (x, y)]

@@ -38,15 +38,16 @@ ROOM_IMPORTS = {
     "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "analysis": {"evaluation"},
+    "figures": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
-        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
+        *("classifier", "evaluation", "analysis", "figures", "submission", "pretraining", "benchmark"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "figures", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
