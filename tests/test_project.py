@@ -40,16 +40,18 @@ ROOM_IMPORTS = {
     "classifier": {"data", "prompt", "model", "precision", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "analysis": {"evaluation"},
+    "report": {"data", "evaluation", "analysis"},
+    "figures": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "credentials", "model", "precision", "adapter", "checkpoint", "training"),
-        "export",
-        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
+        *("export", "classifier", "evaluation", "analysis", "report", "figures", "submission", "pretraining"),
+        "benchmark",
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
