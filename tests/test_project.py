@@ -39,11 +39,14 @@ ROOM_IMPORTS = {
     "evaluation": set(),
     "analysis": {"evaluation"},
     "submission": {"data"},
+    "scale": {
+        *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
+    },
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
-        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
+        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark", "scale"),
     },
 }
 ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]
