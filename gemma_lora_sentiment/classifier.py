@@ -164,9 +164,6 @@ class _Settings:
             raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
         if not isinstance(self.checkpoint_dir, str | Path | None):
             raise ModelError(f"checkpoint_dir={self.checkpoint_dir!r} must be None or the path of a folder.")
-        for name in ("devices", "strategy"):
-            if getattr(self, name) is not None:
-                raise ModelError(f"{name} is not available in version {__version__}. Leave it None.")
 
 # %% ../nbs/05_classifier.ipynb #ec166a87
 def _weight_of_each(class_weight: Any, classes: np.ndarray) -> Any:
@@ -270,7 +267,7 @@ class _Fitting:
         self._check_parameters()
         _weight_of_each(self.class_weight, classes)
         template = PromptTemplate(self.template)
-        base = load_base(self.preset, self.dtype, self.quantization)
+        base = load_base(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
         recipe_name, recipe = self._resolved_recipe(base)
         targets = ("query", "value") if _is_auto(self.target_layers) else tuple(self.target_layers)
         start = new_adapter(
@@ -303,7 +300,7 @@ class _Fitting:
 
     def _loaded_base(self) -> Base:
         "The base this classifier was fitted on; another one is refused."
-        base = load_base(self.preset, self.dtype_, self.quantization)
+        base = load_base(self.preset, self.dtype_, self.quantization, self.devices, self.strategy)
         if base.fingerprint != self.base_fingerprint_:
             raise RunError(
                 f"The base at {self.preset!r} is not the one this classifier was fitted on. Use the original base, "
@@ -359,7 +356,10 @@ class _Explanation:
     ) -> str:  # what the model writes after the prompt, up to its end token
         "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
         template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
-        base = self._loaded_base() if fitted else load_base(self.preset, self.dtype, self.quantization)
+        if fitted:
+            base = self._loaded_base()
+        else:
+            base = load_base(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
         recipe = self.recipe_ if fitted else self._resolved_recipe(base)[1]
         tokenizer = _tokenizer(base.tokenizer_proto)
         prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
@@ -417,7 +417,7 @@ class _Persistence:
         """
         check_is_fitted(self, "adapter_")
         parameters = self.get_params(deep=False)
-        unsaved = ("callbacks", "label_words", "checkpoint_dir")
+        unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
         description = {
             "format": 2,
             "version": __version__,
@@ -440,6 +440,8 @@ class _Persistence:
         folder: str | Path,  # written by `save`
         preset: str | None = None,  # where the base is now, when it has moved
         verify: bool = True,  # False: take files that were edited since they were saved
+        devices: int | Sequence[Any] | None = None,  # as for the classifier; a run does not remember them
+        strategy: str | None = None,  # likewise
     ) -> GemmaLoraClassifier:  # fitted
         "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
         path = Path(folder) / "classifier.json"
@@ -452,7 +454,7 @@ class _Persistence:
             parameters, label_kind = dict(saved["parameters"]), saved["classes"]["dtype"]
             if isinstance(parameters.get("class_weight"), list):
                 parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
-            clf = cls(**parameters)
+            clf = cls(**{**parameters, "devices": devices, "strategy": strategy})
             clf._check_parameters()
             clf.recipe_, clf.recipe_name_ = Recipe(**saved["recipe"]), saved["recipe_name"]
             for field, usual in vars(Recipe()).items():
@@ -548,8 +550,8 @@ class GemmaLoraClassifier(
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
         checkpoint_dir: str | Path | None = None,  # for a folder a fit, from which a killed one goes on
-        devices: int | Sequence[Any] | None = None,  # reserved for several devices
-        strategy: str | None = None,  # reserved for several devices
+        devices: int | Sequence[Any] | None = None,  # how many or which; None: one, or all if a strategy is given
+        strategy: str | None = None,  # "data", "model" or "auto": what is divided among the devices
         seed: int = 0,
         verbose: int = 0,  # 1: a line an epoch on standard error
     ):

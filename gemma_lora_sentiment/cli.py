@@ -9,6 +9,7 @@ import csv
 import functools
 import glob
 import json
+import os
 import platform
 import shutil
 import signal
@@ -851,19 +852,29 @@ def predict(
     out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
     calibrated: Annotated[bool, typer.Option("--calibrated", help="By the run's decision; adds `abstains`.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    devices: Annotated[int | None, typer.Option(help="Devices to use; by default one.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="data, model or auto: what they divide.")] = None,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: workers of Ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default Ray starts here.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray; by default one a GPU, or one a CPU.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write id, comment, label and one p_<label> column a class; a file of any size."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine {engine!r} is not one of local, ray. Choose one of these.")
+    if engine == "ray":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # this process only reads and writes; the GPUs are for the workers
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.scale import predict_file
+    from gemma_lora_sentiment.scale import predict_file, ray_workers
 
     _check_file(out)
     if out.suffix.lower() not in _TABLES:
         raise ValueError(f"--out {out} has none of the suffixes {', '.join(_TABLES)}. Give it one of these.")
     decision = _decision_of_run(run) if calibrated else None
-    clf = GemmaLoraClassifier.load(run)
+    score = ray_workers(workers, address) if engine == "ray" else None
+    clf = GemmaLoraClassifier.load(run, devices=devices, strategy=strategy)
     say = functools.partial(_say, quiet)
-    rows = predict_file(clf, file, out, decision=decision, resume=resume, progress=say)
+    rows = predict_file(clf, file, out, decision=decision, resume=resume, progress=say, score=score)
     print(f"{rows} rows written to {out}")
 
 

@@ -19,6 +19,7 @@ import sqlite3
 import time
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -38,7 +39,7 @@ from .prompt import PromptTemplate, TextTokenizer, encode_prompts
 from .training import choose_buckets, log_softmax, score_labels
 
 # %% auto #0
-__all__ = ['Chunk', 'read_chunks', 'predict_file']
+__all__ = ['Chunk', 'read_chunks', 'predict_file', 'ray_workers']
 
 # %% ../nbs/08_scale.ipynb #f4ea7bc9
 _HEAD = 1 << 24  # bytes that decide how a file is read
@@ -197,7 +198,10 @@ def _text_cells(
     while batch := list(islice(records, rows)):
         yield data._table_of_strings([header, *batch], name, "comma" if kind == "csv" else "tab")
 
-# %% ../nbs/08_scale.ipynb #9d9f30a9
+# %% ../nbs/08_scale.ipynb #7e8d75e9
+_IDS = data._SYNONYMS["id"]
+
+
 def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # index = rows from 1
     name = str(source.path)
     try:
@@ -211,10 +215,12 @@ def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # inde
     try:
         file = pyarrow.parquet.ParquetFile(source.file)
         index = json.loads((file.schema_arrow.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
-        index = [column for column in index if data._spelled(column) not in data._SYNONYMS["id"]]
-        names = [column for column in file.schema_arrow.names if column not in index]
+        ranges = [entry for entry in index if isinstance(entry, dict) and data._spelled(entry.get("name")) in _IDS]
+        unlike_ids = [entry for entry in index if isinstance(entry, str) and data._spelled(entry) not in _IDS]
+        names = [column for column in file.schema_arrow.names if column not in unlike_ids]
         if len(set(names)) < len(names):
-            raise DataError("two columns have one name. Rename one of them.", source=name)
+            repeated = next(column for column in names if names.count(column) > 1)
+            raise DataError(f"two columns are named {repeated!r}. Rename one of them.", source=name)
         wanted = [column for column in data.find_columns(names, source=name).values() if column is not None]
         first, held = 1, []
         batches = file.iter_batches(batch_size=rows, columns=wanted or names)
@@ -227,6 +233,10 @@ def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # inde
                 cells = part.to_pandas(integer_object_nulls=True, ignore_metadata=True)
                 lacking = [column for column in names if column not in wanted]
                 cells = cells.reindex(columns=[*cells.columns, *lacking])
+                for entry in ranges:  # ids that pandas wrote as a range, without a column
+                    if entry["name"] not in names:
+                        places = np.arange(first - 1, first - 1 + len(cells))
+                        cells[entry["name"]] = entry["start"] + entry["step"] * places
                 yield cells.set_axis(pd.RangeIndex(first, first + len(cells), name="row"), axis=0)
                 first += len(cells)
     except (ValueError, OSError, NotImplementedError) as error:  # Arrow's own errors derive from these
@@ -378,20 +388,20 @@ class _ChunkScorer:
         self.truncated += int(times[encoded.truncated].sum())
         return encoded.token_ids
 
-    def choose(self, prompts: Sequence[np.ndarray]) -> tuple[int, ...]:
-        "Lengths that suit these prompts, and a few more up to the longest there can be."
-        words, longest = self.clf.words_, self.clf.recipe_.max_length
+    def choose(self, comments: Sequence[str]) -> None:
+        "Lengths that suit these comments, and a few more up to the longest there can be."
+        words, longest, truncated = self.clf.words_, self.clf.recipe_.max_length, self.truncated
+        prompts = self.encode(comments, np.ones(len(comments), int))
+        self.truncated = truncated  # they will be counted when they are scored
         more = 0 if words.single_token else max(len(ids) for ids in words.scored_ids)
         chosen = list(choose_buckets(np.array([len(prompt) + more for prompt in prompts]), passes=16, at_most=6))
         while chosen[-1] < longest + more:
             chosen.append(min(-(-(longest + more) // 8) * 8, -(-chosen[-1] * 3 // 16) * 8))
-        return tuple(chosen)
+        self.buckets = tuple(chosen)
 
     def __call__(self, comments: Sequence[str]) -> np.ndarray:  # float32 (n, classes)
         distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
         prompts = self.encode(distinct.tolist(), times)
-        if self.buckets is None:
-            self.buckets = self.choose(prompts)
         with self.base.lock:
             scores = score_labels(
                 self.scorer, self.clf.adapter_, prompts, self.clf.words_, self.buckets, self.batch_size
@@ -464,12 +474,12 @@ def _opened_journal(folder: Path, settings: dict[str, Any], resume: bool) -> _Jo
     "The journal of a new prediction, or of the one to go on with."
     if folder.exists():
         journal = _Journal(folder)
-        done = journal.parts()
-        if journal.is_worth_keeping and not resume:
-            journal.close()
-            problem = f"{folder} holds {sum(rows for rows, _ in done):,} finished rows of an earlier run."
-            raise RunError(f"{problem} Go on with --resume (resume=True), or remove the folder.")
-        if done and resume:
+        if journal.is_worth_keeping:
+            if not resume:
+                done = sum(rows for rows, _ in journal.parts())
+                journal.close()
+                problem = f"{folder} holds {done:,} finished rows of an earlier run."
+                raise RunError(f"{problem} Go on with --resume (resume=True), or remove the folder.")
             if differs := difference(journal.settings, {**settings, "buckets": journal.settings["buckets"]}):
                 journal.close()
                 remedy = "Use its input, run and options, or remove the folder to start anew."
@@ -525,6 +535,7 @@ def predict_file(
     chunk_rows: int = 8192,  # rows read, scored and committed together
     batch_size: int = 64,  # rows a step
     progress: Callable[[str], None] | None = None,  # called with a line every five seconds
+    score: Callable | None = None,  # what scores the chunks: `ray_workers`; None: this process
 ) -> int:  # rows written
     """Write id, comment, label and one p_<label> column a class, in the order of the input, in constant memory.
 
@@ -540,51 +551,64 @@ def predict_file(
     chunks = read_chunks(path, chunk_rows)
     first = next(chunks)  # before anything is written: most mistakes are in the first rows
     with _parts(folder, settings, resume) as journal:
-        rows, parts = _predict_parts(clf, chain([first], chunks), path, journal, settings, decision, progress, suffix)
+        rows, parts = _predict_parts(
+            clf, chain([first], chunks), path, journal, settings, decision, suffix, score or _scored, progress
+        )
         _join(parts, out, suffix)
         journal.close()
         shutil.rmtree(folder)
     return rows
 
-# %% ../nbs/08_scale.ipynb #6b9bd622
+# %% ../nbs/08_scale.ipynb #c492859e
+_Scored = tuple[Chunk, np.ndarray]  # a chunk and its probabilities
+
+
+def _scored(scorer: _ChunkScorer, chunks: Iterator[Chunk]) -> Iterator[_Scored]:
+    for chunk in chunks:
+        yield chunk, scorer(chunk.table["comment"].tolist())
+
+
 def _predict_parts(
     clf: GemmaLoraClassifier,
     chunks: Iterator[Chunk],
     path: Path,
     journal: _Journal,
     settings: dict[str, Any],
-    decision: Any,
-    progress: Callable[[str], None] | None,
+    decision: Mapping[str, Any] | None,
     suffix: str,
+    score: Callable[[_ChunkScorer, Iterator[Chunk]], Iterator[_Scored]],
+    progress: Callable[[str], None] | None,
 ) -> tuple[int, list[Path]]:  # rows in all, the parts in order
     done, folder, rows, parts = journal.parts(), journal.folder, 0, []
-    known = journal.settings["buckets"] if done else None
-    scorer, clock = _ChunkScorer(clf, settings["batch_size"], known), _Clock(progress)
-    chunk = next(chunks)
-    while chunk is not None:
-        number, following = len(parts), None
+    clock, say = _Clock(progress), progress or (lambda text: None)
+    for number, finished in enumerate(done):
+        if (chunk := next(chunks, None)) is None:
+            problem = f"{path} has fewer rows than are finished in {folder}."
+            raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
         parts.append(folder / f"part-{number:06}{suffix}")
-        if number < len(done):
-            _compare(chunk, done[number], path, parts[-1])
-        else:
-            _check_ids(chunk, journal, path)
-            following = next(chunks, None)
-            if progress is not None and number == len(done):
-                progress(f"scoring {len(chunk.table)} comments" + (" at a time" if number or following else ""))
-            if number == 0 and following is None:
-                probabilities = clf.predict_proba(chunk.table["comment"].tolist())
-            else:
-                probabilities = scorer(chunk.table["comment"].tolist())
-            if number == 0:
-                journal.begin({**settings, "buckets": scorer.buckets})
-                _write_part(parts[-1], _predictions(chunk, probabilities, clf.classes_, decision), suffix, number == 0)
-            journal.commit(number, len(chunk.table), _chunk_digest(chunk))
+        _compare(chunk, finished, path, parts[-1])
         rows += len(chunk.table)
-        clock.tell(rows, chunk.fraction, number < len(done))
-        chunk = next(chunks, None) if following is None else following
-    if len(parts) < len(done):
-        problem = f"{path} has fewer rows than are finished in {folder}."
-        raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
+        clock.start(rows, chunk.fraction)
+    scorer = _ChunkScorer(clf, settings["batch_size"], journal.settings["buckets"] if done else None)
+    ahead = list(islice(chunks, 1 if done else 2))
+    if not done and len(ahead) == 1:
+        say(f"scoring {len(ahead[0].table)} comments")
+        results = iter([(ahead[0], clf.predict_proba(ahead[0].table["comment"].tolist()))])
+    else:
+        say(f"scoring the comments of {path}" + (f" after the first {rows:,}" if done else ""))
+        if not done:
+            scorer.choose(ahead[0].table["comment"].tolist())
+        results = score(scorer, chain(ahead, chunks))
+    if not done:
+        journal.begin({**settings, "buckets": scorer.buckets})
+    for number, (chunk, probabilities) in enumerate(results, start=len(parts)):
+        parts.append(folder / f"part-{number:06}{suffix}")
+        _check_ids(chunk, journal, path)
+        table = _predictions(chunk, probabilities, clf.classes_, decision)
+        _write_part(parts[-1], table, suffix, number == 0)
+        journal.commit(number, len(chunk.table), _chunk_digest(chunk))
+        rows += len(chunk.table)
+        clock.tell(rows, chunk.fraction)
     _warn_of_truncated(scorer, rows)
     return rows, parts
 
@@ -621,15 +645,16 @@ class _Clock:
     "Rows a second, and the time left by the share of the input that has been read."
 
     def __init__(self, progress: Callable[[str], None] | None, every: float = 5.0):
-        self.progress, self.every = progress, every
-        self.started = self.told = time.monotonic()
-        self.rows = self.fraction = 0
+        self.progress, self.every, self.told = progress, every, time.monotonic()
+        self.start(0, 0.0)
 
-    def tell(self, rows: int, fraction: float, is_old: bool) -> None:
+    def start(self, rows: int, fraction: float) -> None:
+        "Count from here: what was finished earlier tells nothing about speed."
+        self.started, self.rows, self.fraction = time.monotonic(), rows, fraction
+
+    def tell(self, rows: int, fraction: float) -> None:
         now = time.monotonic()
-        if is_old:  # finished earlier, so that it tells nothing about speed
-            self.rows, self.fraction, self.started = rows, fraction, now
-        if self.progress is None or is_old or (now - self.told < self.every and fraction < 1):
+        if self.progress is None or (now - self.told < self.every and fraction < 1):
             return
         self.told = now
         seconds, read = max(now - self.started, 1e-9), max(fraction - self.fraction, 1e-9)
@@ -638,3 +663,65 @@ class _Clock:
             f"{rows:,} rows, {fraction:.0%} of the input, {(rows - self.rows) / seconds:,.0f} rows/s, "
             f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02} left"
         )
+
+# %% ../nbs/08_scale.ipynb #e56a29b3
+class _RayWorker:
+    "A classifier in a process of its own."
+
+    def __init__(self, clf: GemmaLoraClassifier, batch_size: int, buckets: Sequence[int]):
+        self.scorer = _ChunkScorer(clf, batch_size, buckets)
+
+    def score(self, comments: list[str]) -> tuple[np.ndarray, int]:  # probabilities, comments that were too long
+        before = self.scorer.truncated
+        return self.scorer(comments), self.scorer.truncated - before
+
+
+def ray_workers(
+    workers: int | None = None,  # None: one a GPU of the cluster, or one a CPU where it has none
+    address: str | None = None,  # of a running cluster, as `ray.init` takes it; None starts Ray on this machine
+) -> Callable:  # for `predict_file(score=...)`
+    "Score chunks on workers of Ray. Raises `RunError` when Ray is not installed, or workers die again and again."
+    try:
+        import ray
+    except ImportError:
+        raise RunError("Ray is not installed. Install gemma_lora_sentiment[ray], or leave out --engine.") from None
+
+    def scored(scorer: _ChunkScorer, chunks: Iterator[Chunk]) -> Iterator[_Scored]:
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        try:
+            yield from _scored_by_ray(ray, workers, scorer, chunks)
+        except ray.exceptions.RayError as error:
+            problem = fold_whitespace(str(error))[:200]
+            raise RunError(f"The workers of Ray failed ({problem}). Look into Ray's logs, then resume.") from None
+        finally:
+            if started:
+                ray.shutdown()
+
+    return scored
+
+
+def _scored_by_ray(ray: Any, workers: int | None, scorer: _ChunkScorer, chunks: Iterator[Chunk]) -> Iterator[_Scored]:
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    on_gpu = {"num_gpus": 1, "num_cpus": 0, "runtime_env": {"env_vars": {"JAX_PLATFORMS": ""}}}
+    needs = on_gpu if gpus else {"num_cpus": 1}
+    remote = ray.remote(max_restarts=8, max_task_retries=8, **needs)(_RayWorker)
+    clf = ray.put(scorer.clf)
+    pool = [
+        remote.remote(clf, scorer.batch_size, tuple(scorer.buckets)) for _ in range(workers or gpus or max(1, cpus))
+    ]
+    waiting = deque()
+    for number, chunk in enumerate(chunks):
+        if len(waiting) == 2 * len(pool):  # enough for every worker, and no more in memory
+            yield _collected(ray, scorer, *waiting.popleft())
+        waiting.append((chunk, pool[number % len(pool)].score.remote(chunk.table["comment"].tolist())))
+    while waiting:
+        yield _collected(ray, scorer, *waiting.popleft())
+
+
+def _collected(ray: Any, scorer: _ChunkScorer, chunk: Chunk, reply: Any) -> _Scored:
+    probabilities, truncated = ray.get(reply)
+    scorer.truncated += truncated
+    return chunk, probabilities

@@ -8,6 +8,7 @@ import lzma
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,186 @@ def test_one_process_at_a_time(tmp_path, clf):
     path = write_tsv(tmp_path / "in.tsv", comments(20))
     with scale.hold(tmp_path / ".out.tsv.lock", "it"), pytest.raises(scale.RunError, match="Another process"):
         predict_file(clf, path, tmp_path / "out.tsv")
+
+
+# --- several devices ------------------------------------------------------------------------------------------------
+
+DEVICES = """
+import json, os, sys, tempfile, warnings
+import jax, keras, numpy as np
+from pathlib import Path
+from gemma_lora_sentiment import GemmaLoraClassifier
+from gemma_lora_sentiment.model import load_base
+
+assert jax.device_count() == 8
+preset, folder = sys.argv[1], Path(sys.argv[2])
+words = "국물이 진하고 맛있어요 별로예요 또 갈게요 실망했어요 친절해요".split()
+rng = np.random.default_rng(0)
+comments = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(42)]
+labels = [i % 2 for i in range(42)]
+common = dict(preset=preset, epochs=2, lora_rank=2, learning_rate=5e-3, batch_size=6, validation_fraction=0.2)
+loose = dict(rtol=2e-4, atol=2e-5)
+
+def fitted(**more):
+    return GemmaLoraClassifier(**common, **more).fit(comments, labels)
+
+def same(a, b):
+    for path, array in a.adapter_.arrays.items():
+        assert np.allclose(array, b.adapter_.arrays[path], **loose), path
+    assert np.allclose(a.history_.loss, b.history_.loss, **loose)
+    assert np.allclose(a.history_.accuracy, b.history_.accuracy)
+    assert np.allclose(a.history_.val_loss, b.history_.val_loss, **loose)
+    assert np.allclose(a.predict_proba(comments), b.predict_proba(comments), **loose)
+"""
+
+EQUAL = (
+    DEVICES
+    + """
+one = fitted()
+for devices, strategy in ((8, "data"), (2, "model"), (["cpu:3", "cpu:5", "cpu:6"], "auto")):
+    several = fitted(devices=devices, strategy=strategy)
+    same(one, several)
+    assert keras.distribution.distribution() is None
+    base = several._loaded_base()
+    whole, cut = base.nbytes, sum(v.value.addressable_shards[0].data.nbytes for v in base.backbone.variables)
+    assert (cut < 0.7 * whole) if strategy == "model" else cut == whole, (cut, whole)
+    assert base.fingerprint == one.base_fingerprint_
+    assert several.generate(comments[0], 4) == one.generate(comments[0], 4)
+    several.save(folder / strategy)
+    loaded = GemmaLoraClassifier.load(folder / strategy)
+    assert loaded.devices is None
+    expected = several.predict_proba(comments)
+    assert np.allclose(loaded.predict_proba(comments), expected, **loose)
+    for others in (dict(devices=4, strategy="model"), dict(devices=5, strategy="data")):
+        assert np.allclose(loaded.set_params(**others).predict_proba(comments), expected, **loose)
+print("equal")
+"""
+)
+
+RESUMED = (
+    DEVICES
+    + """
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if os.environ.get("STOP") and int(os.environ["STOP"]) == batch and self.model.optimizer.iterations.value > 7:
+            raise KeyboardInterrupt
+
+from gemma_lora_sentiment import training
+training.CHECKPOINT_SECONDS = 0  # at every step
+whole = fitted(callbacks=[Stop()])
+for number, (before, after) in enumerate([
+    (dict(devices=8, strategy="data"), dict(devices=8, strategy="data")),
+    (dict(devices=2, strategy="model"), dict(devices=2, strategy="model")),
+    (dict(devices=4, strategy="data"), dict(devices=2, strategy="model")),
+    (dict(devices=2, strategy="model"), {}),
+]):
+    os.environ["STOP"] = "2"
+    try:
+        fitted(callbacks=[Stop()], checkpoint_dir=folder / f"{number}", **before)
+        raise SystemExit("it was not stopped")
+    except KeyboardInterrupt:
+        del os.environ["STOP"]
+    assert keras.distribution.distribution() is None
+    assert len(list((folder / f"{number}").glob("fit-*/checkpoint.json"))) == 1
+    again = fitted(callbacks=[Stop()], checkpoint_dir=folder / f"{number}", **after)
+    assert len(list((folder / f"{number}").glob("fit-*/checkpoint.json"))) == 1
+    same(whole, again)
+print("resumed")
+"""
+)
+
+
+def on_devices(code, *arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+def test_eight_devices_equal_one(tiny, tmp_path):
+    assert "equal" in on_devices(EQUAL, tiny, tmp_path)
+
+
+def test_checkpoints_go_on_on_other_devices(tiny, tmp_path):
+    assert "resumed" in on_devices(RESUMED, tiny, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_other_families_on_eight_devices(family, tmp_path):
+    assert "equal" in on_devices(EQUAL, tiny_gemma(tmp_path / family, family), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"devices": 0}, "devices=0"),
+        ({"devices": 10_000}, "JAX sees"),
+        ({"devices": "cpu:0"}, "must be None, a number, or a list"),
+        ({"devices": ["tpu:77"]}, "'tpu:77' is not there"),
+        ({"devices": []}, "none is"),
+        ({"devices": ["cpu:0", "cpu:0"]}, "named twice"),
+        ({"strategy": "pipeline"}, "'auto', 'data', 'model'"),
+    ],
+)
+def test_devices_that_cannot_be_used(parameters, said, tiny):
+    with pytest.raises(ValueError, match=said):
+        GemmaLoraClassifier(tiny, epochs=1, **parameters).fit(comments(4), [0, 1, 0, 1])
+
+
+def test_one_device_is_what_it_always_was(tiny):
+    plain = GemmaLoraClassifier(tiny, epochs=1, lora_rank=2).fit(comments(8), [0, 1] * 4)
+    named = GemmaLoraClassifier(tiny, epochs=1, lora_rank=2, devices=1, strategy="model").fit(comments(8), [0, 1] * 4)
+    assert plain._loaded_base() is named._loaded_base()
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------
+
+RAY = """
+import os, signal, sys
+from pathlib import Path
+from gemma_lora_sentiment import GemmaLoraClassifier, scale
+import ray
+
+folder, marker = Path(sys.argv[1]), Path(sys.argv[2]) / "killed"
+
+class Dying(scale._RayWorker):
+    def score(self, comments):
+        if comments[0].endswith(" 120") and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(comments)
+
+scale._RayWorker = Dying
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+rows = scale.predict_file(
+    GemmaLoraClassifier.load(folder), Path(sys.argv[2]) / "in.tsv", Path(sys.argv[2]) / "ray.tsv", chunk_rows=40,
+    score=scale.ray_workers(2),
+)
+ray.shutdown()
+print("rows", rows)
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_with_a_killed_worker_gives_the_same_bytes(tmp_path, clf, run):
+    path = write_tsv(tmp_path / "in.tsv", comments(400))
+    predict_file(clf, path, tmp_path / "here.tsv", chunk_rows=40)
+    assert "rows 400" in python(RAY, run, tmp_path)
+    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "ray.tsv").read_bytes() == (tmp_path / "here.tsv").read_bytes()
+    assert names(tmp_path) == ["here.tsv", "in.tsv", "killed", "ray.tsv"]
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+def test_ray_that_is_not_installed_is_one_line(tmp_path, clf):
+    with pytest.raises(scale.RunError, match=r"Install gemma_lora_sentiment\[ray\]"):
+        scale.ray_workers()
