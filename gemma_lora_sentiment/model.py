@@ -648,6 +648,9 @@ def _devices_and_strategy(
         raise ModelError(f"strategy={strategy!r} is not one of None, 'auto', 'data', 'model'. Choose one of these.")
     if devices is None and strategy is None:
         return (), None
+    if jax.process_count() > 1:
+        problem = f"devices and strategy work within one process, and jax.distributed has {jax.process_count()}."
+        raise ModelError(f"{problem} Leave both None, and give each process its own part of the comments.")
     known = keras.distribution.list_devices()
     is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
     if is_number and not 1 <= devices <= len(known):

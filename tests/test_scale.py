@@ -361,10 +361,10 @@ from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment.model import load_base
 
 assert jax.device_count() == 8
-preset, folder = sys.argv[1], Path(sys.argv[2])
+preset, folder, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 words = "국물이 진하고 맛있어요 별로예요 또 갈게요 실망했어요 친절해요".split()
 rng = np.random.default_rng(0)
-comments = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(42)]
+comments = [" ".join(rng.choice(words, rng.integers(4, 6))) for _ in range(42)]
 labels = [i % 2 for i in range(42)]
 common = dict(preset=preset, epochs=2, lora_rank=2, learning_rate=5e-3, batch_size=6, validation_fraction=0.2)
 loose = dict(rtol=2e-4, atol=2e-5)
@@ -385,7 +385,7 @@ EQUAL = (
     DEVICES
     + """
 one = fitted()
-for devices, strategy in ((8, "data"), (2, "model"), (["cpu:3", "cpu:5", "cpu:6"], "auto")):
+for devices, strategy, *others in cases:
     several = fitted(devices=devices, strategy=strategy)
     same(one, several)
     assert keras.distribution.distribution() is None
@@ -399,8 +399,9 @@ for devices, strategy in ((8, "data"), (2, "model"), (["cpu:3", "cpu:5", "cpu:6"
     assert loaded.devices is None
     expected = several.predict_proba(comments)
     assert np.allclose(loaded.predict_proba(comments), expected, **loose)
-    for others in (dict(devices=4, strategy="model"), dict(devices=5, strategy="data")):
-        assert np.allclose(loaded.set_params(**others).predict_proba(comments), expected, **loose)
+    for other in others:
+        loaded = GemmaLoraClassifier.load(folder / strategy, devices=other, strategy=strategy)
+        assert np.allclose(loaded.predict_proba(comments), expected, **loose)
 print("equal")
 """
 )
@@ -416,12 +417,8 @@ class Stop(keras.callbacks.Callback):
 from gemma_lora_sentiment import training
 training.CHECKPOINT_SECONDS = 0  # at every step
 whole = fitted(callbacks=[Stop()])
-for number, (before, after) in enumerate([
-    (dict(devices=8, strategy="data"), dict(devices=8, strategy="data")),
-    (dict(devices=2, strategy="model"), dict(devices=2, strategy="model")),
-    (dict(devices=4, strategy="data"), dict(devices=2, strategy="model")),
-    (dict(devices=2, strategy="model"), {}),
-]):
+for number, (before, after) in enumerate(cases):
+    before, after = (dict(zip(("devices", "strategy"), each)) for each in (before, after))
     os.environ["STOP"] = "2"
     try:
         fitted(callbacks=[Stop()], checkpoint_dir=folder / f"{number}", **before)
@@ -454,17 +451,27 @@ def tiny(tmp_path_factory):
 
 
 def test_eight_devices_equal_one(tiny, tmp_path):
-    assert "equal" in on_devices(EQUAL, tiny, tmp_path)
+    assert "equal" in on_devices(EQUAL, tiny, tmp_path, json.dumps([(8, "data"), (2, "model")]))
 
 
 def test_checkpoints_go_on_on_other_devices(tiny, tmp_path):
-    assert "resumed" in on_devices(RESUMED, tiny, tmp_path)
+    cases = [((8, "data"), (2, "model")), ((2, "model"), (2, "model"))]
+    assert "resumed" in on_devices(RESUMED, tiny, tmp_path, json.dumps(cases))
+
+
+@pytest.mark.slow
+def test_other_numbers_of_devices(tiny, tmp_path):
+    cases = [(5, "data", 8), (8, "model", 2), (["cpu:3", "cpu:5", "cpu:6"], "auto", 4)]
+    assert "equal" in on_devices(EQUAL, tiny, tmp_path, json.dumps(cases))
+    cases = [((4, "data"), (4, "data")), ((2, "model"), ()), ((), (8, "data"))]
+    assert "resumed" in on_devices(RESUMED, tiny, tmp_path, json.dumps(cases))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_other_families_on_eight_devices(family, tmp_path):
-    assert "equal" in on_devices(EQUAL, tiny_gemma(tmp_path / family, family), tmp_path)
+    preset = tiny_gemma(tmp_path / family, family)
+    assert "equal" in on_devices(EQUAL, preset, tmp_path, json.dumps([(8, "data"), (2, "model")]))
 
 
 @pytest.mark.parametrize(
