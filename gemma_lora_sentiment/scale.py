@@ -47,12 +47,13 @@ _BLOCK = 1 << 20  # bytes read at a time
 _LONGEST_LINE = 1 << 24  # characters
 
 
-def _open_zstandard(path: Path) -> BinaryIO:
+def _open_zstandard(file: BinaryIO) -> BinaryIO:
     try:
-        import zstandard
+        import pyarrow
     except ImportError:
-        raise DataError("needs the package zstandard to be unpacked. Install it.", source=str(path)) from None
-    return zstandard.open(path, "rb")
+        problem = "needs pyarrow to be unpacked. Install gemma_lora_sentiment[parquet], or unpack it."
+        raise DataError(problem, source=str(file.name)) from None
+    return pyarrow.input_stream(file, compression="zstd")
 
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
@@ -375,8 +376,8 @@ class _ChunkScorer:
     "Probabilities of one chunk after another."
 
     def __init__(self, clf: GemmaLoraClassifier, batch_size: int, buckets: Sequence[int] | None):
-        self.clf, self.batch_size, self.buckets = clf, batch_size, buckets
-        self.base = clf._loaded_base()
+        self.clf, self.buckets, self.base = clf, buckets, clf._loaded_base()
+        self.batch_size = batch_size  # rows a step on each device
         self.scorer = self.base.scorer(clf.adapter_.targets, clf.adapter_.rank)
         self.tokenizer, self.template = TextTokenizer(self.base.tokenizer_proto), PromptTemplate(clf.template)
         self.truncated = 0  # comments so far that were too long
@@ -404,8 +405,9 @@ class _ChunkScorer:
         prompts = self.encode(distinct.tolist(), times)
         with self.base.lock:
             scores = score_labels(
-                self.scorer, self.clf.adapter_, prompts, self.clf.words_, self.buckets, self.batch_size
-            )
+                self.scorer, self.clf.adapter_, prompts, self.clf.words_, self.buckets,
+                self.batch_size * self.base.replicas,
+            )  # fmt: skip
         return np.exp(log_softmax(scores)).astype(np.float32)[back]
 
 # %% ../nbs/08_scale.ipynb #944ee5bb
@@ -451,11 +453,7 @@ def _join(parts: Sequence[Path], out: Path, suffix: str) -> None:
         schema = pyarrow.parquet.read_schema(parts[0])
         with pyarrow.parquet.ParquetWriter(partial, schema) as writer:
             for part in parts:
-                table = pyarrow.parquet.read_table(part)
-                if table.schema.types != schema.types:
-                    problem = "the ids change their type on the way, and Parquet has one. Write .tsv or .jsonl."
-                    raise DataError(problem, source=str(out), column="id")
-                writer.write_table(table.cast(schema))
+                writer.write_table(pyarrow.parquet.read_table(part).cast(schema))
 
 
 def _flush(file: Any) -> None:
@@ -463,9 +461,15 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _write_part(path: Path, table: pd.DataFrame, suffix: str, header: bool) -> None:
+def _write_part(path: Path, table: pd.DataFrame, suffix: str, first: Path) -> None:
     with whole_file(path) as partial:
-        write_table(table, partial, suffix, header)
+        write_table(table, partial, suffix, header=path == first)
+        if path != first and data._FORMATS[suffix] == "parquet":
+            import pyarrow.parquet
+
+            if pyarrow.parquet.read_schema(partial).types != pyarrow.parquet.read_schema(first).types:
+                problem = "the ids change their type on the way, and a Parquet column has one. Write .tsv or .jsonl."
+                raise DataError(problem, column="id")
         with open(partial, "rb+") as file:
             _flush(file)
 
@@ -533,7 +537,7 @@ def predict_file(
     decision: Mapping[str, Any] | None = None,  # from `choose_decision`: calibrated probabilities, and `abstains`
     resume: bool = False,  # go on where a killed run stopped
     chunk_rows: int = 8192,  # rows read, scored and committed together
-    batch_size: int = 64,  # rows a step
+    batch_size: int = 64,  # rows a step on each device
     progress: Callable[[str], None] | None = None,  # called with a line every five seconds
     score: Callable | None = None,  # what scores the chunks: `ray_workers`; None: this process
 ) -> int:  # rows written
@@ -605,7 +609,7 @@ def _predict_parts(
         parts.append(folder / f"part-{number:06}{suffix}")
         _check_ids(chunk, journal, path)
         table = _predictions(chunk, probabilities, clf.classes_, decision)
-        _write_part(parts[-1], table, suffix, number == 0)
+        _write_part(parts[-1], table, suffix, parts[0])
         journal.commit(number, len(chunk.table), _chunk_digest(chunk))
         rows += len(chunk.table)
         clock.tell(rows, chunk.fraction)

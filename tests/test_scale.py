@@ -85,10 +85,14 @@ def test_chunks_hold_what_read_comments_reads(name, encoding, pack, tmp_path, mo
 
 
 def test_zstandard(tmp_path):
-    zstandard = pytest.importorskip("zstandard", reason="the package zstandard is not installed")
-    (tmp_path / "in.tsv.zst").write_bytes(zstandard.compress(b"id\tcomment\n1\tgood\n2\tbad\n"))
+    pyarrow = pytest.importorskip("pyarrow")
+    with pyarrow.CompressedOutputStream(str(tmp_path / "in.tsv.zst"), "zstd") as file:
+        file.write(b"id\tcomment\n1\tgood\n2\tbad\n")
     (chunk,) = read_chunks(tmp_path / "in.tsv.zst")
     assert chunk.table.comment.tolist() == ["good", "bad"]
+    (tmp_path / "bad.tsv.zst").write_bytes((tmp_path / "in.tsv.zst").read_bytes()[:12])
+    with pytest.raises(DataError, match="unpacked|empty"):
+        list(read_chunks(tmp_path / "bad.tsv.zst"))
 
 
 def test_parquet_in_chunks_across_row_groups(tmp_path):
@@ -189,6 +193,14 @@ def test_ids_that_come_twice_in_different_chunks(tmp_path, clf):
         predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10)
     path.write_text(path.read_text().replace("3.0", "33"))
     assert predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True) == 27
+
+
+def test_ids_that_change_their_type_on_the_way_to_parquet(tmp_path, clf):
+    lines = [json.dumps({"id": i if i < 30 else f"x{i}", "text": text}) for i, text in enumerate(comments(40))]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="ids change their type"):
+        predict_file(clf, tmp_path / "in.jsonl", tmp_path / "out.parquet", chunk_rows=10)
+    assert predict_file(clf, tmp_path / "in.jsonl", tmp_path / "out.csv", chunk_rows=10) == 40
 
 
 def test_another_input_run_or_option_is_refused(tmp_path, clf, monkeypatch):
