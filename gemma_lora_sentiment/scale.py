@@ -68,6 +68,7 @@ class _Bytes:
         self.packed = path.suffix.lower() in _OPENERS
         self.file = open(path, "rb")
         self.stream = self.file if not self.packed else _OPENERS[path.suffix.lower()](self.file)
+        self.decoded, self.used = 0, 0  # characters, or rows of a Parquet file: there are, have been handed on
 
     def read(self, size: int) -> bytes:
         try:
@@ -84,7 +85,18 @@ class _Bytes:
 
     @property
     def fraction(self) -> float:  # 0 to 1
-        return min(1.0, self.file.tell() / self.size)
+        read = 1.0 if self.path.suffix.lower() in (".parquet", ".pq") else min(1.0, self.file.tell() / self.size)
+        return read * min(1.0, self.used / max(1, self.decoded))
+
+    def counted(self, pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            self.decoded += len(piece)
+            yield piece
+
+    def counted_lines(self, lines: Iterator[str]) -> Iterator[str]:
+        for line in lines:
+            self.used += len(line) + 1
+            yield line
 
     def close(self) -> None:
         self.stream.close()
@@ -181,9 +193,9 @@ def _text_cells(
         raise DataError("is empty. Give a file with a header and rows.", source=name)
     encoding = encoding or data._guess_encoding(sample, name)
     raw = sample.decode(encoding)
-    pieces = _decoded(head, source.blocks(), name, encoding)
+    pieces = source.counted(_decoded(head, source.blocks(), name, encoding))
     pieces = chain([next(pieces).removeprefix("\ufeff")], pieces)
-    lines = _lines(pieces, name, "\n" in raw)
+    lines = source.counted_lines(_lines(pieces, name, "\n" in raw))
     if kind == "jsonl":
         number = 1
         while batch := list(islice(lines, rows)):
@@ -223,7 +235,7 @@ def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # inde
             repeated = next(column for column in names if names.count(column) > 1)
             raise DataError(f"two columns are named {repeated!r}. Rename one of them.", source=name)
         wanted = [column for column in data.find_columns(names, source=name).values() if column is not None]
-        first, held = 1, []
+        first, held, source.decoded = 1, [], file.metadata.num_rows
         batches = file.iter_batches(batch_size=rows, columns=wanted or names)
         for batch in chain(batches, [None]):  # a batch may end where a row group does
             held += [] if batch is None else [batch]
@@ -238,6 +250,7 @@ def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # inde
                     if entry["name"] not in names:
                         places = np.arange(first - 1, first - 1 + len(cells))
                         cells[entry["name"]] = entry["start"] + entry["step"] * places
+                source.used += len(cells)
                 yield cells.set_axis(pd.RangeIndex(first, first + len(cells), name="row"), axis=0)
                 first += len(cells)
     except (ValueError, OSError, NotImplementedError) as error:  # Arrow's own errors derive from these
@@ -612,7 +625,8 @@ def _predict_parts(
         _write_part(parts[-1], table, suffix, parts[0])
         journal.commit(number, len(chunk.table), _chunk_digest(chunk))
         rows += len(chunk.table)
-        clock.tell(rows, chunk.fraction)
+        clock.tell(rows, min(chunk.fraction, 0.999))
+    clock.tell(rows, 1.0)
     _warn_of_truncated(scorer, rows)
     return rows, parts
 
