@@ -612,7 +612,7 @@ def _predict_parts(
         say(f"scoring {len(ahead[0].table)} comments")
         results = iter([(ahead[0], clf.predict_proba(ahead[0].table["comment"].tolist()))])
     else:
-        say(f"scoring the comments of {path}" + (f" after the first {rows:,}" if done else ""))
+        say(f"scoring the comments of {path.name}" + (f" after the first {rows:,}" if done else ""))
         if not done:
             scorer.choose(ahead[0].table["comment"].tolist())
         results = score(scorer, chain(ahead, chunks))
