@@ -215,7 +215,8 @@ def _without_drawing() -> Iterator[None]:
     usual = variable_class._initialize_with_initializer
 
     def initialize(variable, initializer):
-        if not isinstance(initializer, _DRAWN) or threading.get_ident() != thread or keras.distribution.distribution() is not None:
+        ours = threading.get_ident() == thread and keras.distribution.distribution() is None
+        if not ours or not isinstance(initializer, _DRAWN):
             return usual(variable, initializer)
         variable._initialize(jax.device_put(np.zeros(variable._shape, jax.numpy.dtype(variable._dtype))))
 

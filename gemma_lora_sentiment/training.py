@@ -296,24 +296,52 @@ def score_labels(
         return scores
     longest_word = 0 if words.single_token else max(len(ids) for ids in words.scored_ids)
     lengths = np.array([len(prompt) for prompt in prompts]) + longest_word
-    buckets = _with_longer(buckets, lengths)
+    buckets = _scoring_buckets(_with_longer(buckets, lengths), lengths)
     bucket_of = assign_buckets(lengths, buckets)
     label_ids = np.array([ids[0] for ids in words.scored_ids], np.int32) if words.single_token else None
     per_step = batch_size if words.single_token else max(1, batch_size // n_labels)
     arrays = {path: jax.device_put(array) for path, array in adapter.arrays.items()}
     scorer.lora_alpha.assign(adapter.alpha)
-    done = 0
+    waiting: deque[tuple[np.ndarray, jax.Array]] = deque()
+
+    def collect(at_most: int) -> None:
+        while len(waiting) > at_most:
+            rows, result = waiting.popleft()
+            scores[rows] = np.asarray(result).reshape(per_step, n_labels)[: len(rows)]
+            if progress is not None:
+                progress(n - unsent - sum(len(later) for later, _ in waiting), n)
+
+    unsent = n
     for bucket, length in enumerate(buckets):
         members = np.flatnonzero(bucket_of == bucket)
         for start in range(0, len(members), per_step):
             rows = members[start : start + per_step]
             filled = [prompts[i] for i in rows] + [prompts[rows[0]]] * (per_step - len(rows))
-            result = np.asarray(scorer.score(arrays, scoring_arrays(filled, words, length), label_ids))
-            scores[rows] = result.reshape(per_step, n_labels)[: len(rows)]
-            done += len(rows)
-            if progress is not None:
-                progress(done, n)
+            waiting.append((rows, scorer.score(arrays, scoring_arrays(filled, words, length), label_ids)))
+            unsent -= len(rows)
+            collect(_STEPS_AHEAD)
+    collect(0)
     return scores
+
+
+_STEPS_AHEAD = 4  # steps given to the device before the first one's result is fetched
+
+
+def _scoring_buckets(
+    buckets: tuple[int, ...],  # that hold every row
+    lengths: np.ndarray,  # int (n,)
+    compile_tokens: int | None = None,  # tokens the device could score while it compiles one shape
+) -> tuple[int, ...]:  # the same, or with more lengths where a long file pays for their compilation
+    if compile_tokens is None:
+        # a forward pass costs a third of a training step's, its compilation about half
+        compile_tokens = 25_000 if jax.default_backend() == "cpu" else 600_000
+    candidates = [set(buckets), *(set(buckets) | set(length_buckets(lengths, n, multiple=8)) for n in (2, 3, 4))]
+
+    def cost(sizes: set[int]) -> int:
+        padded = np.asarray(sorted(sizes))[assign_buckets(lengths, sorted(sizes))].sum()
+        return int(padded) + compile_tokens * len(sizes - set(buckets))
+
+    return tuple(sorted(min(candidates, key=cost)))
 
 
 def _with_longer(
