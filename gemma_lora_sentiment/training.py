@@ -271,7 +271,8 @@ def _compile_side_by_side(
     "Compile what no earlier call has compiled, in threads; nothing with few cores, or where one program is missing."
     known = scorer.__dict__.setdefault("_compiled_ahead", set())
     missing = {name: lower for name, lower in wanted.items() if name not in known}
-    if len(missing) < 2 or (_cores() if cores is None else cores) < _SIDE_BY_SIDE_CORES:
+    spread = keras.distribution.distribution() is not None  # over devices; then arrays say where they lie, shapes not
+    if spread or len(missing) < 2 or (_cores() if cores is None else cores) < _SIDE_BY_SIDE_CORES:
         return 0
     with ThreadPoolExecutor(len(missing)) as pool:
         for done in [pool.submit(lower().compile) for lower in missing.values()]:

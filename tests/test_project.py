@@ -42,7 +42,7 @@ ROOM_IMPORTS = {
     "analysis": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
-    "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
+    "benchmark": {"data", "prompt", "cache", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "cache", "model", "memory", "adapter", "checkpoint", "training", "export"),
         *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
