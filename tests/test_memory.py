@@ -48,18 +48,30 @@ def gradients(base, batch, rematerialize):
         return losses.mean()
 
     try:
-        text = str(jax.make_jaxpr(jax.grad(loss))(values))
-        return jax.jit(jax.grad(loss))(values), text
+        kept = jax.eval_shape(lambda values: jax.vjp(loss, values)[1], values)  # what the backward pass needs
+        return jax.jit(jax.grad(loss))(values), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
     finally:
         scorer.rematerialize = False
 
 
-def test_blocks_computed_twice_give_the_same_gradients(base):
-    (once, plain), (twice, checkpointed) = (gradients(base, step(base), on) for on in (False, True))
-    assert "checkpoint" in checkpointed and "checkpoint" not in plain
+def test_blocks_computed_twice_keep_less_and_give_the_same_gradients(base):
+    (once, kept), (twice, kept_twice) = (gradients(base, step(base), on) for on in (False, True))
+    assert kept_twice < kept / 2, "XLA on a CPU merges the second computation with the first; JAX's own plan shows it"
     for a, b in zip(once, twice, strict=True):
         assert np.abs(np.asarray(a)).max() > 0
         np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch_size, length, positions", [(4, 32, 2), (16, 64, 2), (8, 128, 2), (4, 64, 63)])
+def test_the_estimate_is_what_xla_plans(batch_size, length, positions, base):
+    scorer = base.scorer(rank=4)
+    _prepare(scorer, base.dtype)
+    compiled = scorer.lower_step(step(base, batch_size, length, positions)).compile()
+    estimate = memory_estimate(base, 4, batch_size=batch_size, length=length, positions=positions)
+    planned = compiled.memory_analysis()
+    assert 0.85 < estimate["activations"] / planned.temp_size_in_bytes < 1.15
+    held = estimate["base"] + estimate["adapter"] / 2 + estimate["optimizer"]  # a gradient is no argument
+    assert 0.85 < held / planned.argument_size_in_bytes < 1.15
 
 
 def test_training_with_blocks_computed_twice_ends_where_it_would(tiny, base):
