@@ -271,9 +271,8 @@ class _Fitting:
         self, base: Base, start: Adapter, recipe: Recipe, rows: Rows
     ) -> tuple[Recipe, bool]:  # the recipe with a batch that fits, and whether blocks are computed twice
         "With `batch_size=\"auto\"`, lower what does not fit the device's memory, and say so."
-        fitted, rematerialize, estimate = fit_to_device(base, start, recipe, rows)
-        if not _is_auto(self.batch_size):  # the user's number stands
-            return recipe, rematerialize
+        keep = not _is_auto(self.batch_size)
+        fitted, rematerialize, estimate = fit_to_device(base, start, recipe, rows, keep)
         if self.verbose:
             twice = ", decoder blocks computed twice" if rematerialize else ""
             text = f"{fitted.batch_size} rows a step, memory estimated: {memory_text(estimate)}{twice}"

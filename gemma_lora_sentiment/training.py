@@ -661,14 +661,16 @@ def fit_to_device(
     start: Adapter,
     recipe: Recipe,
     rows: Rows,
+    keep_batch: bool = False,  # True: the rows a step are the user's own
     available: int | None = None,  # bytes; by default what the device says
 ) -> tuple[Recipe, bool, dict[str, int]]:  # recipe, whether to rematerialize, the estimate in bytes
-    "Lower the rows a step where memory is known and would not do; else the recipe as it is."
+    "Compute blocks twice, then lower the rows a step, where memory is known and would not do."
     length = -(-int(rows.lengths.max()) // 8) * 8
     positions = max(map(len, rows.responses)) if recipe.loss_on == "response" else length - 1
     needs = (base, start.rank, start.targets)
     available = device_bytes() if available is None else available
     batch_size, rematerialize = fitting_batch(*needs, recipe.batch_size, length, positions, available)
+    batch_size = recipe.batch_size if keep_batch else batch_size
     estimate = memory_estimate(*needs, batch_size, length, positions, rematerialize)
     return replace(recipe, batch_size=batch_size), rematerialize, estimate
 
