@@ -106,8 +106,11 @@ def use_compile_cache(
         if wanted is None:
             wanted = os.environ.get("GEMMA_LORA_SENTIMENT_COMPILE_CACHE", "").strip().lower() not in _OFF
         chosen = jax.config.jax_compilation_cache_dir
-        if chosen is not None and chosen != str(_STATE["folder"]):
-            return None  # the user's own
+        if chosen is not None and chosen != str(_STATE["folder"]):  # the user's own
+            if _STATE["folder"] is not None:  # chosen after ours
+                _replace_store(None)
+                _STATE["folder"] = None
+            return None
         if wanted and jax.config.jax_enable_compilation_cache and _STATE["folder"] is None:
             _STATE["folder"] = _open_compile_cache(cache_dir() / "compiled" / _machine())
         elif not wanted and _STATE["folder"] is not None:

@@ -57,6 +57,10 @@ def test_the_users_own_choice_stands(tmp_path):
     assert run(JAX_ENABLE_COMPILATION_CACHE="false", **there)[1:4] == ["False", "0", "0"]
     assert run(GEMMA_LORA_SENTIMENT_COMPILE_CACHE="off", **there)[1:] == ["False", "0", "0", "None"]
     assert not (tmp_path / "ours").exists()
+    choose = f"import jax\njax.config.update('jax_compilation_cache_dir', {str(tmp_path / 'late')!r})\n"
+    late = PROGRAM.replace("import jax\n", choose + "assert use_compile_cache() is None\n", 1)
+    assert int(run(late, **there)[2]) > 0
+    assert list((tmp_path / "late").iterdir()) and not list((tmp_path / "ours").rglob("*.program"))
 
 
 def test_it_can_be_switched_off_and_on(tmp_path):
