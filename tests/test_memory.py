@@ -104,8 +104,7 @@ def test_fitting_batch_keeps_the_recipe_where_it_can(base):
 def test_auto_batch_size_is_lowered_and_says_so(tiny, monkeypatch, capsys):
     clf = GemmaLoraClassifier(preset=tiny, lora_rank=4, epochs=1, verbose=1)
     base = load_base(tiny)
-    length = 64  # more than any comment here
-    little = memory_estimate(base, 4, batch_size=4, length=length, positions=2, rematerialize=True)["total"]
+    little = memory_estimate(base, 4, batch_size=2, length=32, positions=2, rematerialize=True)["total"]
     monkeypatch.setattr(training, "device_bytes", lambda: little)
     with pytest.warns(UserWarning, match="batch_size is lowered from 16 to [1248], to fit the device's memory"):
         clf.fit(COMMENTS, LABELS)
