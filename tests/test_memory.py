@@ -43,7 +43,7 @@ def gradients(base, batch, rematerialize):
     scorer.rematerialize = rematerialize
 
     def loss(values):
-        logits = scorer.stateless_call(values, frozen, inputs)[0]
+        logits = scorer._with_state(scorer.call)(values, frozen, inputs)
         losses = -jax.numpy.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
         return losses.mean()
 
