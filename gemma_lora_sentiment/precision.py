@@ -29,9 +29,9 @@ from gemma_lora_sentiment.model import (  # isort: skip
     _without_allocation,
     choose_dtype,
     load_base,
-    memory_estimate,
     resolve_preset,
 )
+from .memory import memory_estimate  # isort: skip
 
 import jax
 import jax.numpy as jnp
