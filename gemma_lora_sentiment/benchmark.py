@@ -39,7 +39,7 @@ SHAPES = {  # arguments of KerasHub's GemmaBackbone
         intermediate_dim=64, head_dim=16,
     ),
     "mini_ko": dict(
-        vocabulary_size=16_000, num_layers=4, num_query_heads=6, num_key_value_heads=1, hidden_dim=384,
+        vocabulary_size=24_000, num_layers=4, num_query_heads=6, num_key_value_heads=1, hidden_dim=384,
         intermediate_dim=1536, head_dim=64,
     ),
     "gemma_2b": dict(

@@ -52,7 +52,7 @@ class PretrainingSettings:
     weight_decay: float = 0.05
     dropout: float = 0.0  # in the backbone, while it is pre-trained
     language_positions: int = 8  # positions a row at which the next token of the text is predicted
-    language_weight: float = 0.3  # weight of all of them together, beside 1 for the response
+    language_weight: float = 0.3  # weight of all of them and of the response's end together, beside 1 for its word
     noise: float = 1.0  # factor on the probabilities of missing spaces, inserted characters and emoji
     piece_dropout: float = 0.1  # probability that a merge of byte-pair encoding is left out
     counted: bool = True  # embeddings begin from co-occurrence counts
@@ -282,9 +282,10 @@ class _Batches(keras.utils.PyDataset):
         mask = columns < length
         token_ids = np.where(mask, self.tokens[np.where(mask, self.first[rows][:, None] + columns, 0)], 0)
         others = rng.integers(1, np.maximum(length - 4, 2), (len(rows), settings.language_positions))
-        positions = np.concatenate([length - 3, others], axis=1).astype(np.int32)  # the prompt's last token first
+        # The prompt's last token, which predicts the word; the word, which predicts the end; then others.
+        positions = np.concatenate([length - 3, length - 2, others], axis=1).astype(np.int32)
         targets = np.take_along_axis(token_ids, positions + 1, axis=1)
-        weights = np.full(positions.shape, settings.language_weight / max(settings.language_positions, 1), np.float32)
+        weights = np.full(positions.shape, settings.language_weight / (settings.language_positions + 1), np.float32)
         weights[:, 0] = 1
         inputs = {"token_ids": token_ids, "padding_mask": mask.astype(np.int32), "positions": positions}
         return inputs, targets, weights

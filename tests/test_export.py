@@ -147,7 +147,7 @@ def test_an_export_without_its_adapter_would_be_noticed(base, adapter, tmp_path,
 
 
 @pytest.mark.parametrize("preset, vocabulary, google", [
-    ("mini_ko", 16_000, False), ("gemma_2b_en", 256_000, True), ("hf://google/gemma-3-270m", 262_144, True),
+    ("mini_ko", 24_000, False), ("gemma_2b_en", 256_000, True), ("hf://google/gemma-3-270m", 262_144, True),
     (".", 300, False), (".", 256_000, True), ("kaggle://keras/gemma2/keras/gemma2_2b_en", 256_000, True),
 ])  # fmt: skip
 def test_exports_of_google_s_bases_carry_the_notice(preset, vocabulary, google, tmp_path):
