@@ -127,8 +127,7 @@ def code_without_texts(path: Path) -> list[str]:
     """Each code cell as a syntax tree in which every text is empty."""
     cells = []
     for source in code_of(path):
-        lines = [line for line in source.splitlines() if not line.startswith("!")]
-        tree = ast.parse("\n".join(lines))
+        tree = ast.parse("" if source.startswith("#| hide\n#| eval: false\n!") else source)
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 node.values = [value for value in node.values if isinstance(value, ast.FormattedValue)]
