@@ -9,8 +9,8 @@ from nbclient import NotebookClient
 from test_docs import TUTORIALS, name_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = ("five_suggestions",)  # fits twenty classifiers: run by hand before a release
-ROWS = {"five_suggestions": 8}  # of each label and kind; 3 for the others
+SLOW = ("first_look_to_decision", "five_suggestions")  # many fits, and rows enough for them: by hand before a release
+ROWS = {"first_look_to_decision": 24, "five_suggestions": 8}  # of each label and kind; 3 for the others
 OF_LABEL = {"from_37_minutes": 2}  # of each label: whole text at length 512 takes seconds a row
 
 # Runs before the notebook's first cell. Bundled files have a few rows of each label and kind, recipes one epoch.
