@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['metric_intervals', 'metrics_with_intervals', 'metrics_table', 'paired_comparison', 'compare_predictions',
-           'fit_temperature', 'apply_temperature', 'expected_calibration_error', 'choose_threshold',
-           'choose_abstention', 'choose_decision', 'apply_decision', 'decision_text', 'worth_labelling',
-           'likely_label_errors', 'conflicting_duplicates', 'word_influence', 'explain_mistakes', 'sweep']
+           'fit_temperature', 'apply_temperature', 'choose_threshold', 'choose_abstention', 'choose_decision',
+           'apply_decision', 'decision_text', 'worth_labelling', 'likely_label_errors', 'conflicting_duplicates',
+           'word_influence', 'explain_mistakes', 'sweep']
 
 # %% ../nbs/06a_analysis.ipynb #04265eaf
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ from gemma_lora_sentiment.evaluation import (
     _class_positions,
     _plain,
     compute_metrics,
+    expected_calibration_error,
     fold_indices,
 )
 
@@ -111,16 +112,12 @@ def _weighted_metrics(
 
 # %% ../nbs/06a_analysis.ipynb #98dd4db0
 def _interval(
-    name: str,  # of the metric
-    value: float,  # NaN where undefined
+    value: float,  # of the metric, between 0 and 1; NaN where undefined
     deviation: float,  # its standard error
     n_groups: int,  # distinct comments
     level: float,
 ) -> list[float] | None:  # None where nothing can be said
     reach = norm.ppf((1 + level) / 2) * deviation
-    if name == "log_loss":
-        known = deviation > 1e-9
-        return [float(value * np.exp(-reach / value)), float(value * np.exp(reach / value))] if known else None
     if not np.isfinite(value):
         return None
     if min(value, 1 - value) < 1e-9:
@@ -130,6 +127,33 @@ def _interval(
         return None
     reach /= value * (1 - value)
     return [float(expit(logit(value) - reach)), float(expit(logit(value) + reach))]
+
+
+def _log_loss_interval(
+    losses: np.ndarray,  # float64 (n,), of each row
+    group_numbers: np.ndarray,  # int64 (n,), from 0
+    parts: Iterator[np.ndarray],  # from `_resamples`
+    level: float,
+) -> list[float] | None:  # None where nothing can be said
+    "Studentized bootstrap of the mean's logarithm: each resample is measured by its own standard error."
+    of_group, sizes = np.bincount(group_numbers, losses), np.bincount(group_numbers).astype(float)
+    first_row = np.unique(group_numbers, return_index=True)[1]
+
+    def mean_and_error(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # weights (part, groups)
+        rows = weights @ sizes
+        mean = np.maximum(weights @ of_group / rows, np.finfo(float).tiny)
+        squares = weights @ of_group**2 - 2 * mean * (weights @ (of_group * sizes)) + mean**2 * (weights @ sizes**2)
+        return mean, np.sqrt(np.maximum(squares, 0)) / (rows * mean)  # the error of the logarithm
+
+    mean, error = (float(values[0]) for values in mean_and_error(np.ones((1, len(sizes)))))
+    if not error > 1e-9:
+        return None
+    drawn = [mean_and_error(part[:, first_row]) for part in parts]
+    means, errors = (np.concatenate(values) for values in zip(*drawn, strict=True))
+    known = errors > 1e-9
+    low, high = np.quantile(np.log(means[known] / mean) / errors[known], [(1 - level) / 2, (1 + level) / 2])
+    largest = -np.log(np.finfo(np.float32).eps)  # no row's loss is higher
+    return [float(mean * np.exp(-max(high, 0) * error)), float(min(mean * np.exp(-min(low, 0) * error), largest))]
 
 # %% ../nbs/06a_analysis.ipynb #1652cee7
 def metric_intervals(
@@ -162,9 +186,13 @@ def metric_intervals(
     deviations = [
         np.std(of_metric[np.isfinite(of_metric)]) if np.isfinite(of_metric).any() else 0 for of_metric in drawn
     ]
-    names = ("accuracy", "macro_f1", "roc_auc", "log_loss")
-    parts = zip(names, values, deviations, strict=True)
-    return {name: _interval(name, value, error, int(numbers.max()) + 1, level) for name, value, error in parts}
+    names = ("accuracy", "macro_f1", "roc_auc")
+    parts = zip(names, values[:3], deviations[:3], strict=True)
+    intervals = {name: _interval(value, error, int(numbers.max()) + 1, level) for name, value, error in parts}
+    of_true_label = layers[:, np.arange(len(numbers)), true_positions]
+    losses = -np.log(np.maximum(of_true_label, np.finfo(np.float32).eps)).mean(axis=0)
+    intervals["log_loss"] = _log_loss_interval(losses, numbers, _resamples(numbers, resamples, seed), level)
+    return intervals
 
 # %% ../nbs/06a_analysis.ipynb #b44baddf
 def metrics_with_intervals(
@@ -330,20 +358,6 @@ def apply_temperature(
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}, and must be above 0. Pass what fit_temperature gave.")
     return softmax(np.log(_above_zero(np.asarray(probabilities, dtype=np.float64))) / temperature, axis=1)
-
-
-def expected_calibration_error(
-    y_true: Sequence | np.ndarray | pd.Series,  # n labels
-    probabilities: np.ndarray,  # float (n, n_classes)
-    classes: Sequence,  # class values in the order of the columns
-    bins: int = 10,  # of equal width
-) -> float:  # from 0 to 1
-    "Mean distance between how sure the predictions are and how often they are right, by bins of sureness."
-    true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
-    sureness, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == true_positions
-    bin_of_row = np.minimum((sureness * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_of_row, sureness, bins) - np.bincount(bin_of_row, is_right, bins)
-    return float(np.abs(gaps).sum() / len(sureness))
 
 # %% ../nbs/06a_analysis.ipynb #6c84b0f0
 def _costs(

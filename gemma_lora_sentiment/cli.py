@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +29,9 @@ from . import __version__
 
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
-           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'train', 'cross_validate', 'evaluate',
-           'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export', 'benchmark']
+           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'Comments', 'train', 'cross_validate',
+           'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export',
+           'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 def _one_line(error: BaseException) -> str:
@@ -103,7 +104,7 @@ def _terminated(*_: Any) -> None:
 @contextmanager
 def _folder(
     out: Path,  # the folder asked for; it may exist
-    obsolete: Path | None = None,  # a folder to remove when all is there
+    obsolete: Sequence[str] = (),  # of an earlier run, to be removed when all is there and they were not written anew
 ) -> Iterator[Path]:  # a temporary folder beside it
     from gemma_lora_sentiment.checkpoint import hold
 
@@ -123,9 +124,10 @@ def _folder(
             temporary.chmod(0o755)
             try:
                 yield temporary
+                left = [out / name for name in obsolete if not (temporary / name).exists()]
                 _move_into(temporary, out)
-                if obsolete is not None:
-                    shutil.rmtree(obsolete)
+                for path in left:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -188,12 +190,22 @@ def _write_table(path: Path, table: Any, suffix: str = ".tsv") -> None:
         table.to_csv(path, sep="\t", index=False, lineterminator="\n", quoting=csv.QUOTE_NONE)
 
 
+def _write_rows(path: Path, table: Any, comments: bool, numbered: bool = False) -> None:
+    "Write a table of rows. Without their comments, `numbered` ones get a column `group`: equal for copies."
+    from gemma_lora_sentiment.data import duplicate_groups
+
+    if not comments and numbered:
+        table = table.assign(comment=duplicate_groups(table.comment)).rename(columns={"comment": "group"})
+    _write_table(path, table if comments else table.drop(columns="comment", errors="ignore"))
+
+
 def _judge(
     folder: Path,  # where to write
     rows: Any,  # labelled comments: id, comment, label
     clf: Any,  # fitted classifier
     baseline: dict[str, Any] | None,  # fitted baselines by name, or None when their training rows are not there
     history: Any | None = None,  # of training, for the curves; without rows where nothing was trained
+    comments: bool = True,  # whether files may hold comments
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:  # metrics of ours, metrics of the baseline
     from gemma_lora_sentiment import evaluation
 
@@ -204,9 +216,10 @@ def _judge(
     if clf.recipe_.epochs:
         theirs["zero_shot"] = _zero_shot(clf, classes, rows.comment)
     _add_analysis(metrics, rows, classes, probabilities, theirs)
-    _write_table(folder / "predictions.tsv", _prediction_table(rows, classes, probabilities, theirs.get("baseline")))
+    predictions = _prediction_table(rows, classes, probabilities, theirs.get("baseline"))
+    _write_rows(folder / "predictions.tsv", predictions, comments, numbered=True)
     wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, classes, rows["id"])
-    _write_table(folder / "wrong.tsv", wrong)
+    _write_rows(folder / "wrong.tsv", wrong, comments)
     evaluation.save_figures(
         folder / "figures", rows.label, probabilities, classes,
         history if history is not None and len(history) else None, theirs.get("baseline"),
@@ -233,7 +246,6 @@ def _print_comparison(ours: dict[str, Any], baseline: dict[str, Any] | None) -> 
     print(metrics_table({"gemma + LoRA": ours, **others}).to_string())
     print(decision_text(ours["decision"]))
 
-
 # %% ../nbs/11_cli.ipynb #1f983e02
 def _zero_shot(clf: Any, classes: Any, comments: Any) -> Any:  # float32 (n, n_classes)
     "What the base says as it is, with the prompt, words and labels of `clf`."
@@ -248,16 +260,17 @@ def _zero_shot(clf: Any, classes: Any, comments: Any) -> Any:  # float32 (n, n_c
 
 
 def _add_analysis(
-    metrics: dict[str, Any],  # of ours; receives intervals, baselines, comparison and decision
+    metrics: dict[str, Any],  # of ours; receives fingerprint, intervals, baselines, comparison, decision
     rows: Any,  # labelled comments
     classes: Any,
     probabilities: Any,  # float (n, n_classes), or (repeats, n, n_classes)
     theirs: dict[str, Any],  # name -> probabilities of another classifier on the same rows
 ) -> None:
     from gemma_lora_sentiment import analysis
-    from gemma_lora_sentiment.data import duplicate_groups
+    from gemma_lora_sentiment.data import duplicate_groups, fingerprint
 
     groups = duplicate_groups(rows.comment)
+    metrics["fingerprint"] = fingerprint(rows)
     metrics["intervals"] = analysis.metric_intervals(rows.label, probabilities, classes, groups=groups)
     names = {"baseline": "the TF-IDF baseline", "zero_shot": "the base itself"}
     names["most_frequent"] = "the most frequent class"
@@ -320,29 +333,44 @@ def _settings(clf: Any) -> dict[str, Any]:
 
 
 def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[str, Any]) -> dict[str, Any]:
-    from gemma_lora_sentiment.data import fingerprint
+    from gemma_lora_sentiment.data import describe_comments, fingerprint
+    from gemma_lora_sentiment.model import load_base
 
+    base = load_base(clf.preset, clf.dtype, clf.quantization) if not hasattr(clf, "recipe_") else None
+    name, recipe = clf._resolved_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
+    summary = describe_comments(rows)["value"].to_dict()
     return {
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows)},
+        "data": {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary},
         "settings": _settings(clf),
-        "recipe": {"name": clf.recipe_name_, **vars(clf.recipe_)},
-        "dtype": clf.dtype_,
-        "base_fingerprint": clf.base_fingerprint_,
+        "recipe": {"name": name, **vars(recipe)},
+        "dtype": base.dtype if base else clf.dtype_,
+        "base_fingerprint": base.fingerprint if base else clf.base_fingerprint_,
         **more,
         "versions": _versions(),
         "device": _device(),
     }
 
+
+def _warn_of_comments(out: Path) -> None:
+    "Say which files of earlier commands still hold comments, in a folder that was to be without them."
+    for path in sorted(out.glob("*.tsv")):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if "comment" in file.readline().rstrip("\n").split("\t"):
+                what = f"{path} of an earlier command holds comments; remove it before {out} travels."
+                warnings.warn(what, stacklevel=2)
+
 # %% ../nbs/11_cli.ipynb #a961af91
-def _warn_if_seen(source: str, preset: str) -> None:
-    if source == "sample" and preset == "mini_ko":
-        warnings.warn(
-            "mini_ko has seen the rows of `sample` in pre-training, so metrics measured inside it are too good; "
-            "judge on `sample_test`.",
-            stacklevel=2,
-        )
+def _warn_if_seen(source: str, preset: str) -> dict[str, str]:  # for metrics.json, from where the report takes it
+    if source != "sample" or preset != "mini_ko":
+        return {}
+    caution = (
+        "mini_ko has seen the rows of `sample` in pre-training, so metrics measured inside it are too good; "
+        "judge on `sample_test`."
+    )
+    warnings.warn(caution, stacklevel=2)
+    return {"caution": caution}
 
 # %% ../nbs/11_cli.ipynb #7d8140cd
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
@@ -359,6 +387,9 @@ ClassWeight = Annotated[str | None, typer.Option(help="'balanced' gives rare lab
 Dtype = Annotated[str, typer.Option(help="Number format of the base: auto, float32, bfloat16, float16.")]
 Quantization = Annotated[str | None, typer.Option(help="Smaller base weights: int8 or int4.")]
 Seed = Annotated[int, typer.Option(help="Seed of split, initialization and order.")]
+Comments = Annotated[
+    bool, typer.Option("--comments/--no-comments", help="Whether files may hold comments, or their ids alone.")
+]
 
 
 def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
@@ -524,11 +555,14 @@ def train(
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Fit the saved adapter on all rows.", show_default="refit")
     ] = None,
+    comments: Comments = True,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune on FILE and save the run: metrics from a held-out fifth, adapter from all rows."""
     if resume and (out / "run.json").is_file() and not (out / "checkpoint").exists():
         print(f"{out} is finished; nothing to do.")
+        if not comments:
+            _warn_of_comments(out)
         return
     earlier = _description_of_run(from_run) if from_run else None
     if file is None and earlier is None:
@@ -541,7 +575,8 @@ def train(
         class_weight=class_weight, dtype=dtype, quantization=quantization, seed=seed, patience=patience,
         validation_fraction=0.2 if patience else None,
     )  # fmt: skip
-    from gemma_lora_sentiment.data import describe_comments, read_comments, split_comments
+    from gemma_lora_sentiment.data import describe_comments, duplicate_groups, read_comments, split_comments
+    from gemma_lora_sentiment.report import write_report
 
     started = time.perf_counter()
     rows = read_comments(file)  # before the classifier's imports: a bad file is told at once
@@ -551,29 +586,42 @@ def train(
     if earlier:
         _repeat(clf, earlier, given)
     kept, held_out = split_comments(rows, 0.2, clf.seed)
-    _warn_if_seen(file, str(clf.preset))
+    caution = _warn_if_seen(file, str(clf.preset))
     _say(quiet, describe_comments(rows).to_string(header=False))
     plan = _plan(rows, clf, refit)
     with (
-        _folder(out, obsolete=out / "checkpoint") as folder,
+        _folder(out, obsolete=("checkpoint", "conflicts.tsv")) as folder,
         _checkpoint(out, plan, resume, quiet) as checkpoints,
     ):
         clf.set_params(checkpoint_dir=checkpoints)
         _say(quiet, f"fitting on {len(kept)} rows, {len(held_out)} held out")
         clf.fit(kept.comment, kept.label)
-        metrics, baseline = _judge(folder, held_out, clf, _fitted_baseline(kept, clf.seed), clf.history_)
+        metrics, baseline = _judge(folder, held_out, clf, _fitted_baseline(kept, clf.seed), clf.history_, comments)
         judged, history = clf, clf.history_
         if refit:
             _say(quiet, f"fitting on all {len(rows)} rows for {clf.best_epoch_} epochs")
             judged = _refitted(clf, rows)
         judged.set_params(checkpoint_dir=None).save(folder)
         history.to_csv(folder / "history.csv", index=False)
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
+        _write_conflicts(folder, rows, duplicate_groups(rows.comment), comments)
+        metrics |= {**caution, "seconds": round(time.perf_counter() - started, 2)}
         _write_json(folder / "metrics.json", metrics)
         more = {"held_out": len(held_out), "refit": refit, "epochs": judged.best_epoch_}
         _write_json(folder / "run.json", _run_description("train", file, rows, clf, more))
+        write_report(folder, comments=comments)
+    if not comments:
+        _warn_of_comments(out)
     _print_comparison(metrics, baseline)
     print(f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}")
+
+
+def _write_conflicts(folder: Path, rows: Any, groups: Any, comments: bool) -> None:
+    "`conflicts.tsv`, where copies of a comment have different labels."
+    from gemma_lora_sentiment.analysis import conflicting_duplicates
+
+    conflicts = conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
+    if len(conflicts):
+        _write_rows(folder / "conflicts.tsv", conflicts, comments)
 
 
 def _refitted(clf: Any, rows: Any) -> Any:
@@ -590,7 +638,7 @@ def _refitted(clf: Any, rows: Any) -> Any:
 @_guarded
 def cross_validate(
     file: Annotated[str, typer.Argument(help="Labelled comments.")],
-    out: Annotated[Path, typer.Option(help="Folder for cv.json, oof.tsv, label_errors.tsv and figures.")],
+    out: Annotated[Path, typer.Option(help="Folder for cv.json, report.html, oof.tsv, label_errors.tsv and figures.")],
     folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="How often the rows are cut in folds anew.")] = 1,
     preset: Preset = "mini_ko",
@@ -606,6 +654,7 @@ def cross_validate(
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     seed: Seed = 0,
+    comments: Comments = True,
     quiet: Quiet = False,
 ) -> None:
     """Out-of-fold metrics of ours and of the baseline, stratified, duplicates in one fold."""
@@ -617,14 +666,15 @@ def cross_validate(
     import numpy as np
     import pandas as pd
 
-    from gemma_lora_sentiment import evaluation
+    from gemma_lora_sentiment import analysis, evaluation
     from gemma_lora_sentiment.data import duplicate_groups, read_comments
+    from gemma_lora_sentiment.report import write_report
 
     started = time.perf_counter()
     rows = read_comments(file)
     clf = _checked_classifier(True, given, rows, file)
-    _warn_if_seen(file, preset)
-    with _folder(out) as folder:
+    caution = _warn_if_seen(file, preset)
+    with _folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:
         groups, simple = duplicate_groups(rows.comment), evaluation.simple_baselines(seed)
         settings = {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
         oof = evaluation.cross_validate(
@@ -644,35 +694,30 @@ def cross_validate(
             _prediction_table(rows, classes, layers["ours"][repeat], layers["baseline"][repeat], fold_of_row[repeat])
             for repeat in range(repeats)
         ]
-        _write_table(folder / "oof.tsv", tables[0])
+        _write_rows(folder / "oof.tsv", tables[0], comments, numbered=True)
         if repeats > 1:
-            numbered = [table.assign(repeat=repeat) for repeat, table in enumerate(tables)]
-            _write_table(folder / "oof_repeats.tsv", pd.concat(numbered))
+            every = pd.concat([table.assign(repeat=repeat) for repeat, table in enumerate(tables)])
+            _write_rows(folder / "oof_repeats.tsv", every, comments, numbered=True)
         first, theirs_first = layers["ours"][0], layers["baseline"][0]
         evaluation.save_figures(folder / "figures", rows.label, first, classes, baseline=theirs_first)
         wrong = evaluation.wrong_rows(rows.comment, rows.label, first, classes, rows["id"])
-        _write_table(folder / "wrong.tsv", wrong)
-        _write_doubtful_labels(folder, rows, classes, np.concatenate(list(layers.values())), groups)
+        _write_rows(folder / "wrong.tsv", wrong, comments)
+        suspects = analysis.likely_label_errors(
+            rows.comment, rows.label, np.concatenate(list(layers.values())), classes, rows["id"]
+        )  # fmt: skip
+        _write_rows(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4), comments)
+        _write_conflicts(folder, rows, groups, comments)
         baseline = metrics["baseline"]
-        metrics |= {"folds": folds, "repeats": repeats, "seed": seed}
-        metrics |= {"settings": _settings(clf), "versions": _versions(), "device": _device()}
+        cuts = {"folds": folds, "repeats": repeats, "seed": seed, **caution}
+        metrics |= _run_description("cross-validate", file, rows, clf, cuts)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "cv.json", metrics)
+        write_report(folder, comments=comments)
+    if not comments:
+        _warn_of_comments(out)
     _print_comparison(metrics, baseline)
     cuts = f"{folds} folds" if repeats == 1 else f"{repeats} times {folds} folds"
     print(f"{cuts}, {metrics['n']} rows, {metrics['seconds']:.0f} s; written to {out}")
-
-
-def _write_doubtful_labels(folder: Path, rows: Any, classes: Any, layers: Any, groups: Any) -> None:
-    "`label_errors.tsv`, the most suspicious first, and `conflicts.tsv` where copies have different labels."
-    from gemma_lora_sentiment import analysis
-
-    suspects = analysis.likely_label_errors(rows.comment, rows.label, layers, classes, rows["id"])
-    _write_table(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4))
-    conflicts = analysis.conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
-    if len(conflicts):
-        _write_table(folder / "conflicts.tsv", conflicts)
-
 
 # %% ../nbs/11_cli.ipynb #a1997b04
 def _baseline_of_run(run: Path, seed: int) -> tuple[Any | None, str]:  # baseline or None, and why not
@@ -703,13 +748,17 @@ def _known_labels(rows: Any, clf: Any, file: str) -> Any:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     file: Annotated[str, typer.Argument(help="Labelled comments.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json, predictions.tsv, wrong.tsv and figures.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, report.html, predictions.tsv and figures.")],
     explain: Annotated[int, typer.Option(min=0, help="Mistakes to explain by their tokens, in influence.tsv.")] = 0,
+    comments: Comments = True,
     quiet: Quiet = False,
 ) -> None:
     """Metrics and figures of a saved run on labelled rows."""
+    if explain and not comments:
+        raise ValueError("--explain quotes comments, which --no-comments forbids. Leave one of them out.")
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.data import read_comments
+    from gemma_lora_sentiment.report import write_report
 
     started = time.perf_counter()
     clf = GemmaLoraClassifier.load(run)
@@ -717,12 +766,19 @@ def evaluate(
     baseline_clf, why_not = _baseline_of_run(run, clf.seed)
     if why_not:
         _say(quiet, why_not)
-    with _folder(out) as folder:
-        metrics, baseline = _judge(folder, rows, clf, baseline_clf)
+    more = {"run": str(run), **_warn_if_seen(file, str(clf.preset))}
+    if why_not:
+        more["no_baseline"] = "the rows of its training are not there, or have changed"
+    with _folder(out, obsolete=("influence.tsv",)) as folder:
+        metrics, baseline = _judge(folder, rows, clf, baseline_clf, comments=comments)
         if explain:
             _write_influence(folder, rows, clf, explain)
+        metrics |= _run_description("evaluate", file, rows, clf, more)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "metrics.json", metrics)
+        write_report(folder, comments=comments)
+    if not comments:
+        _warn_of_comments(out)
     _print_comparison(metrics, baseline)
     print(f"{metrics['n']} rows; written to {out}")
 
@@ -735,15 +791,7 @@ def _write_influence(folder: Path, rows: Any, clf: Any, number: int) -> None:
     wrong = wrong_rows(rows.comment, rows.label, clf.predict_proba(rows.comment), clf.classes_, rows["id"])
     _write_table(folder / "influence.tsv", explain_mistakes(clf, wrong, number))
 
-
 # %% ../nbs/11_cli.ipynb #65c138a0
-def _metrics_file(run: Path) -> Path:
-    found = [run / name for name in ("cv.json", "metrics.json") if (run / name).is_file()]
-    if not found:
-        raise ValueError(f"{run} has no metrics.json or cv.json. Give a folder that train or cross-validate wrote.")
-    return found[0]
-
-
 def _predictions_of(run: Path, file: str | None) -> Any:  # id, comment, label, p_<label> ...
     "What a run has predicted without having seen it, or what it predicts for the rows of `file`."
     import pandas as pd
@@ -762,6 +810,20 @@ def _predictions_of(run: Path, file: str | None) -> Any:  # id, comment, label, 
     raise ValueError(f"{run} has no predictions.tsv or oof.tsv. Give a folder of this version, or --rows FILE.")
 
 
+def _copies_as_comments(tables: list[Any], runs: tuple[Path, Path]) -> list[Any]:
+    "Tables without comments share rows where they were measured on the same ones; the number of copies is the comment."
+    from gemma_lora_sentiment.data import duplicate_groups
+    from gemma_lora_sentiment.report import _metrics_file
+
+    if all("comment" in table for table in tables):
+        return tables
+    measured = [json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("fingerprint") for run in runs]
+    if measured[0] is None or measured[0] != measured[1]:
+        raise ValueError(f"{runs[0]} and {runs[1]} hold no comments to compare by, and other rows. Give --rows FILE.")
+    groups = [table.group if "group" in table else duplicate_groups(table.comment) for table in tables]
+    return [table.assign(comment=[str(each) for each in group]) for table, group in zip(tables, groups, strict=True)]
+
+
 @app.command()
 @_guarded
 def compare(
@@ -778,7 +840,8 @@ def compare(
         raise ValueError(f"{first} and {second} are one folder. Give two.")
     names = (str(first), str(second))
     tables = [_predictions_of(run, rows) for run in (first, second)]
-    result, differences = compare_predictions(*tables, names=names)
+    has_comments = all("comment" in table for table in tables)
+    result, differences = compare_predictions(*_copies_as_comments(tables, (first, second)), names=names)
     print(result["comparison"]["sentence"])
     print(metrics_table({name: result[name] for name in names}).to_string())
     many = [f"{number} of {name}" for name, number in zip(names, result["rows_of_each"], strict=True)]
@@ -786,7 +849,7 @@ def compare(
     if out is not None:
         with _folder(out) as folder:
             _write_json(folder / "compare.json", {"runs": list(names), **result})
-            _write_table(folder / "differences.tsv", differences)
+            _write_rows(folder / "differences.tsv", differences, has_comments)
 
 
 @app.command()
@@ -795,6 +858,7 @@ def decide(
     run: Annotated[Path, typer.Argument(help="Folder of train or cross-validate.")],
     cost: Annotated[list[str] | None, typer.Option(help="LABEL=COST of a mistake on such a comment; else 1.")] = None,
     accuracy: Annotated[float, typer.Option(help="Accuracy wanted of the answers; below it, none is given.")] = 0.95,
+    by: Annotated[Path | None, typer.Option(help="Folder of cross-validate, to choose on its predictions.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Choose threshold and band of a run by cost and wanted accuracy, and store them with it."""
@@ -802,9 +866,12 @@ def decide(
 
     from gemma_lora_sentiment import analysis
     from gemma_lora_sentiment.data import duplicate_groups, whole_file
+    from gemma_lora_sentiment.report import _metrics_file, write_report
 
-    path, table = _metrics_file(run), _predictions_of(run, None)
+    path, table = _metrics_file(run), _predictions_of(by or run, None)
     metrics = json.loads(path.read_text(encoding="utf-8"))
+    if by is not None:
+        _check_same_job(run, by)
     spelled = {str(label): label for label in metrics["classes"]}
     try:
         pairs = [text.rpartition("=") for text in cost or []]
@@ -817,11 +884,27 @@ def decide(
     labels = [spelled[str(label)] for label in table.label[:n]]
     metrics["decision"] = analysis.choose_decision(
         labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
-        groups=duplicate_groups(table.comment[:n]),
+        groups=table.group[:n] if "group" in table else duplicate_groups(table.comment[:n]),
     )  # fmt: skip
     with whole_file(path) as temporary:
         _write_json(temporary, metrics)
+    if (run / "report.html").is_file():
+        write_report(run)
     print(analysis.decision_text(metrics["decision"]))
+
+
+def _check_same_job(run: Path, by: Path) -> None:
+    "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
+    from gemma_lora_sentiment.report import _metrics_file
+
+    ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (run / "run.json", _metrics_file(by)))
+    for name in ("data", "base_fingerprint", "recipe"):
+        both = [each.get(name) for each in (ours, theirs)]
+        if name == "data":
+            both = [(each or {}).get("fingerprint") for each in both]
+        if both[0] is None or both[0] != both[1]:
+            what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
+            raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
 
 
 @app.command()
@@ -884,6 +967,8 @@ def predict(
 
 
 def _decision_of_run(run: Path) -> dict[str, Any]:
+    from gemma_lora_sentiment.report import _metrics_file
+
     decision = json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("decision")
     if decision is None:
         raise ValueError(f"{run} stores no decision. Train again, or leave out --calibrated.")
@@ -947,6 +1032,7 @@ def info(
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
     seed: Seed = 0,
+    comments: Comments = True,
     quiet: Quiet = False,
 ) -> None:
     """The whole job offline on the bundled sample and base: fine-tune, evaluate, plot, submit."""
@@ -954,6 +1040,7 @@ def quickstart(
     from sklearn.model_selection import train_test_split
 
     from gemma_lora_sentiment.data import describe_comments, read_comments
+    from gemma_lora_sentiment.report import write_report
     from gemma_lora_sentiment.submission import write_submission
 
     clf = _classifier(quiet, {"seed": seed})
@@ -964,17 +1051,24 @@ def quickstart(
     with _folder(out) as folder:
         _say(quiet, f"fine-tuning mini_ko on {len(rows)} of the sample's rows")
         clf.fit(rows.comment, rows.label)
-        metrics, baseline = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_)
+        metrics, baseline = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_, comments)
         clf.save(folder)
         clf.history_.to_csv(folder / "history.csv", index=False)
-        write_submission(clf.predict(test.comment), test[["id", "comment", "label"]], folder / "submission.txt")
+        answers = clf.predict(test.comment)
+        if comments:
+            write_submission(answers, test[["id", "comment", "label"]], folder / "submission.txt")
+        else:
+            _write_table(folder / "submission.txt", test[["id"]].assign(label=answers))
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "metrics.json", metrics)
         more = {"epochs": clf.best_epoch_}
         _write_json(folder / "run.json", _run_description("quickstart", "sample", rows, clf, more))
+        write_report(folder, comments=comments)
+    if not comments:
+        _warn_of_comments(out)
     _print_comparison(metrics, baseline)
     print(f"{len(rows)} rows for training, {metrics['n']} test rows, {metrics['seconds']:.0f} s in all")
-    print(f"figures: {out / 'figures'}  mistakes: {out / 'wrong.tsv'}  submission: {out / 'submission.txt'}")
+    print(f"report: {out / 'report.html'}  mistakes: {out / 'wrong.tsv'}  submission: {out / 'submission.txt'}")
 
 # %% ../nbs/11_cli.ipynb #06a65597
 @app.command()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['compute_metrics', 'baseline_classifier', 'simple_baselines', 'fold_indices', 'cross_validate',
            'probabilities_from_oof', 'metrics_from_oof', 'comparison_table', 'verdict', 'wrong_rows',
-           'plot_confusion_matrix', 'plot_roc', 'plot_precision_recall', 'plot_score_histogram', 'plot_training_curves',
-           'save_figures']
+           'plot_confusion_matrix', 'plot_roc', 'plot_precision_recall', 'plot_score_histogram',
+           'expected_calibration_error', 'plot_reliability', 'plot_training_curves', 'save_figures']
 
 # %% ../nbs/06_evaluation.ipynb #cc4e0e0d
 import os
@@ -23,7 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import binomtest
 from sklearn.base import BaseEstimator, clone
+from sklearn.calibration import CalibrationDisplay
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -439,6 +441,7 @@ def _can_draw(
 
 def _drawable_names(
     classes: Sequence,  # class values
+    what: str = "class",  # what one of them is called where no font has its letters
 ) -> _Names:
     "Class names that will be readable in a figure, and the font for them."
     names = [" ".join(str(label).split()) for label in classes]
@@ -453,8 +456,8 @@ def _drawable_names(
         if _can_draw(family, special):
             return _Names(names, [*default, family], "")
     drawable = [name.isascii() or any(_can_draw(family, name) for family in default) for name in names]
-    texts = [name if fine else f"class {index}" for index, (name, fine) in enumerate(zip(names, drawable, strict=True))]
-    return _Names(texts, None, "\n(no installed font has the class names)")
+    texts = [name if drawable[index] else f"{what} {index}" for index, name in enumerate(names)]
+    return _Names(texts, None, f"\n(no installed font has the {what} names)")
 
 
 def _new_axes(
@@ -631,6 +634,75 @@ def plot_score_histogram(
     _use_fonts(ax, names)
     return ax
 
+# %% ../nbs/06_evaluation.ipynb #c1a70b02
+def _reliability_bins(
+    true_positions: np.ndarray,  # int64 (n,)
+    probabilities: np.ndarray,  # float64 (n, n_classes)
+    bins: int,  # of equal width, from 0 to 1
+) -> pd.DataFrame:  # a row a bin with comments in it: sureness (mean), right (share), n
+    "How sure the predictions are and how often they are right."
+    sureness, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == true_positions
+    rows = pd.DataFrame({"sureness": sureness, "right": is_right.astype(float), "n": 1})
+    rows["bin"] = np.minimum((sureness * bins).astype(int), bins - 1)
+    return rows.groupby("bin").agg({"sureness": "mean", "right": "mean", "n": "sum"})
+
+
+def expected_calibration_error(
+    y_true: Sequence | np.ndarray | pd.Series,  # n labels
+    probabilities: np.ndarray,  # float (n, n_classes)
+    classes: Sequence,  # class values in the order of the columns
+    bins: int = 10,  # of equal width
+) -> float:  # from 0 to 1
+    "Mean distance between how sure the predictions are and how often they are right, by bins of sureness."
+    true_positions, probabilities, _ = _check_inputs(y_true, probabilities, classes)
+    table = _reliability_bins(true_positions, probabilities, bins)
+    return float(np.average((table.sureness - table.right).abs(), weights=table.n))
+
+
+def _share_interval(
+    right: int,
+    n: int,  # at least 1
+    level: float = 0.95,
+) -> tuple[float, float]:
+    "Wilson's interval of a share."
+    interval = binomtest(int(right), int(n)).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def plot_reliability(
+    y_true: Sequence | np.ndarray | pd.Series,  # n labels
+    probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
+    classes: Sequence,  # class values in the order of the columns
+    ax: Axes | None = None,  # None: a new figure
+    baseline: np.ndarray | None = None,  # float (n, n_classes), a baseline's probabilities, drawn dashed
+    bins: int = 10,  # of equal width
+) -> Axes:
+    "Share of right predictions by their probability, with the ECE in the legend. `ValueError` as `compute_metrics`."
+    true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
+    drawn = [("classifier", probabilities, {"color": "#00204d", "linestyle": "-", "marker": "o", "linewidth": 1.8})]
+    if baseline is not None:
+        baseline = _check_probabilities(baseline, len(true_positions), classes)
+        drawn.append(("baseline", baseline, {"color": "#a8893a", "linestyle": "--", "marker": "s", "linewidth": 1.3}))
+    ax = _new_axes(ax)
+    for name, values, style in drawn:
+        table = _reliability_bins(true_positions, values, bins)
+        error = expected_calibration_error(true_positions, values, range(len(classes)), bins)
+        display = CalibrationDisplay(table.right.to_numpy(), table.sureness.to_numpy(), values.max(axis=1))
+        display.plot(ax=ax, name=f"{name}, ECE {error:.3f}", markersize=5, **style)
+        if name == "classifier":
+            for row in table.itertuples():
+                ax.vlines(row.sureness, *_share_interval(round(row.right * row.n), row.n), color="grey", linewidth=1)
+                ax.annotate(
+                    str(row.n), (row.sureness, row.right), (5, -9 if row.right > 0.1 else 5),
+                    textcoords="offset points", fontsize=7,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                )  # fmt: skip
+    ax.set(xlabel="probability of the predicted label", ylabel="share that is right", ylim=(-0.03, 1.03))
+    ax.set_xlim(1 / len(classes) - 0.03, 1.03)
+    ax.lines[0].set_label("perfectly calibrated")
+    ax.legend(loc="lower right", fontsize="small")
+    return ax
+
 # %% ../nbs/06_evaluation.ipynb #d74417be
 _TRAINING_LINES = {  # column -> legend, axis on the left or on the right, line
     "loss": ("loss, training", "left", {"color": "#00204d", "linestyle": "-", "marker": "o"}),
@@ -693,7 +765,7 @@ def save_figures(
     classes: Sequence,  # class values in the order of the columns
     history: pd.DataFrame | None = None,  # as in `plot_training_curves`; None: no training curves
     baseline: np.ndarray | None = None,  # float (n, n_classes), a baseline's probabilities on the same rows
-) -> list[Path]:  # the files: confusion_matrix, roc, precision_recall, scores and training_curves, each .png
+) -> list[Path]:  # confusion_matrix, roc, precision_recall, scores, reliability and training_curves, each .png
     "Write every figure of a run. Raises `ValueError` before anything is written, `OSError` if it cannot be."
     true_positions, checked, plain_classes = _check_inputs(y_true, probabilities, classes)
     if baseline is not None:
@@ -706,6 +778,7 @@ def save_figures(
             y_true, probabilities, classes, ax=ax, baseline=baseline
         ),
         "scores.png": lambda ax: plot_score_histogram(y_true, probabilities, classes, ax=ax),
+        "reliability.png": lambda ax: plot_reliability(y_true, probabilities, classes, ax=ax, baseline=baseline),
     }
     if history is not None:
         plot_training_curves(history, ax=Figure().subplots())

@@ -488,6 +488,7 @@ def _assign(
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path
 ) -> None:
     "Put an adapter's values into the shared model. Hold the base's lock while you need them there."
+    self._jax_state_synced = True  # Keras's predict, when interrupted, leaves a state that it would write back here
     for variable in self.trainable_variables:
         variable.assign(adapter[variable.path])
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import expit
+from matplotlib.figure import Figure
+from scipy.special import expit, softmax
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import f1_score, roc_auc_score
 
@@ -42,6 +44,7 @@ from gemma_lora_sentiment.evaluation import (
     simple_baselines,
     wrong_rows,
 )
+from gemma_lora_sentiment.figures import plot_sweep
 
 # One compilation of a program is enough for all tests; compiling is most of what they cost.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
@@ -89,22 +92,65 @@ def test_weighted_auc_without_a_class_is_undefined():
     assert np.isnan(found[0]) and found[1] == pytest.approx(roc_auc_score(positions, probabilities[:, 1]))
 
 
-@pytest.mark.parametrize(
-    ("n", "separation", "share", "copies"),
-    [(300, 1.3, 0.5, 1), (60, 1.3, 0.5, 1), (300, 1.7, 0.2, 1), (100, 1.3, 0.5, 3)],
-    ids=["300 rows", "60 rows", "a rare class", "three copies of each"],
-)
-def test_intervals_cover_the_truth(n, separation, share, copies):
-    """Nominal 95 %; each metric is found between 92 and 98 % of 400 rounds."""
+def of_several_classes(n, random, sharpness=1.0, n_classes=3):
+    """Labels and calibrated probabilities of a classifier of several classes; a sharpness above 1 makes it too sure."""
+    positions = random.integers(0, n_classes, size=n)
+    scores = sharpness * 1.6 * (random.normal(size=(n, n_classes)) + 1.6 * np.eye(n_classes)[positions])
+    return positions, softmax(scores, axis=1)
+
+
+def of_good(n, random):
+    """A calibrated classifier that is right 97 times in 100: few rows carry most of its log-loss."""
+    positions = random.integers(0, 2, size=n)
+    scores = expit(3.8 * (random.normal(size=n) + 1.9 * (2 * positions - 1)))
+    return positions, np.stack([1 - scores, scores], axis=1)
+
+
+SIMULATED = {  # draw(n, random), rows, copies of each
+    "300 rows": (simulated, 300, 1),
+    "60 rows": (simulated, 60, 1),
+    "a rare class": (partial(simulated, separation=1.7, share=0.2), 300, 1),
+    "three copies of each": (simulated, 100, 3),
+    "three classes": (of_several_classes, 150, 1),
+    "three classes, too sure": (partial(of_several_classes, sharpness=2.0), 300, 1),
+    "few mistakes": (of_good, 300, 1),
+}
+
+
+def coverage(draw, n, copies, rounds, level=0.95):
+    """Share of intervals that hold the value of a million rows, for each metric."""
     random = np.random.default_rng(0)
-    truth = compute_metrics(*simulated(1_000_000, random, separation, share), [0, 1])
-    groups = np.repeat(np.arange(n), copies)
-    hits = dict.fromkeys(METRICS, 0)
-    for _ in range(400):
-        rows = simulated(n, random, separation, share, copies)
-        for name, (low, high) in metric_intervals(*rows, [0, 1], groups=groups, resamples=200).items():
-            hits[name] += low <= truth[name] <= high
-    assert all(0.92 <= count / 400 <= 0.98 for count in hits.values()), hits
+    truth = draw(1_000_000, random)
+    classes = list(range(truth[1].shape[1]))
+    truth = compute_metrics(*truth, classes)
+    hits = pd.DataFrame(
+        {name: low <= truth[name] <= high for name, (low, high) in of_one.items()}
+        for of_one in (
+            metric_intervals(
+                *(np.repeat(part, copies, axis=0) for part in draw(n, random)),
+                classes, groups=np.repeat(np.arange(n), copies), level=level, resamples=200,
+            )
+            for _ in range(rounds)
+        )
+    )  # fmt: skip
+    return hits.mean()
+
+
+@pytest.mark.parametrize("kind", ["three copies of each", "three classes", "few mistakes"])
+def test_intervals_cover_the_truth(kind):
+    """Nominal 95 %, found between 92 and 98 % of 250 rounds; intervals at 85 % would not pass as such."""
+    draw, n, copies = SIMULATED[kind]
+    names = ["accuracy", "macro_f1", "log_loss"]
+    assert coverage(draw, n, copies, 250)[names].between(0.92, 0.98).all()
+    assert not coverage(draw, n, copies, 250, level=0.85)[names].between(0.92, 0.98).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SIMULATED)
+def test_intervals_cover_the_truth_in_1500_rounds(kind):
+    found = coverage(*SIMULATED[kind], 1500)
+    assert found[["accuracy", "macro_f1", "log_loss"]].between(0.92, 0.98).all(), found
+    assert found["roc_auc"] > 0.9, found  # of few rows of a class near 1 it falls somewhat short
 
 
 def test_copies_that_count_as_rows_would_be_too_sure():
@@ -399,18 +445,28 @@ def test_worth_labelling():
         worth_labelling(comments, np.stack([doubt, 1 - doubt], axis=1), ["0", "1"], number=0)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3, 4])
-def test_label_errors_in_real_comments(shared_data, seed):
-    """Of 15 labels turned on purpose at least 11 are among the first 30, with the baseline alone."""
-    table = read_comments(shared_data / "tarr_train.txt")
-    turned = np.random.default_rng(seed).choice(len(table), size=15, replace=False)
+def with_turned_labels(table, seed, number=15):
+    """Row numbers, and labels in which these are turned."""
+    turned = np.random.default_rng(seed).choice(len(table), size=number, replace=False)
     labels = table.label.to_numpy().copy()
     labels[turned] = np.where(labels[turned] == "0", "1", "0")
-    oof = cross_validate({"baseline": baseline_classifier()}, table.comment, labels)
-    probabilities = probabilities_from_oof(oof, "baseline", ["0", "1"])
-    found = likely_label_errors(table.comment, labels, probabilities, ["0", "1"], table["id"])
-    assert len(found) == 300 and (found.likely_label[:30] != found.label[:30]).all()
-    assert found.id[:30].isin(table["id"][turned]).sum() >= 11
+    return turned, labels
+
+
+def test_label_errors_in_real_comments(shared_data):
+    """Of 15 labels turned on purpose at least 11 are among the first 30, with the baseline alone.
+
+    Nearly always: of the draws 0 to 11, eleven gave 12 to 14, and number 2 gave 10.
+    """
+    table, counts = read_comments(shared_data / "tarr_train.txt"), []
+    for seed in range(4):
+        turned, labels = with_turned_labels(table, seed)
+        oof = cross_validate({"baseline": baseline_classifier()}, table.comment, labels)
+        probabilities = probabilities_from_oof(oof, "baseline", ["0", "1"])
+        found = likely_label_errors(table.comment, labels, probabilities, ["0", "1"], table["id"])
+        assert len(found) == 300 and (found.likely_label[:30] != found.label[:30]).all()
+        counts.append(int(found.id[:30].isin(table["id"][turned]).sum()))
+    assert sum(count >= 11 for count in counts) >= 3 and min(counts) >= 10, counts
 
 
 @pytest.mark.slow
@@ -420,9 +476,7 @@ def test_label_errors_by_mini_ko_and_baseline(shared_data, seed):
     from gemma_lora_sentiment import GemmaLoraClassifier
 
     table = read_comments(shared_data / "tarr_train.txt")
-    turned = np.random.default_rng(seed).choice(len(table), size=15, replace=False)
-    labels = table.label.to_numpy().copy()
-    labels[turned] = np.where(labels[turned] == "0", "1", "0")
+    turned, labels = with_turned_labels(table, seed)
     oof = cross_validate({"ours": GemmaLoraClassifier(), "baseline": baseline_classifier()}, table.comment, labels)
     layers = np.concatenate([probabilities_from_oof(oof, name, ["0", "1"]) for name in ("ours", "baseline")])
     found = likely_label_errors(table.comment, labels, layers, ["0", "1"], table["id"])
@@ -548,10 +602,22 @@ def test_a_language_model_in_sweep_and_influence(tmp_path):
         first = len(compiled)
         grid = [{"learning_rate": [1e-4, 1e-2]}, {"weight_decay": [0.1]}, {"epochs": [2]}]
         table = sweep(clf, comments, labels, grid, folds=2)
+        grid = {"learning_rate": [1e-4, 1e-3, 1e-2], "weight_decay": [0.0]}
+        halved = sweep(clf, comments, labels, grid, search="halving", resource="epochs", max_resources=3, folds=2)
+        after_halving = len(compiled)
+        programs = [{"lora_rank": [3]}, {"target_layers": [("query",)]}]
+        for _ in range(2):
+            ranks = sweep(clf, comments, labels, programs, folds=2)
+            compiled.append("end of a sweep")
     finally:
         jax.monitoring.clear_event_listeners()
-    assert first > 0 and len(compiled) == first
+    assert first > 0 and after_halving == first
     assert len(table) == 4 and table["mean"].between(0, 1).all()
+    assert halved.resources.tolist() == [3, 1, 1, 1] and halved.attrs["parameters"] == list(grid)
+    assert plot_sweep(halved, "weight_decay", "learning_rate", ax=Figure().subplots()).texts
+    # Ranks and layers are programs of their own, each compiled once: the second sweep of them compiles nothing.
+    assert len(ranks) == 2 and compiled[-2:] == ["end of a sweep"] * 2
+    assert compiled.index("end of a sweep") > first
 
     clf.fit(comments, labels)
     pd.testing.assert_frame_equal(word_influence(clf, comments[0]), clf.token_influence(comments[0]))

@@ -106,10 +106,9 @@ def environment(folder):
 
 def test_a_process_that_takes_too_long_is_ended(folder, monkeypatch):
     monkeypatch.setattr(room, "_GRACE", 0.0)
-    started = time.perf_counter()
     settings = replace(TINY, time_limit=0.5)
     record = room._run_process(folder, room._spec_of("ours", settings, "cold"), environment(folder))
-    assert time.perf_counter() - started < 10 and record["ended"] is True and "failed" not in record
+    assert record["ended"] is True and "failed" not in record
     result = {"settings": asdict(settings), "rows": {"tokens": 400}, "systems": {"ours": {"cold": record}}}
     assert benchmark_table(result).loc["ours", "note"] == "ended at the time limit"
     assert comparisons(result) == []

@@ -599,9 +599,10 @@ def test_train_writes_a_whole_run(trained):
     run = trained / "run"
     names = {name for name, data in tree(run).items() if data is not None}
     assert names == {
+        "report.html",
         "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "classifier.json", "run.json", "metrics.json",
         "history.csv", "wrong.tsv", "predictions.tsv", "figures/confusion_matrix.png", "figures/precision_recall.png",
-        "figures/roc.png", "figures/scores.png", "figures/training_curves.png",
+        "figures/reliability.png", "figures/roc.png", "figures/scores.png", "figures/training_curves.png",
     }  # fmt: skip
     assert all((run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in names if name.endswith(".png"))
     assert len(pd.read_csv(run / "history.csv")) == 2
@@ -783,7 +784,7 @@ def test_cross_validate(tmp_path, tiny):
     assert (oof.prediction == oof.label).mean() == pytest.approx(metrics["accuracy"])
     assert (oof.baseline_prediction == oof.label).mean() == pytest.approx(metrics["baseline_accuracy"])
     names = {path.name for path in (tmp_path / "cv").rglob("*.png")}
-    assert names == {"confusion_matrix.png", "precision_recall.png", "roc.png", "scores.png"}
+    assert names == {"confusion_matrix.png", "precision_recall.png", "roc.png", "scores.png", "reliability.png"}
 
 
 def test_cross_validate_repeated_with_bad_labels(tmp_path, tiny):

@@ -624,14 +624,15 @@ def test_save_figures(tmp_path):
     positions, probabilities = some_rows()
     folder = tmp_path / "run" / "figures"
     paths = save_figures(folder, positions, probabilities, [0, 1], history=HISTORY, baseline=probabilities)
-    names = ["confusion_matrix.png", "roc.png", "precision_recall.png", "scores.png", "training_curves.png"]
+    names = ["confusion_matrix", "roc", "precision_recall", "scores", "reliability", "training_curves"]
+    names = [f"{name}.png" for name in names]
     assert paths == [folder / name for name in names]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     for path in paths:
         assert path.read_bytes().startswith(PNG)
         assert plt.imread(path).shape[:2] == (600, 750)  # 5 by 4 inches at 150 dpi
     before = {path.name: path.read_bytes() for path in paths}
-    assert len(save_figures(str(folder), positions, probabilities, [0, 1])) == 4  # again, over the old ones
+    assert len(save_figures(str(folder), positions, probabilities, [0, 1])) == 5  # again, over the old ones
     assert (folder / "training_curves.png").read_bytes() == before["training_curves.png"]
 
 

@@ -289,7 +289,7 @@ def test_live_peft_computes_with_our_adapter(hf, tmp_path, folder, targets):
 SHAPES = {
     "gemma, heads of its own": ("hf_gemma", dict(num_key_value_heads=2)),
     "gemma, one head": ("hf_gemma", dict(num_attention_heads=1, num_key_value_heads=1)),
-    "gemma2, groups": ("hf_gemma2", dict(num_attention_heads=6, num_key_value_heads=3)),
+    "gemma2, groups": ("hf_gemma2", dict(num_attention_heads=8, num_key_value_heads=4)),
     "gemma3, groups": ("hf_gemma3", dict(num_attention_heads=4, num_key_value_heads=2)),
 }
 SETTINGS = {

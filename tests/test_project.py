@@ -38,15 +38,17 @@ ROOM_IMPORTS = {
     "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "analysis": {"evaluation"},
+    "report": {"data", "evaluation", "analysis"},
+    "figures": {"evaluation"},
     "submission": {"data"},
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
-        *("classifier", "evaluation", "analysis", "submission", "pretraining", "benchmark"),
+        *("classifier", "evaluation", "analysis", "report", "figures", "submission", "pretraining", "benchmark"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "report", "figures", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
