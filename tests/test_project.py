@@ -30,25 +30,31 @@ MODULES = sorted(path for path in (ROOT / PACKAGE).glob("*.py") if not path.name
 ROOM_IMPORTS = {
     "data": set(),
     "prompt": {"data"},
-    "model": set(),
+    "credentials": set(),
+    "model": {"credentials"},
+    "precision": {"credentials", "model"},
     "adapter": {"model"},
     "checkpoint": {"adapter"},
     "export": {"model", "adapter"},
     "training": {"prompt", "model", "adapter", "checkpoint"},
-    "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
+    "classifier": {"data", "prompt", "model", "precision", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "analysis": {"evaluation"},
     "report": {"data", "evaluation", "analysis"},
     "figures": {"evaluation"},
     "submission": {"data"},
+    "scale": {
+        *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
+    },
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
-        *("classifier", "evaluation", "analysis", "report", "figures", "submission", "pretraining", "benchmark"),
+        *("data", "prompt", "credentials", "model", "precision", "adapter", "checkpoint", "training"),
+        *("export", "classifier", "evaluation", "analysis", "report", "figures", "submission", "pretraining"),
+        *("benchmark", "scale"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "report", "figures", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
