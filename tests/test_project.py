@@ -152,7 +152,8 @@ def test_tutorials_are_run_by_hand():
 def test_every_page_is_in_the_sidebar():
     quarto = yaml.safe_load((ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8"))
     listed = [page for section in quarto["website"]["sidebar"]["contents"] for page in section["contents"]]
-    there = {path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS}
+    pages = [*NOTEBOOKS, *(ROOT / "nbs" / "background").glob("*.qmd")]
+    there = {path.relative_to(ROOT / "nbs").as_posix() for path in pages}
     assert there <= set(listed), "pages missing from nbs/_quarto.yml"
     assert len(listed) == len(set(listed))
     if (ROOT / "README.md").exists():  # before that, rooms are still being written
