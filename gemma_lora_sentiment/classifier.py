@@ -165,9 +165,6 @@ class _Settings:
             raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
         if not isinstance(self.checkpoint_dir, str | Path | None):
             raise ModelError(f"checkpoint_dir={self.checkpoint_dir!r} must be None or the path of a folder.")
-        for name in ("devices", "strategy"):
-            if getattr(self, name) is not None:
-                raise ModelError(f"{name} is not available in version {__version__}. Leave it None.")
 
 # %% ../nbs/05_classifier.ipynb #ec166a87
 def _weight_of_each(class_weight: Any, classes: np.ndarray) -> Any:
@@ -249,7 +246,7 @@ class _Fitting:
             length, quantization = int(rows.lengths.max()), base.quantization
             needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
             del base  # before the other takes its place
-            base = fall_back(self.preset, quantization, needed)
+            base = fall_back(self.preset, quantization, needed, self.devices, self.strategy)
         adapter, history, buckets = start, pd.DataFrame(), ()
         if recipe.epochs:
             try:
@@ -278,7 +275,7 @@ class _Fitting:
         self._check_parameters()
         _weight_of_each(self.class_weight, classes)
         template = PromptTemplate(self.template)
-        base = base_for_device(self.preset, self.dtype, self.quantization)
+        base = base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
         recipe_name, recipe = self._resolved_recipe(base)
         targets = ("query", "value") if _is_auto(self.target_layers) else tuple(self.target_layers)
         start = new_adapter(
@@ -311,7 +308,7 @@ class _Fitting:
 
     def _loaded_base(self) -> Base:
         "The base this classifier was fitted on; another one is refused."
-        base = load_base(self.preset, self.dtype_, self.quantization_)
+        base = load_base(self.preset, self.dtype_, self.quantization_, self.devices, self.strategy)
         if base.fingerprint != self.base_fingerprint_:
             raise RunError(
                 f"The base at {self.preset!r} is not the one this classifier was fitted on. Use the original base, "
@@ -373,14 +370,17 @@ class _Explanation:
     ) -> str:  # what the model writes after the prompt, up to its end token
         "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
         template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
-        base = self._loaded_base() if fitted else base_for_device(self.preset, self.dtype, self.quantization)
+        if fitted:
+            base = self._loaded_base()
+        else:
+            base = base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
         recipe = self.recipe_ if fitted else self._resolved_recipe(base)[1]
         tokenizer = _tokenizer(base.tokenizer_proto)
         prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
         if not fitted and _is_auto(self.dtype) and overflows(base, [prompt]):
             quantization = base.quantization
             del base
-            base = fall_back(self.preset, quantization)
+            base = fall_back(self.preset, quantization, devices=self.devices, strategy=self.strategy)
         length = -(-(len(prompt) + max_new_tokens) // 32) * 32  # few shapes, so few compilations
         with base.lock:
             if fitted:
@@ -435,7 +435,7 @@ class _Persistence:
         """
         check_is_fitted(self, "adapter_")
         parameters = self.get_params(deep=False)
-        unsaved = ("callbacks", "label_words", "checkpoint_dir")
+        unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
         description = {
             "format": 2,
             "version": __version__,
@@ -459,6 +459,8 @@ class _Persistence:
         folder: str | Path,  # written by `save`
         preset: str | None = None,  # where the base is now, when it has moved
         verify: bool = True,  # False: take files that were edited since they were saved
+        devices: int | Sequence[Any] | None = None,  # as for the classifier; a run does not remember them
+        strategy: str | None = None,  # likewise
     ) -> GemmaLoraClassifier:  # fitted
         "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
         path = Path(folder) / "classifier.json"
@@ -471,7 +473,7 @@ class _Persistence:
             parameters, label_kind = dict(saved["parameters"]), saved["classes"]["dtype"]
             if isinstance(parameters.get("class_weight"), list):
                 parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
-            clf = cls(**parameters)
+            clf = cls(**{**parameters, "devices": devices, "strategy": strategy})
             clf._check_parameters()
             clf.recipe_, clf.recipe_name_ = Recipe(**saved["recipe"]), saved["recipe_name"]
             for field, usual in vars(Recipe()).items():
@@ -569,8 +571,8 @@ class GemmaLoraClassifier(
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
         checkpoint_dir: str | Path | None = None,  # for a folder a fit, from which a killed one goes on
-        devices: int | Sequence[Any] | None = None,  # reserved for several devices
-        strategy: str | None = None,  # reserved for several devices
+        devices: int | Sequence[Any] | None = None,  # how many or which; None: one, or all if a strategy is given
+        strategy: str | None = None,  # "data", "model" or "auto": what is divided among the devices
         seed: int = 0,
         verbose: int = 0,  # 1: a line an epoch on standard error
     ):

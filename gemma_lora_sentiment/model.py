@@ -27,7 +27,7 @@ from .credentials import access_explained, check_access
 # %% auto #0
 __all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'without_tensorflow', 'ModelError', 'check_backend',
            'choose_dtype', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer',
-           'Base', 'load_base', 'release_bases', 'memory_estimate']
+           'Base', 'distribution_for', 'load_base', 'release_bases', 'memory_estimate']
 
 # %% ../nbs/02_model.ipynb #0ea47c57
 @contextlib.contextmanager
@@ -335,6 +335,7 @@ class LabelScorer(keras.Model):
         super().__init__(name="label_scorer")
         _enable_lora(backbone, rank, targets)
         self.backbone, self.rank, self.targets = backbone, rank, targets
+        object.__setattr__(self, "distribution", keras.distribution.distribution())  # of the base, or None
         alpha = 1.0 if isinstance(rank, Mapping) else float(rank)
         self.lora_alpha = keras.Variable(alpha, trainable=False, dtype="float32", name="lora_alpha")
         self.dropout_rate = keras.Variable(0.0, trainable=False, dtype="float32", name="dropout_rate")
@@ -401,6 +402,23 @@ LabelScorer._sequence_log_probability = _sequence_log_probability
 LabelScorer._with_state = _with_state
 
 # %% ../nbs/02_model.ipynb #3e42b211
+def _placed(
+    self: LabelScorer,
+    arrays: Mapping[str, Any],
+    rows: bool = False,  # a batch: its rows are divided among the devices; otherwise each device has all
+) -> dict[str, Any]:
+    "Arrays where the base's devices need them; as they are where there is one device."
+    if self.distribution is None:
+        return dict(arrays)
+
+    def layout(array):
+        axes = [self.distribution.batch_dim_name if rows else None, *[None] * array.ndim][: array.ndim]
+        return keras.distribution.TensorLayout(axes, self.distribution.device_mesh).backend_layout
+
+    return {name: jax.device_put(array, layout(np.asarray(array) if np.isscalar(array) else array))
+            for name, array in arrays.items()}  # fmt: skip
+
+
 def _score(
     self: LabelScorer,
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path; they are lent for this call
@@ -409,12 +427,14 @@ def _score(
 ) -> jax.Array:  # float32 (batch, labels), or (batch,) without label_ids
     "Scores of one batch; nothing of the model changes."
     base = [variable.value for variable in self.non_trainable_variables]
-    values = [adapter[variable.path] for variable in self.trainable_variables]
+    values = self.placed({variable.path: adapter[variable.path] for variable in self.trainable_variables})
+    values, arrays = list(values.values()), self.placed(arrays, rows=True)
     if label_ids is None:
         return self._sequence_step(values, base, arrays)
-    return self._label_step(values, base, {**arrays, "label_ids": label_ids})
+    return self._label_step(values, base, {**arrays, **self.placed({"label_ids": label_ids})})
 
 
+LabelScorer.placed = _placed
 LabelScorer.score = _score
 
 # %% ../nbs/02_model.ipynb #ed9f6039
@@ -441,9 +461,13 @@ def _compiled_step(
         logs, new_state = step((state[0], base, *state[2:]), data)
         return logs, (new_state[0], [], *new_state[2:])
 
-    compiled = jax.jit(with_base, donate_argnums=0)
+    compiled = None if self.distribution else jax.jit(with_base, donate_argnums=0)
 
     def step_function(state, data):
+        nonlocal compiled
+        if compiled is None:  # what comes out lies as what went in, or the next step would be compiled anew
+            placed = jax.tree.map(lambda array: array.sharding, state)
+            compiled = jax.jit(with_base, donate_argnums=0, out_shardings=(None, placed))
         return compiled(state, [variable.value for variable in self.non_trainable_variables], data)
 
     return self._make_function(step_function)
@@ -592,11 +616,22 @@ class Base:
         tokenizer_proto: bytes,  # its SentencePiece model, serialized
         dtype: str,  # number format of the weights
         quantization: str | None = None,  # None, "int8" or "int4"
+        distribution: keras.distribution.Distribution | None = None,  # of several devices
     ):
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
+        self.distribution = distribution
         self.lock = threading.RLock()  # held while an adapter is in the shared model
         self._scorers: dict[tuple, LabelScorer] = {}
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        "Inside, Keras makes variables and places batches where this base is; Keras's own setting is put back."
+        return contextlib.nullcontext() if self.distribution is None else self.distribution.scope()
+
+    @property
+    def replicas(self) -> int:
+        "Parts that a batch is divided into."
+        return 1 if self.distribution is None else self.distribution.num_model_replicas
 
     @property
     def parameter_count(self) -> int:
@@ -630,10 +665,78 @@ class Base:
         "The scorer with LoRA of this rank on these layers; made once. Raises `ModelError` for unknown layers."
         rank = dict(rank) if isinstance(rank, Mapping) else int(rank)
         key = (tuple(targets), tuple(sorted(rank.items())) if isinstance(rank, dict) else rank)
-        with self.lock, _untouched_random_state():
+        with self.lock, self.scope(), _untouched_random_state():
             if key not in self._scorers:
                 self._scorers[key] = LabelScorer(_share_weights(self.backbone), rank, tuple(targets))
             return self._scorers[key]
+
+# %% ../nbs/02_model.ipynb #5ca1e002
+def _weight_bytes(path: str, dtype: str) -> int:
+    "Bytes of a base's weights, by its configuration alone."
+    with without_tensorflow(), _untouched_random_state(), _without_allocation():
+        backbone = keras_nlp.models.Backbone.from_preset(path, load_weights=False)
+    return (4 if dtype == "float32" else 2) * sum(int(np.prod(variable.shape)) for variable in backbone.variables)
+
+
+def _devices_and_strategy(
+    devices: int | Sequence[Any] | None, strategy: str | None, path: str, dtype: str
+) -> tuple[tuple[str, ...], str | None]:  # names of devices, "data" or "model"; nothing for one device
+    "What the two parameters amount to. Raises `ModelError` when they cannot work."
+    if strategy not in (None, "auto", "data", "model"):
+        raise ModelError(f"strategy={strategy!r} is not one of None, 'auto', 'data', 'model'. Choose one of these.")
+    if devices is None and strategy is None:
+        return (), None
+    if jax.process_count() > 1:
+        problem = f"devices and strategy work within one process, and jax.distributed has {jax.process_count()}."
+        raise ModelError(f"{problem} Leave both None, and give each process its own part of the comments.")
+    known = keras.distribution.list_devices()
+    is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
+    if is_number and not 1 <= devices <= len(known):
+        raise ModelError(f"devices={devices}, and JAX sees {len(known)}: {', '.join(known[:8])}. Ask for so many.")
+    if devices is None or is_number:
+        names = tuple(known[:devices])
+    elif isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise ModelError(f"devices={devices!r} must be None, a number, or a list of names such as {known[0]!r}.")
+    else:
+        names = tuple(d if isinstance(d, str) else f"{d.platform}:{d.id}" for d in devices)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len(set(names)) < len(names):
+        which = f"{unknown[0]!r} is not there" if unknown else "a device is named twice or none is"
+        raise ModelError(f"devices={list(names)!r}: {which}; JAX sees {', '.join(known[:8])}. Choose among these.")
+    if len(names) == 1:
+        return (names, "data") if names[0] != known[0] else ((), None)
+    if strategy in (None, "auto"):
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        strategy = "model" if limit and _weight_bytes(path, dtype) > limit / 2 else "data"
+    return names, strategy
+
+
+class _Sharded(keras.distribution.ModelParallel):
+    "Model parallel, but an axis that does not divide evenly is left whole."
+
+    def get_variable_layout(self, variable):
+        mesh, layout = self.device_mesh, super().get_variable_layout(variable)
+        parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        axes = [
+            axis if axis is None or size % parts[axis] == 0 else None
+            for axis, size in zip(layout.axes, variable.shape, strict=True)
+        ]
+        return keras.distribution.TensorLayout(axes, mesh)
+
+
+def distribution_for(
+    names: Sequence[str],  # of devices, as `keras.distribution.list_devices` gives them
+    strategy: str | None,  # "data" or "model"
+) -> keras.distribution.Distribution | None:  # None for no names
+    "The Keras distribution of a strategy over devices."
+    if not names:
+        return None
+    if strategy == "data":
+        mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], list(names))
+        return keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
+    mesh = keras.distribution.DeviceMesh((1, len(names)), ["batch", "model"], list(names))
+    layout_map = keras_nlp.models.GemmaBackbone.get_layout_map(mesh)  # Gemma 3 has the same names and shapes
+    return _Sharded(layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False)
 
 # %% ../nbs/02_model.ipynb #d7e8d1b3
 _BASES: dict[tuple, Base] = {}
@@ -644,6 +747,8 @@ def load_base(
     preset: str | Path,  # bundled name, KerasHub preset, handle, or folder (KerasHub or Hugging Face format)
     dtype: str = "auto",  # see `choose_dtype`
     quantization: str | None = None,  # None, "int8" or "int4": smaller weights, LoRA stays float32
+    devices: int | Sequence[Any] | None = None,  # see `distribution_for`
+    strategy: str | None = None,  # likewise
 ) -> Base:
     """Load a base, or return the one that is held already.
 
@@ -654,12 +759,14 @@ def load_base(
         raise ModelError(f"quantization {quantization!r} is not one of None, int8, int4. Choose one of these.")
     path, dtype = resolve_preset(preset), choose_dtype(dtype)[0]
     config = Path(path) / "config.json"
-    key = (path, config.stat().st_mtime_ns if config.is_file() else None, dtype, quantization)
+    names, strategy = _devices_and_strategy(devices, strategy, path, dtype)
+    key = (path, config.stat().st_mtime_ns if config.is_file() else None, dtype, quantization, names, strategy)
     with _BASES_LOCK:
         if key not in _BASES:
             check_access(path)
             with _untouched_random_state(), access_explained(path):
-                _BASES[key] = _load(str(preset), path, dtype, quantization)
+                distribution = distribution_for(names, strategy)
+                _BASES[key] = _load(str(preset), path, dtype, quantization, distribution)
         return _BASES[key]
 
 
@@ -668,9 +775,16 @@ def _not_loaded(preset: str, error: Exception) -> ModelError:
     return ModelError(f"Preset {preset!r} cannot be loaded ({reason}). Give a whole preset, or download it again.")
 
 
-def _load(preset: str, path: str, dtype: str, quantization: str | None) -> Base:
+def _load(
+    preset: str,
+    path: str,
+    dtype: str,
+    quantization: str | None,
+    distribution: keras.distribution.Distribution | None = None,
+) -> Base:
+    scope = contextlib.nullcontext() if distribution is None else distribution.scope()
     try:
-        with without_tensorflow():
+        with without_tensorflow(), scope:
             backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
@@ -690,13 +804,14 @@ def _load(preset: str, path: str, dtype: str, quantization: str | None) -> Base:
     if quantization:
         # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
         dense = (keras.layers.Dense, keras.layers.EinsumDense)
-        backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
+        with contextlib.nullcontext() if distribution is None else distribution.scope():
+            backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
     try:
         with without_tensorflow():
             tokenizer = keras_nlp.models.Tokenizer.from_preset(path)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
-    return Base(preset, backbone, tokenizer.proto, dtype, quantization)
+    return Base(preset, backbone, tokenizer.proto, dtype, quantization, distribution)
 
 
 def release_bases() -> None:

@@ -86,6 +86,8 @@ def fall_back(
     preset: str | Path,  # of a base that overflows in float16
     quantization: str | None = None,
     needed: int = 0,  # bytes that a step needs in float16, see `memory_estimate`
+    devices: int | Sequence[Any] | None = None,  # see `load_base`
+    strategy: str | None = None,  # likewise
 ) -> Base:
     "The same base in float32 if that fits, else in bfloat16. Warns, and gives the float16 base back."
     limit, path = device_memory(), resolve_preset(preset)
@@ -101,7 +103,7 @@ def fall_back(
             stacklevel=2,
         )
     _OVERFLOWED[path] = dtype
-    return load_base(preset, dtype, quantization)
+    return load_base(preset, dtype, quantization, devices, strategy)
 
 # %% ../nbs/02c_precision.ipynb #3fedd881
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
@@ -187,6 +189,8 @@ def base_for_device(
     preset: str | Path,
     dtype: str = "auto",  # see `choose_dtype`
     quantization: str | None = None,  # None, "int8", "int4", or "auto": see `choose_quantization`
+    devices: int | Sequence[Any] | None = None,  # see `load_base`
+    strategy: str | None = None,  # likewise
     **needs: int,  # rank, batch_size, length: what a step must hold
 ) -> Base:
     "`load_base`, where auto means what this device can do, and what an earlier batch has shown."
@@ -194,4 +198,4 @@ def base_for_device(
         dtype = _OVERFLOWED.get(resolve_preset(preset), "auto")
     if quantization == "auto":
         quantization = choose_quantization(preset, dtype, **needs)[0]
-    return load_base(preset, dtype, quantization)
+    return load_base(preset, dtype, quantization, devices, strategy)

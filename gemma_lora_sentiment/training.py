@@ -153,9 +153,11 @@ class BatchSequence(keras.utils.PyDataset):
         batch_size: int,
         loss_on: str = "response",  # "response" or "text"
         seed: int = 0,
+        replicas: int = 1,  # batches are filled up, with rows of weight 0, until they divide into so many parts
     ):
         super().__init__()
         self.seed, self.epoch, self.first, self.batch_size = seed, 0, 0, batch_size
+        self.filled_size = -(-batch_size // replicas) * replicas
         bucket_of = assign_buckets(rows.lengths, buckets)
         n_response = max(len(response) for response in rows.responses)
         self.members = [np.flatnonzero(bucket_of == i) for i in range(len(buckets))]
@@ -187,7 +189,7 @@ class BatchSequence(keras.utils.PyDataset):
         if self.epoch not in self._plans:
             self._plans = {self.epoch: self.plan(self.epoch)}
         bucket, rows = self._plans[self.epoch][self.first + index]
-        filled = np.concatenate([rows, np.zeros(self.batch_size - len(rows), int)])
+        filled = np.concatenate([rows, np.zeros(self.filled_size - len(rows), int)])
         batch = {name: array[filled] for name, array in self.arrays[bucket].items()}
         targets, weights = batch.pop("targets"), batch.pop("weights")
         weights[len(rows) :] = 0
@@ -271,7 +273,9 @@ def score_labels(
     bucket_of = assign_buckets(lengths, buckets)
     label_ids = np.array([ids[0] for ids in words.scored_ids], np.int32) if words.single_token else None
     per_step = batch_size if words.single_token else max(1, batch_size // n_labels)
-    arrays = {path: jax.device_put(array) for path, array in adapter.arrays.items()}
+    parts = 1 if scorer.distribution is None else scorer.distribution.num_model_replicas
+    per_step = -(-per_step // parts) * parts
+    arrays = scorer.placed({path: jax.device_put(array) for path, array in adapter.arrays.items()})
     scorer.lora_alpha.assign(adapter.alpha)
     done = 0
     for bucket, length in enumerate(buckets):
@@ -643,11 +647,11 @@ def train_adapter(
     """
     everything = rows.lengths if validation is None else np.concatenate([rows.lengths, validation.lengths])
     buckets = choose_buckets(everything, recipe.epochs)
-    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed)
+    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas)
     bookkeeping = _Bookkeeping(batches, start, words, validation, buckets, patience, progress)
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
-    with base.lock, _memory_explained(base, start, recipe, max(buckets)):
+    with base.lock, base.scope(), _memory_explained(base, start, recipe, max(buckets)):
         if checkpoint_dir is None:
             return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed)
         identity = _depends_on(base, start, rows, validation, buckets, recipe, more)

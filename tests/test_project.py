@@ -43,12 +43,15 @@ ROOM_IMPORTS = {
     "report": {"data", "evaluation", "analysis"},
     "figures": {"evaluation"},
     "submission": {"data"},
+    "scale": {
+        *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
+    },
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "credentials", "model", "precision", "adapter", "checkpoint", "training"),
         *("export", "classifier", "evaluation", "analysis", "report", "figures", "submission", "pretraining"),
-        "benchmark",
+        *("benchmark", "scale"),
     },
 }
 ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"]
