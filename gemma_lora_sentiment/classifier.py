@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +30,8 @@ from gemma_lora_sentiment.adapter import (
     save_files,
 )
 from .data import DataError, split_comments
-from .model import Base, ModelError, load_base, memory_estimate
+from .memory import memory_estimate, memory_text
+from .model import Base, ModelError, load_base
 from .precision import base_for_device, fall_back, overflows
 from gemma_lora_sentiment.prompt import (
     TUTORIAL_TEMPLATE,
@@ -44,6 +46,7 @@ from gemma_lora_sentiment.training import (
     Recipe,
     Rows,
     class_weights,
+    fit_to_device,
     log_softmax,
     print_progress,
     recipe_for,
@@ -249,11 +252,13 @@ class _Fitting:
             base = fall_back(self.preset, quantization, needed, self.devices, self.strategy)
         adapter, history, buckets = start, pd.DataFrame(), ()
         if recipe.epochs:
+            recipe, rematerialize = self._for_device(base, start, recipe, rows)
             try:
                 adapter, history, buckets = train_adapter(
                     base, start, rows, words, recipe, validation=validation, patience=self.patience,
                     lora_dropout=self.lora_dropout, seed=self.seed, callbacks=self.callbacks or (),
                     progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
+                    rematerialize=rematerialize,
                     settings={"template": self.template, "labels": list(map(str, classes)), "words": list(words.words)},
                 )  # fmt: skip
             finally:
@@ -266,6 +271,24 @@ class _Fitting:
         self.adapter_, self.history_, self.buckets_ = adapter, history, buckets
         self.best_epoch_ = _best_epoch(history)
         return self
+
+    def _for_device(
+        self, base: Base, start: Adapter, recipe: Recipe, rows: Rows
+    ) -> tuple[Recipe, bool]:  # the recipe with a batch that fits, and whether blocks are computed twice
+        "With `batch_size=\"auto\"`, lower what does not fit the device's memory, and say so."
+        keep = not _is_auto(self.batch_size)
+        fitted, rematerialize, estimate = fit_to_device(base, start, recipe, rows, keep)
+        if self.verbose:
+            twice = ", decoder blocks computed twice" if rematerialize else ""
+            text = f"{fitted.batch_size} rows a step, memory estimated: {memory_text(estimate)}{twice}"
+            print(text, file=sys.stderr, flush=True)
+        if fitted.batch_size != recipe.batch_size:
+            warnings.warn(
+                f"batch_size is lowered from {recipe.batch_size} to {fitted.batch_size}, to fit the device's memory. "
+                "Give batch_size to decide yourself.",
+                stacklevel=3,
+            )
+        return fitted, rematerialize
 
     def _prepared(
         self,

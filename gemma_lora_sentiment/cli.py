@@ -1002,9 +1002,11 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Devices, number format and why, memory estimate, versions."""
+    from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.credentials import check_access
     from gemma_lora_sentiment.data import cache_dir
-    from gemma_lora_sentiment.model import choose_dtype, load_base, memory_estimate, resolve_preset
+    from gemma_lora_sentiment.memory import memory_estimate, memory_text
+    from gemma_lora_sentiment.model import choose_dtype, load_base, resolve_preset
     from gemma_lora_sentiment.training import recipe_for
 
     device = _device()
@@ -1019,9 +1021,10 @@ def info(
     trainable = sum(v.value.size for v in base.scorer(rank=recipe.lora_rank).trainable_variables)
     print(f"base: {preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}")
     print(f"recipe: {name}, " + ", ".join(f"{key} {value}" for key, value in vars(recipe).items()))
-    parts = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in estimate.items())
-    print(f"memory to train {recipe.batch_size} rows of 64 tokens a step, estimated: {parts}")
+    print(f"memory to train {recipe.batch_size} rows of 64 tokens a step, estimated: {memory_text(estimate)}")
     print(f"cache: {cache_dir()}")
+    kept = use_compile_cache()
+    print(f"compiled programs: {'kept by JAX where you said, or not kept' if kept is None else f'kept in {kept}'}")
     print("versions: " + ", ".join(f"{package} {version}" for package, version in _versions().items()))
 
 # %% ../nbs/11_cli.ipynb #5add6a4f

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
 
 # %% auto #0
 __all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'without_tensorflow', 'ModelError', 'check_backend',
            'choose_dtype', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer',
-           'Base', 'distribution_for', 'load_base', 'release_bases', 'memory_estimate']
+           'Base', 'distribution_for', 'load_base', 'release_bases']
 
 # %% ../nbs/02_model.ipynb #0ea47c57
 @contextlib.contextmanager
@@ -224,6 +225,31 @@ def _share_weights(
         block.attention.query_head_dim_normalize = original.query_head_dim_normalize
     return twin
 
+# %% ../nbs/02_model.ipynb #64d13e89
+_DRAWN = tuple(
+    getattr(keras.initializers, name)
+    for name in ("VarianceScaling", "RandomNormal", "RandomUniform", "TruncatedNormal", "Zeros")
+)
+
+
+@contextlib.contextmanager
+def _without_drawing() -> Iterator[None]:
+    "Variables made inside, by this thread, that would be random or zero are zero, without a compiled program."
+    variable_class, thread = keras.Variable, threading.get_ident()
+    usual = variable_class._initialize_with_initializer
+
+    def initialize(variable, initializer):
+        ours = threading.get_ident() == thread and keras.distribution.distribution() is None
+        if not ours or not isinstance(initializer, _DRAWN):
+            return usual(variable, initializer)
+        variable._initialize(jax.device_put(np.zeros(variable._shape, jax.numpy.dtype(variable._dtype))))
+
+    variable_class._initialize_with_initializer = initialize
+    try:
+        yield
+    finally:
+        variable_class._initialize_with_initializer = usual
+
 # %% ../nbs/02_model.ipynb #3fc19672
 GEMMA_2B_CONFIG = dict(
     vocabulary_size=256_000, num_layers=18, num_query_heads=8, num_key_value_heads=1, hidden_dim=2048,
@@ -310,6 +336,21 @@ def _compute_beside(
     if layer.quantization_mode is None:
         object.__setattr__(layer, "call", call)
 
+# %% ../nbs/02_model.ipynb #3c6a321d
+def _rematerialize_if_asked(
+    block: keras.layers.Layer,  # a decoder block
+    scorer: Any,  # whose `rematerialize` is read when a step is traced
+) -> None:
+    "Let a block keep nothing but its input for the backward pass while `scorer.rematerialize` is true."
+    usual = block.call
+
+    def call(inputs, *args, **kwargs):
+        if not scorer.rematerialize:
+            return usual(inputs, *args, **kwargs)
+        return jax.checkpoint(lambda hidden: usual(hidden, *args, **kwargs))(inputs)
+
+    object.__setattr__(block, "call", call)
+
 # %% ../nbs/02_model.ipynb #08beee9c
 def _text_inputs(
     backbone: keras.Model,
@@ -345,6 +386,9 @@ class LabelScorer(keras.Model):
                 # The layer reads it; this model alone tracks it, so each layer's own bookkeeping is bypassed.
                 object.__setattr__(layer, "lora_alpha", self.lora_alpha)
                 _compute_beside(layer)
+        self.rematerialize, self._train_functions = False, {}
+        for block in backbone.transformer_layers:
+            _rematerialize_if_asked(block, self)
         self._label_step = jax.jit(self._with_state(self._label_logits))
         self._sequence_step = jax.jit(self._with_state(self._sequence_log_probability))
         self._generate_tokens = None  # made by the first `generate`
@@ -470,7 +514,9 @@ def _compiled_step(
             compiled = jax.jit(with_base, donate_argnums=0, out_shardings=(None, placed))
         return compiled(state, [variable.value for variable in self.non_trainable_variables], data)
 
-    return self._make_function(step_function)
+    function = self._make_function(step_function)
+    function.jitted = compiled  # what `lower_step` lowers
+    return function
 
 
 def _make_train_function(self: LabelScorer, force: bool = False) -> None:
@@ -497,6 +543,31 @@ LabelScorer._compiled_step = _compiled_step
 LabelScorer.make_train_function = _make_train_function
 LabelScorer.make_test_function = _make_test_function
 LabelScorer.make_predict_function = _make_predict_function
+
+# %% ../nbs/02_model.ipynb #2862c7bf
+def _use_rematerialization(self: LabelScorer, on: bool) -> None:
+    "Choose the training step; both are kept, so that going back and forth compiles nothing again."
+    if on == self.rematerialize:
+        return
+    self._train_functions[self.rematerialize] = self.train_function
+    self.rematerialize, self.train_function = on, self._train_functions.get(on)
+
+
+def _step_of_shapes(
+    self: LabelScorer,  # compiled by Keras, see `compile`
+    batch: tuple,  # (inputs, targets, weights), arrays or shapes, as `fit` hands them over
+) -> Any:  # JAX's lowered step: `.compile()` compiles it, and a call of the step finds it compiled
+    "The training step of one shape, traced and not run."
+    self._symbolic_build(data_batch=batch)
+    self.make_train_function()
+    state = self._get_jax_state(True, True, True, True)
+    base = [variable.value for variable in self.non_trainable_variables]
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (state, base, batch))
+    return self.train_function.jitted.lower(*shapes)
+
+
+LabelScorer.use_rematerialization = _use_rematerialization
+LabelScorer.lower_step = _step_of_shapes
 
 # %% ../nbs/02_model.ipynb #12608b8f
 def _drop_rows_of_a(
@@ -665,7 +736,7 @@ class Base:
         "The scorer with LoRA of this rank on these layers; made once. Raises `ModelError` for unknown layers."
         rank = dict(rank) if isinstance(rank, Mapping) else int(rank)
         key = (tuple(targets), tuple(sorted(rank.items())) if isinstance(rank, dict) else rank)
-        with self.lock, self.scope(), _untouched_random_state():
+        with self.lock, self.scope(), _untouched_random_state(), _without_drawing():
             if key not in self._scorers:
                 self._scorers[key] = LabelScorer(_share_weights(self.backbone), rank, tuple(targets))
             return self._scorers[key]
@@ -738,6 +809,43 @@ def distribution_for(
     layout_map = keras_nlp.models.GemmaBackbone.get_layout_map(mesh)  # Gemma 3 has the same names and shapes
     return _Sharded(layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False)
 
+# %% ../nbs/02_model.ipynb #ebe6b6b0
+def _quantized(
+    preset: str,
+    backbone: keras.Model,  # in a float format
+    dtype: str,
+    mode: str,  # "int8" or "int4"
+) -> keras.Model:  # a backbone whose dense layers are quantized; the one that was given is used up
+    "Quantize, or read what an earlier process quantized."
+    # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
+    dense = (keras.layers.Dense, keras.layers.EinsumDense)
+    name = f"{Base(preset, backbone, b'', dtype).fingerprint[:32]}-{dtype}-{mode}-keras{keras.__version__}"
+    kept = kept_arrays(name)
+    if kept is not None and (twin := _filled(backbone, *kept)) is not None:
+        return twin
+    floats = {variable.path for variable in backbone.variables if not variable.path.endswith("kernel")}
+    backbone.quantize(mode, filters=lambda layer: isinstance(layer, dense))
+    new = {v.path: np.asarray(v.value) for v in backbone.variables if v.path not in floats}
+    with without_tensorflow():
+        keep_arrays(name, new, backbone.get_config()["dtype"])
+    return backbone
+
+
+def _filled(
+    backbone: keras.Model,  # in a float format
+    arrays: Mapping[str, np.ndarray],  # by variable path
+    policy: dict[str, Any],  # dtype policy of the quantized backbone, serialized
+) -> keras.Model | None:  # the quantized backbone, or None where the arrays do not fit
+    with _untouched_random_state(), without_tensorflow(), _without_allocation():
+        twin = type(backbone).from_config({**backbone.get_config(), "dtype": policy})
+    floats = {variable.path: variable.value for variable in backbone.variables}
+    for variable in twin.variables:
+        value = arrays.get(variable.path, floats.get(variable.path))
+        if value is None or value.shape != tuple(variable.shape) or value.dtype != jax.numpy.dtype(variable.dtype):
+            return None
+        variable._value, variable._initializer = jax.device_put(value), None
+    return twin
+
 # %% ../nbs/02_model.ipynb #d7e8d1b3
 _BASES: dict[tuple, Base] = {}
 _BASES_LOCK = threading.Lock()
@@ -755,6 +863,7 @@ def load_base(
     Raises `ModelError` when it is no Gemma text model; before a download what `check_access` raises.
     """
     check_backend()
+    use_compile_cache()
     if quantization not in (None, "int8", "int4"):
         raise ModelError(f"quantization {quantization!r} is not one of None, int8, int4. Choose one of these.")
     path, dtype = resolve_preset(preset), choose_dtype(dtype)[0]
@@ -784,7 +893,7 @@ def _load(
 ) -> Base:
     scope = contextlib.nullcontext() if distribution is None else distribution.scope()
     try:
-        with without_tensorflow(), scope:
+        with without_tensorflow(), scope, _without_drawing():
             backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
@@ -802,10 +911,12 @@ def _load(
     if getattr(backbone, "vision_encoder", None) or getattr(backbone, "audio_encoder", None):
         backbone = _share_weights(backbone)  # comments have no pictures
     if quantization:
-        # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
-        dense = (keras.layers.Dense, keras.layers.EinsumDense)
-        with contextlib.nullcontext() if distribution is None else distribution.scope():
-            backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
+        if distribution is None:
+            backbone = _quantized(preset, backbone, dtype, quantization)
+        else:
+            dense = (keras.layers.Dense, keras.layers.EinsumDense)  # see `_quantized`
+            with distribution.scope():
+                backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
     try:
         with without_tensorflow():
             tokenizer = keras_nlp.models.Tokenizer.from_preset(path)
@@ -818,24 +929,3 @@ def release_bases() -> None:
     "Forget every base that is held, so that its memory can be freed."
     with _BASES_LOCK:
         _BASES.clear()
-
-# %% ../nbs/02_model.ipynb #9d4c23bc
-def memory_estimate(
-    base: Base,
-    rank: int,
-    targets: Sequence[str] = ("query", "value"),
-    batch_size: int = 16,  # rows
-    length: int = 128,  # tokens
-    positions: int = 2,  # positions of a row at which logits are computed
-) -> dict[str, int]:  # bytes: base, adapter, activations, total
-    "Bytes that a training step needs, roughly."
-    model = base.backbone
-    scorer = base.scorer(targets, rank)
-    adapter = 4 * sum(4 * int(np.prod(variable.shape)) for variable in scorer.trainable_variables)
-    width = 8 * model.hidden_dim + 2 * model.intermediate_dim + 3 * model.num_query_heads * model.head_dim
-    attention = 2 * model.num_query_heads * length
-    item = 4 if base.dtype == "float32" else 2
-    activations = item * batch_size * length * model.num_layers * (width + attention)
-    activations += 3 * 4 * batch_size * positions * model.vocabulary_size
-    parts = {"base": base.nbytes, "adapter": adapter, "activations": activations}
-    return {**parts, "total": sum(parts.values())}

@@ -171,12 +171,11 @@ def _classifiers(metrics: Mapping[str, Any]) -> ElementTree.Element:
     "All that was measured on these rows, side by side."
     all_of_them = {"gemma + LoRA": metrics}
     all_of_them |= {_NAMES.get(name, name): other for name, other in (metrics.get("baselines") or {}).items()}
-    lows = [other["intervals"]["accuracy"][0] for other in all_of_them.values() if other.get("intervals")]
-    start = max(0.0, int(min(lows, default=0) * 10 - 1e-9) / 10)
+    intervals = {name: (other.get("intervals") or {}).get("accuracy") for name, other in all_of_them.items()}
+    start = max(0.0, int(min((ends[0] for ends in intervals.values() if ends), default=0) * 10 - 1e-9) / 10)
     rows = []
     for name, other in all_of_them.items():
-        interval = (other.get("intervals") or {}).get("accuracy")
-        strip = _strip(other["accuracy"], interval, start) if interval else ""
+        strip = _strip(other["accuracy"], intervals[name], start) if intervals[name] else ""
         rows.append([name, *(_measure(other, metric) for metric in _METRICS), strip])
     head = ["classifier", *_METRICS.values(), f"accuracy, {start:.1f} to 1"]
     return _table(f"Measured on the same {metrics['n']} comments", head, rows, numeric=range(1, 5), class_="scores")

@@ -551,7 +551,8 @@ def test_auto_is_resolved_at_fit(tiny):
 def test_verbose_writes_a_line_an_epoch_on_standard_error(make, capsys):
     make(verbose=1).fit(COMMENTS, LABELS)
     captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 2
+    lines = captured.err.splitlines()
+    assert captured.out == "" and len(lines) == 3 and lines[0].startswith("4 rows a step, memory estimated: base ")
     make().fit(COMMENTS, LABELS)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

@@ -17,6 +17,7 @@ import pytest
 
 from gemma_lora_sentiment import model as room
 from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.memory import memory_estimate
 from gemma_lora_sentiment.model import (
     GEMMA_2B_CONFIG,
     ModelError,
@@ -24,7 +25,6 @@ from gemma_lora_sentiment.model import (
     load_base,
     lora_parameter_count,
     lora_targets,
-    memory_estimate,
     resolve_preset,
     tiny_gemma,
     without_tensorflow,
