@@ -11,11 +11,11 @@ import pytest
 from gemma_lora_sentiment import model, precision
 from gemma_lora_sentiment.adapter import RunError
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+from gemma_lora_sentiment.memory import memory_estimate
 from gemma_lora_sentiment.model import (
     ModelError,
     choose_dtype,
     load_base,
-    memory_estimate,
     release_bases,
     tiny_gemma,
     without_tensorflow,
