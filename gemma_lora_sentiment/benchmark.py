@@ -834,7 +834,7 @@ def _note(cold: Mapping[str, Any], warm: Mapping[str, Any], summary: Mapping[str
 
 def benchmark_table(
     result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
-) -> pd.DataFrame:  # a row a system; empty cells are NaN
+) -> Any:  # pandas DataFrame: a row a system; empty cells are NaN
     "The table of a run: seconds, GB, and the share of the chip's arithmetic that was useful work."
     import pandas as pd
 
@@ -885,7 +885,7 @@ _FIGURES = (  # system, name in its record, what it is, unit
 
 def figures_table(
     result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
-) -> pd.DataFrame:  # figure, value, unit
+) -> Any:  # pandas DataFrame: figure, value, unit
     "The figures beside the table."
     import pandas as pd
 

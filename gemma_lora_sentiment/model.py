@@ -687,7 +687,7 @@ class Base:
         tokenizer_proto: bytes,  # its SentencePiece model, serialized
         dtype: str,  # number format of the weights
         quantization: str | None = None,  # None, "int8" or "int4"
-        distribution: keras.distribution.Distribution | None = None,  # of several devices
+        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,  # of several devices
     ):
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
@@ -798,7 +798,7 @@ class _Sharded(keras.distribution.ModelParallel):
 def distribution_for(
     names: Sequence[str],  # of devices, as `keras.distribution.list_devices` gives them
     strategy: str | None,  # "data" or "model"
-) -> keras.distribution.Distribution | None:  # None for no names
+) -> keras.distribution.DataParallel | keras.distribution.ModelParallel | None:  # None for no names
     "The Keras distribution of a strategy over devices."
     if not names:
         return None
@@ -889,7 +889,7 @@ def _load(
     path: str,
     dtype: str,
     quantization: str | None,
-    distribution: keras.distribution.Distribution | None = None,
+    distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,
 ) -> Base:
     scope = contextlib.nullcontext() if distribution is None else distribution.scope()
     try:
