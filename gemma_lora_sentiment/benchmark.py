@@ -20,12 +20,11 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import pandas as pd
+
 
 # %% auto #0
 __all__ = ['SHAPES', 'SWEEPS', 'SYSTEMS', 'block_parameters', 'draw_lengths', 'BenchmarkSettings', 'benchmark_rows',

@@ -687,7 +687,7 @@ class Base:
         tokenizer_proto: bytes,  # its SentencePiece model, serialized
         dtype: str,  # number format of the weights
         quantization: str | None = None,  # None, "int8" or "int4"
-        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,  # of several devices
+        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,
     ):
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
