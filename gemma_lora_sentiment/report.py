@@ -594,7 +594,9 @@ def write_report(
     if (folder / "figures").is_dir():
         figures = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()
                    if path.suffix in (".png", ".svg") and not path.name.startswith(".")}  # fmt: skip
-    history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else None
+    curve = folder / "history.csv"
+    trained = curve.is_file() and curve.read_text(encoding="utf-8").strip()  # a run of no epochs has no columns
+    history = pd.read_csv(curve) if trained else None
     page = report_html(
         metrics, title=_name_of((description.get("data") or {}).get("source", folder.resolve().name)),
         description=description, tables=tables, figures=figures, history=history, limit=limit,
