@@ -363,10 +363,10 @@ def _warn_of_comments(out: Path) -> None:
 
 # %% ../nbs/11_cli.ipynb #a961af91
 def _warn_if_seen(source: str, preset: str) -> dict[str, str]:  # for metrics.json, from where the report takes it
-    if source != "sample" or preset != "mini_ko":
+    if source not in ("sample", "sample_extra") or preset != "mini_ko":
         return {}
     caution = (
-        "mini_ko has seen the rows of `sample` in pre-training, so metrics measured inside it are too good; "
+        f"mini_ko has seen the rows of `{source}` in pre-training, so metrics measured inside it are too good; "
         "judge on `sample_test`."
     )
     warnings.warn(caution, stacklevel=2)
