@@ -463,7 +463,8 @@ def _targets_of(config: dict[str, Any], pairs: Mapping[str, tuple]) -> tuple[str
 def _per_head_adapter(config: dict[str, Any], pairs: Mapping[str, tuple], base: Base) -> Adapter | None:
     "The adapter in Keras's own layout, of one rank, if that is what was saved."
     rank, alpha, targets = config["r"], config["lora_alpha"], _targets_of(config, pairs)
-    if len(pairs) != len(targets) * base.backbone.num_layers or config.get("use_rslora"):
+    there = sum(layer in targets for _, layer, _ in _lora_layers(base).values())  # a Gemma 4 has blocks without value
+    if len(pairs) != there or config.get("use_rslora"):
         return None
     arrays = {}
     for path, (layer, shape, lora_a, lora_b, layer_alpha) in pairs.items():

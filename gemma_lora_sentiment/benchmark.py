@@ -311,10 +311,12 @@ def _log_epoch(log: _Log, seconds: float, done: int, steps: int) -> None:
 # %% ../nbs/10_benchmark.ipynb #17ddc78c
 def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
     from gemma_lora_sentiment.adapter import new_adapter
+    from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.model import jax
     from gemma_lora_sentiment.training import Recipe, score_labels, train_adapter
 
     settings = BenchmarkSettings(**spec["settings"])
+    use_compile_cache()  # as `load_base` does
     compiled = _count_compilations()
     log(import_seconds=log.elapsed())
     started = time.perf_counter()

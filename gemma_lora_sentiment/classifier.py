@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +30,9 @@ from gemma_lora_sentiment.adapter import (
     save_files,
 )
 from .data import DataError, split_comments
+from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base
+from .precision import base_for_device, fall_back, overflows
 from gemma_lora_sentiment.prompt import (
     TUTORIAL_TEMPLATE,
     LabelWords,
@@ -43,6 +46,7 @@ from gemma_lora_sentiment.training import (
     Recipe,
     Rows,
     class_weights,
+    fit_to_device,
     log_softmax,
     print_progress,
     recipe_for,
@@ -164,9 +168,6 @@ class _Settings:
             raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
         if not isinstance(self.checkpoint_dir, str | Path | None):
             raise ModelError(f"checkpoint_dir={self.checkpoint_dir!r} must be None or the path of a folder.")
-        for name in ("devices", "strategy"):
-            if getattr(self, name) is not None:
-                raise ModelError(f"{name} is not available in version {__version__}. Leave it None.")
 
 # %% ../nbs/05_classifier.ipynb #ec166a87
 def _weight_of_each(class_weight: Any, classes: np.ndarray) -> Any:
@@ -243,13 +244,21 @@ class _Fitting:
         if self.validation_fraction:
             kept, held_out = _split_rows(comments, index, self.validation_fraction, self.seed)
             rows, validation = rows.take(kept), rows.take(held_out)
+        first = [[*row, *rows.responses[i]] for i, row in enumerate(rows.prompts[: recipe.batch_size])]
+        if _is_auto(self.dtype) and overflows(base, first):
+            length, quantization = int(rows.lengths.max()), base.quantization
+            needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
+            del base  # before the other takes its place
+            base = fall_back(self.preset, quantization, needed, self.devices, self.strategy)
         adapter, history, buckets = start, pd.DataFrame(), ()
         if recipe.epochs:
+            recipe, rematerialize = self._for_device(base, start, recipe, rows)
             try:
                 adapter, history, buckets = train_adapter(
                     base, start, rows, words, recipe, validation=validation, patience=self.patience,
                     lora_dropout=self.lora_dropout, seed=self.seed, callbacks=self.callbacks or (),
                     progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
+                    rematerialize=rematerialize,
                     settings={"template": self.template, "labels": list(map(str, classes)), "words": list(words.words)},
                 )  # fmt: skip
             finally:
@@ -257,10 +266,29 @@ class _Fitting:
                     callback.set_model(None)  # or cloning and pickling would take the base along
         # Only now, so that a fit that fails leaves an earlier one as it was.
         self.classes_, self.words_, self.dtype_, self.base_fingerprint_ = classes, words, base.dtype, base.fingerprint
+        self.quantization_ = base.quantization
         self.recipe_name_, self.recipe_ = recipe_name, recipe
         self.adapter_, self.history_, self.buckets_ = adapter, history, buckets
         self.best_epoch_ = _best_epoch(history)
         return self
+
+    def _for_device(
+        self, base: Base, start: Adapter, recipe: Recipe, rows: Rows
+    ) -> tuple[Recipe, bool]:  # the recipe with a batch that fits, and whether blocks are computed twice
+        "With `batch_size=\"auto\"`, lower what does not fit the device's memory, and say so."
+        keep = not _is_auto(self.batch_size)
+        fitted, rematerialize, estimate = fit_to_device(base, start, recipe, rows, keep)
+        if self.verbose:
+            twice = ", decoder blocks computed twice" if rematerialize else ""
+            text = f"{fitted.batch_size} rows a step, memory estimated: {memory_text(estimate)}{twice}"
+            print(text, file=sys.stderr, flush=True)
+        if fitted.batch_size != recipe.batch_size:
+            warnings.warn(
+                f"batch_size is lowered from {recipe.batch_size} to {fitted.batch_size}, to fit the device's memory. "
+                "Give batch_size to decide yourself.",
+                stacklevel=3,
+            )
+        return fitted, rematerialize
 
     def _prepared(
         self,
@@ -270,7 +298,7 @@ class _Fitting:
         self._check_parameters()
         _weight_of_each(self.class_weight, classes)
         template = PromptTemplate(self.template)
-        base = load_base(self.preset, self.dtype, self.quantization)
+        base = base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
         recipe_name, recipe = self._resolved_recipe(base)
         targets = ("query", "value") if _is_auto(self.target_layers) else tuple(self.target_layers)
         start = new_adapter(
@@ -303,7 +331,7 @@ class _Fitting:
 
     def _loaded_base(self) -> Base:
         "The base this classifier was fitted on; another one is refused."
-        base = load_base(self.preset, self.dtype_, self.quantization)
+        base = load_base(self.preset, self.dtype_, self.quantization_, self.devices, self.strategy)
         if base.fingerprint != self.base_fingerprint_:
             raise RunError(
                 f"The base at {self.preset!r} is not the one this classifier was fitted on. Use the original base, "
@@ -328,6 +356,12 @@ class _Prediction:
         distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
         prompts = self._encode(distinct.tolist(), base, self.words_, self.recipe_, times)
         scores = self._scores(base, prompts)
+        if not np.isfinite(scores).all():
+            lost = int(times[~np.isfinite(scores).all(axis=1)].sum())
+            raise RunError(
+                f"The scores of {lost} of {len(comments)} comments are not finite in {base.dtype}. Fit again with "
+                "dtype='bfloat16', whose range is that of float32."
+            )
         return np.exp(log_softmax(scores)).astype(np.float32)[back]
 
     def _scores(
@@ -359,10 +393,17 @@ class _Explanation:
     ) -> str:  # what the model writes after the prompt, up to its end token
         "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
         template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
-        base = self._loaded_base() if fitted else load_base(self.preset, self.dtype, self.quantization)
+        if fitted:
+            base = self._loaded_base()
+        else:
+            base = base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
         recipe = self.recipe_ if fitted else self._resolved_recipe(base)[1]
         tokenizer = _tokenizer(base.tokenizer_proto)
         prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
+        if not fitted and _is_auto(self.dtype) and overflows(base, [prompt]):
+            quantization = base.quantization
+            del base
+            base = fall_back(self.preset, quantization, devices=self.devices, strategy=self.strategy)
         length = -(-(len(prompt) + max_new_tokens) // 32) * 32  # few shapes, so few compilations
         with base.lock:
             if fitted:
@@ -417,7 +458,7 @@ class _Persistence:
         """
         check_is_fitted(self, "adapter_")
         parameters = self.get_params(deep=False)
-        unsaved = ("callbacks", "label_words", "checkpoint_dir")
+        unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
         description = {
             "format": 2,
             "version": __version__,
@@ -427,6 +468,7 @@ class _Persistence:
             "recipe_name": self.recipe_name_,
             "recipe": {name: _jsonable(value) for name, value in vars(self.recipe_).items()},
             "dtype": self.dtype_,
+            "quantization": self.quantization_,
             "buckets": [int(bucket) for bucket in self.buckets_],
             "best_epoch": self.best_epoch_,
             "base_fingerprint": self.base_fingerprint_,
@@ -440,6 +482,8 @@ class _Persistence:
         folder: str | Path,  # written by `save`
         preset: str | None = None,  # where the base is now, when it has moved
         verify: bool = True,  # False: take files that were edited since they were saved
+        devices: int | Sequence[Any] | None = None,  # as for the classifier; a run does not remember them
+        strategy: str | None = None,  # likewise
     ) -> GemmaLoraClassifier:  # fitted
         "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
         path = Path(folder) / "classifier.json"
@@ -452,7 +496,7 @@ class _Persistence:
             parameters, label_kind = dict(saved["parameters"]), saved["classes"]["dtype"]
             if isinstance(parameters.get("class_weight"), list):
                 parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
-            clf = cls(**parameters)
+            clf = cls(**{**parameters, "devices": devices, "strategy": strategy})
             clf._check_parameters()
             clf.recipe_, clf.recipe_name_ = Recipe(**saved["recipe"]), saved["recipe_name"]
             for field, usual in vars(Recipe()).items():
@@ -461,6 +505,7 @@ class _Persistence:
                     raise TypeError(f"{field} is {value!r}")
             clf.buckets_, clf.best_epoch_ = tuple(saved["buckets"]), saved["best_epoch"]
             clf.dtype_, clf.base_fingerprint_ = saved["dtype"], saved["base_fingerprint"]
+            clf.quantization_ = saved.get("quantization", clf.quantization)
             labels, words = list(saved["classes"]["values"]), list(saved["words"])
             if len(labels) != len(words):
                 raise ValueError(f"{len(labels)} labels and {len(words)} words")
@@ -502,6 +547,7 @@ class _Persistence:
         clf.adapter_ = load_adapter(folder, base)
         clf.recipe_ = replace(recipe, epochs=0)
         clf.classes_, clf.dtype_, clf.base_fingerprint_ = classes, base.dtype, base.fingerprint
+        clf.quantization_ = base.quantization
         clf.history_, clf.buckets_, clf.best_epoch_ = pd.DataFrame(), (), 0
         return clf
 
@@ -541,15 +587,15 @@ class GemmaLoraClassifier(
         batch_size: int | str = "auto",  # rows a step
         max_length: int | str = "auto",  # tokens of prompt and response
         dtype: str = "auto",  # of the base: "float32", "bfloat16", "float16"
-        quantization: str | None = None,  # of the base: None, "int8", "int4"
+        quantization: str | None = None,  # of the base: None, "int8", "int4", or "auto" for the first that fits
         loss_on: str = "auto",  # "response" or "text"
         class_weight: str | Mapping[Any, float] | None = None,  # None, "balanced", or label -> weight
         validation_fraction: float = 0.0,  # share of the rows held out to choose the best epoch
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
         checkpoint_dir: str | Path | None = None,  # for a folder a fit, from which a killed one goes on
-        devices: int | Sequence[Any] | None = None,  # reserved for several devices
-        strategy: str | None = None,  # reserved for several devices
+        devices: int | Sequence[Any] | None = None,  # how many or which; None: one, or all if a strategy is given
+        strategy: str | None = None,  # "data", "model" or "auto": what is divided among the devices
         seed: int = 0,
         verbose: int = 0,  # 1: a line an epoch on standard error
     ):

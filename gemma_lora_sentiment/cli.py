@@ -9,6 +9,7 @@ import csv
 import functools
 import glob
 import json
+import os
 import platform
 import shutil
 import signal
@@ -178,16 +179,9 @@ def _check_file(out: Path) -> None:
 
 def _write_table(path: Path, table: Any, suffix: str = ".tsv") -> None:
     "Write a DataFrame as the suffix says: TSV, CSV, JSON lines or Parquet."
-    kind = _TABLES[suffix.lower()]
-    if kind == "parquet":
-        table.to_parquet(path, index=False)
-    elif kind == "jsonl":
-        table.to_json(path, orient="records", lines=True, force_ascii=False)
-    elif kind == "csv":
-        table.to_csv(path, index=False, lineterminator="\n")
-    else:  # raw, as `read_comments` reads it: quotes are characters like others
-        table = table.map(lambda cell: " ".join(cell.split()) if isinstance(cell, str) else cell)
-        table.to_csv(path, sep="\t", index=False, lineterminator="\n", quoting=csv.QUOTE_NONE)
+    from gemma_lora_sentiment.data import write_table
+
+    write_table(table, path, suffix)
 
 
 def _write_rows(path: Path, table: Any, comments: bool, numbered: bool = False) -> None:
@@ -940,30 +934,31 @@ def predict(
     file: Annotated[str, typer.Argument(help="Comments: TSV, CSV, JSONL, Parquet or plain lines.")],
     out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
     calibrated: Annotated[bool, typer.Option("--calibrated", help="By the run's decision; adds `abstains`.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    devices: Annotated[int | None, typer.Option(help="Devices to use; by default one.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="data, model or auto: what they divide.")] = None,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: workers of Ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default Ray starts here.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray; by default one a GPU, or one a CPU.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write id, comment, label and one p_<label> column a class."""
+    """Write id, comment, label and one p_<label> column a class; a file of any size."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine {engine!r} is not one of local, ray. Choose one of these.")
+    if engine == "ray":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # this process only reads and writes; the GPUs are for the workers
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import read_comments, whole_file
+    from gemma_lora_sentiment.scale import predict_file, ray_workers
 
     _check_file(out)
     if out.suffix.lower() not in _TABLES:
         raise ValueError(f"--out {out} has none of the suffixes {', '.join(_TABLES)}. Give it one of these.")
     decision = _decision_of_run(run) if calibrated else None
-    clf = GemmaLoraClassifier.load(run)
-    rows = read_comments(file, labelled=False)
-    _say(quiet, f"scoring {len(rows)} comments")
-    probabilities = clf.predict_proba(rows.comment)
-    table = rows[["id", "comment"]].assign(label=clf.classes_[probabilities.argmax(axis=1)])
-    for column, label in enumerate(clf.classes_):
-        table[f"p_{label}"] = probabilities[:, column]
-    if decision is not None:
-        from gemma_lora_sentiment.analysis import apply_decision
-
-        table = table[["id", "comment"]].join(apply_decision(probabilities, decision))
-    with whole_file(out) as temporary:
-        _write_table(temporary, table, out.suffix)
-    print(f"{len(table)} rows written to {out}")
+    score = ray_workers(workers, address) if engine == "ray" else None
+    clf = GemmaLoraClassifier.load(run, devices=devices, strategy=strategy)
+    say = functools.partial(_say, quiet)
+    rows = predict_file(clf, file, out, decision=decision, resume=resume, progress=say, score=score)
+    print(f"{rows} rows written to {out}")
 
 
 def _decision_of_run(run: Path) -> dict[str, Any]:
@@ -1007,23 +1002,29 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Devices, number format and why, memory estimate, versions."""
+    from gemma_lora_sentiment.cache import use_compile_cache
+    from gemma_lora_sentiment.credentials import check_access
     from gemma_lora_sentiment.data import cache_dir
-    from gemma_lora_sentiment.model import choose_dtype, load_base, memory_estimate
+    from gemma_lora_sentiment.memory import memory_estimate, memory_text
+    from gemma_lora_sentiment.model import choose_dtype, load_base, resolve_preset
     from gemma_lora_sentiment.training import recipe_for
 
     device = _device()
     chosen, why = choose_dtype(dtype)
     print(f"device: {device['count']} x {device['kind']} ({device['platform']})")
     print(f"dtype: {chosen} ({why})")
+    resolve_preset(preset)
+    print(f"access: {check_access(preset)}", flush=True)
     base = load_base(preset, dtype)
     name, recipe = recipe_for(preset, "auto", base.parameter_count)
     estimate = memory_estimate(base, recipe.lora_rank, batch_size=recipe.batch_size, length=64)
     trainable = sum(v.value.size for v in base.scorer(rank=recipe.lora_rank).trainable_variables)
     print(f"base: {preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}")
     print(f"recipe: {name}, " + ", ".join(f"{key} {value}" for key, value in vars(recipe).items()))
-    parts = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in estimate.items())
-    print(f"memory to train {recipe.batch_size} rows of 64 tokens a step, estimated: {parts}")
+    print(f"memory to train {recipe.batch_size} rows of 64 tokens a step, estimated: {memory_text(estimate)}")
     print(f"cache: {cache_dir()}")
+    kept = use_compile_cache()
+    print(f"compiled programs: {'kept by JAX where you said, or not kept' if kept is None else f'kept in {kept}'}")
     print("versions: " + ", ".join(f"{package} {version}" for package, version in _versions().items()))
 
 # %% ../nbs/11_cli.ipynb #5add6a4f

@@ -22,10 +22,13 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from .cache import keep_arrays, kept_arrays, use_compile_cache
+from .credentials import access_explained, check_access
+
 # %% auto #0
 __all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'without_tensorflow', 'ModelError', 'check_backend',
            'choose_dtype', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer',
-           'Base', 'load_base', 'release_bases', 'memory_estimate']
+           'Base', 'distribution_for', 'load_base', 'release_bases']
 
 # %% ../nbs/02_model.ipynb #0ea47c57
 @contextlib.contextmanager
@@ -69,15 +72,26 @@ def check_backend() -> None:
 def choose_dtype(
     dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; by default the one JAX runs on
+    compute_capability: float | None = None,  # of an NVIDIA card, 7.5 for a T4; by default that of JAX's devices
 ) -> tuple[str, str]:  # the dtype, and one sentence that says why
     "Choose the number format of the base. Raises `ModelError` for an unknown one."
-    platform = platform or jax.default_backend()
+    if platform is None:
+        platform = jax.default_backend()
+        if compute_capability is None:
+            found = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
+            numbers = [float(number) for number in found if number.replace(".", "", 1).isdigit()]  # AMD's are words
+            compute_capability = min(numbers, default=None)
     if dtype != "auto":
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16. Choose one of these.")
         return dtype, "as asked for"
     if platform == "cpu":
         return "float32", "a CPU computes 16-bit numbers more slowly than float32"
+    if platform == "gpu" and compute_capability is not None and compute_capability < 8.0:
+        return "float16", (
+            f"a card of compute capability {compute_capability} computes bfloat16 no faster than float32; "
+            "the first batch shows whether float16 overflows"
+        )
     return "bfloat16", f"on a {platform.upper()} it halves the memory and has the range of float32"
 
 # %% ../nbs/02_model.ipynb #3c901f3b
@@ -111,28 +125,32 @@ _TINY_FAMILIES = {
     ),
     "gemma3": dict(image_size=16, vision_encoder=None, use_sliding_window_attention=True, sliding_window_size=16,
                    use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True),
+    # as gemma4_2b: embeddings of each layer, and a last layer of each kind that borrows keys and values
+    "gemma4": dict(
+        num_layers=4, image_size=16, sliding_window_size=16, sliding_window_pattern=2, global_head_dim=32,
+        global_rope_partial_rotary_factor=0.25, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        use_double_wide_mlp=True, final_logit_soft_cap=30.0,
+    ),
 }  # fmt: skip
 
 
 def tiny_gemma(
     folder: str | Path,  # where to write the preset; made if it is not there
-    family: str = "gemma",  # "gemma", "gemma2" or "gemma3"
+    family: str = "gemma",  # "gemma", "gemma2", "gemma3" or "gemma4"
     seed: int = 0,
 ) -> str:  # the folder, to be used as a preset
-    "Write a random Gemma of two layers as a KerasHub preset folder. Raises `ModelError` for an unknown family."
+    "Write a random Gemma of two layers (four of Gemma 4) as a KerasHub preset. Raises `ModelError` for other families."
     if family not in _TINY_FAMILIES:
         raise ModelError(f"Family {family!r} is not one of {', '.join(_TINY_FAMILIES)}. Choose one of these.")
-    is_gemma3 = family == "gemma3"
-    tokenizer_class = keras_nlp.models.Gemma3Tokenizer if is_gemma3 else keras_nlp.models.GemmaTokenizer
-    backbone_class = keras_nlp.models.Gemma3Backbone if is_gemma3 else keras_nlp.models.GemmaBackbone
-    tokenizer = tokenizer_class(proto=_tiny_tokenizer_proto())
-    backbone = backbone_class(
-        vocabulary_size=tokenizer.vocabulary_size(), **_TINY, **_TINY_FAMILIES[family], dtype="float32"
-    )
+    name = {"gemma3": "Gemma3", "gemma4": "Gemma4"}.get(family, "Gemma")
+    special = dict(has_vision_tokens=False, has_video_tokens=False) if family == "gemma4" else {}
+    tokenizer = getattr(keras_nlp.models, f"{name}Tokenizer")(proto=_tiny_tokenizer_proto(), **special)
+    shape = {**_TINY, **_TINY_FAMILIES[family], "vocabulary_size": tokenizer.vocabulary_size(), "dtype": "float32"}
+    backbone = getattr(keras_nlp.models, f"{name}Backbone")(**shape)
     rng = np.random.default_rng(seed)
     for variable in backbone.variables:
         scale = 0.05 if variable.path.endswith("scale") else 0.3
-        variable.assign(rng.normal(0, scale, variable.shape).astype("float32"))
+        variable.assign(np.asarray(rng.normal(0, scale, variable.shape), "float32"))
     with without_tensorflow():
         backbone.save_to_preset(str(folder))
         tokenizer.save_to_preset(str(folder))
@@ -140,6 +158,15 @@ def tiny_gemma(
 
 # %% ../nbs/02_model.ipynb #5ecf1959
 BUNDLED_PRESETS = ("mini_ko",)  # bases inside this package
+_NO_GEMMA3N = (
+    "KerasHub gives its logits by a function over a stack of embeddings and names its layers otherwise, and this "
+    "package takes them from one tied embedding. Choose gemma3_270m, gemma3_1b or a Gemma 4."
+)
+
+
+def _backbones() -> tuple[type, ...]:  # of the families that are supported, as far as this KerasHub has them
+    names = ("GemmaBackbone", "Gemma3Backbone", "Gemma4Backbone")
+    return tuple(getattr(keras_nlp.models, name) for name in names if hasattr(keras_nlp.models, name))
 
 
 def resolve_preset(
@@ -153,12 +180,9 @@ def resolve_preset(
         return preset
     if Path(preset).exists():
         raise ModelError(f"{preset} holds no config.json; give the folder of a KerasHub preset or Hugging Face model.")
-    known = [
-        name
-        for backbone in (keras_nlp.models.GemmaBackbone, keras_nlp.models.Gemma3Backbone)
-        for name in backbone.presets
-    ]
-    if preset in known:
+    if preset in getattr(getattr(keras_nlp.models, "Gemma3nBackbone", None), "presets", ()):
+        raise ModelError(f"Preset {preset!r} is a Gemma 3n. {_NO_GEMMA3N}")
+    if any(preset in backbone.presets for backbone in _backbones()):
         return preset
     raise ModelError(
         f"Preset {preset!r} is unknown. Give {', '.join(BUNDLED_PRESETS)}, a Gemma preset of KerasHub such as "
@@ -188,9 +212,11 @@ def _untouched_random_state() -> Iterator[None]:
 
 def _share_weights(
     original: keras.Model,
-) -> keras.Model:  # a new backbone whose variables hold the original's arrays
+) -> keras.Model:  # a new backbone whose variables hold the original's arrays; text alone
     with without_tensorflow(), _without_allocation():
-        twin = type(original).from_config(original.get_config())
+        config = original.get_config()
+        config |= {name: None for name in ("vision_encoder", "audio_encoder") if name in config}
+        twin = type(original).from_config(config)
     values = {variable.path: variable.value for variable in original.variables}
     for variable in twin.variables:
         variable._value, variable._initializer = values[variable.path], None
@@ -198,6 +224,31 @@ def _share_weights(
     for block in twin.transformer_layers:
         block.attention.query_head_dim_normalize = original.query_head_dim_normalize
     return twin
+
+# %% ../nbs/02_model.ipynb #64d13e89
+_DRAWN = tuple(
+    getattr(keras.initializers, name)
+    for name in ("VarianceScaling", "RandomNormal", "RandomUniform", "TruncatedNormal", "Zeros")
+)
+
+
+@contextlib.contextmanager
+def _without_drawing() -> Iterator[None]:
+    "Variables made inside, by this thread, that would be random or zero are zero, without a compiled program."
+    variable_class, thread = keras.Variable, threading.get_ident()
+    usual = variable_class._initialize_with_initializer
+
+    def initialize(variable, initializer):
+        ours = threading.get_ident() == thread and keras.distribution.distribution() is None
+        if not ours or not isinstance(initializer, _DRAWN):
+            return usual(variable, initializer)
+        variable._initialize(jax.device_put(np.zeros(variable._shape, jax.numpy.dtype(variable._dtype))))
+
+    variable_class._initialize_with_initializer = initialize
+    try:
+        yield
+    finally:
+        variable_class._initialize_with_initializer = usual
 
 # %% ../nbs/02_model.ipynb #3fc19672
 GEMMA_2B_CONFIG = dict(
@@ -233,6 +284,7 @@ def lora_targets(
         layer.name
         for layer in layers
         if hasattr(layer, "enable_lora") and not isinstance(layer, keras.layers.Embedding)
+        and not layer.name.startswith("per_layer_")  # Gemma 4's, outside attention and feed-forward
     ]
     return tuple(dict.fromkeys(reversed(names)))
 
@@ -284,7 +336,34 @@ def _compute_beside(
     if layer.quantization_mode is None:
         object.__setattr__(layer, "call", call)
 
+# %% ../nbs/02_model.ipynb #3c6a321d
+def _rematerialize_if_asked(
+    block: keras.layers.Layer,  # a decoder block
+    scorer: Any,  # whose `rematerialize` is read when a step is traced
+) -> None:
+    "Let a block keep nothing but its input for the backward pass while `scorer.rematerialize` is true."
+    usual = block.call
+
+    def call(inputs, *args, **kwargs):
+        if not scorer.rematerialize:
+            return usual(inputs, *args, **kwargs)
+        return jax.checkpoint(lambda hidden: usual(hidden, *args, **kwargs))(inputs)
+
+    object.__setattr__(block, "call", call)
+
 # %% ../nbs/02_model.ipynb #08beee9c
+def _text_inputs(
+    backbone: keras.Model,
+    token_ids: Any,  # int32 (batch, length)
+    padding_mask: Any,  # int32 (batch, length)
+) -> dict[str, Any]:  # what the backbone takes
+    inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+    if isinstance(backbone.input, dict) and "position_ids" in backbone.input:  # Gemma 4 counts them itself nowhere
+        positions = keras.ops.arange(keras.ops.shape(token_ids)[1], dtype="int32")
+        inputs["position_ids"] = keras.ops.broadcast_to(positions, keras.ops.shape(token_ids))
+    return inputs
+
+
 class LabelScorer(keras.Model):
     """A Gemma backbone with LoRA that returns logits at chosen positions, float32 (batch, positions, vocabulary)."""
 
@@ -297,6 +376,7 @@ class LabelScorer(keras.Model):
         super().__init__(name="label_scorer")
         _enable_lora(backbone, rank, targets)
         self.backbone, self.rank, self.targets = backbone, rank, targets
+        object.__setattr__(self, "distribution", keras.distribution.distribution())  # of the base, or None
         alpha = 1.0 if isinstance(rank, Mapping) else float(rank)
         self.lora_alpha = keras.Variable(alpha, trainable=False, dtype="float32", name="lora_alpha")
         self.dropout_rate = keras.Variable(0.0, trainable=False, dtype="float32", name="dropout_rate")
@@ -306,13 +386,16 @@ class LabelScorer(keras.Model):
                 # The layer reads it; this model alone tracks it, so each layer's own bookkeeping is bypassed.
                 object.__setattr__(layer, "lora_alpha", self.lora_alpha)
                 _compute_beside(layer)
+        self.rematerialize, self._train_functions = False, {}
+        for block in backbone.transformer_layers:
+            _rematerialize_if_asked(block, self)
         self._label_step = jax.jit(self._with_state(self._label_logits))
         self._sequence_step = jax.jit(self._with_state(self._sequence_log_probability))
         self._generate_tokens = None  # made by the first `generate`
 
     def hidden_states(self, inputs: dict[str, Any]) -> Any:  # float (batch, positions, hidden)
         "Hidden states of the last layer at `inputs['positions']`."
-        hidden = self.backbone({"token_ids": inputs["token_ids"], "padding_mask": inputs["padding_mask"]})
+        hidden = self.backbone(_text_inputs(self.backbone, inputs["token_ids"], inputs["padding_mask"]))
         return keras.ops.take_along_axis(hidden, inputs["positions"][..., None], axis=1)
 
     def call(self, inputs: dict[str, Any]) -> Any:  # token_ids, padding_mask int32 (b, l); positions int32 (b, p)
@@ -363,6 +446,23 @@ LabelScorer._sequence_log_probability = _sequence_log_probability
 LabelScorer._with_state = _with_state
 
 # %% ../nbs/02_model.ipynb #3e42b211
+def _placed(
+    self: LabelScorer,
+    arrays: Mapping[str, Any],
+    rows: bool = False,  # a batch: its rows are divided among the devices; otherwise each device has all
+) -> dict[str, Any]:
+    "Arrays where the base's devices need them; as they are where there is one device."
+    if self.distribution is None:
+        return dict(arrays)
+
+    def layout(array):
+        axes = [self.distribution.batch_dim_name if rows else None, *[None] * array.ndim][: array.ndim]
+        return keras.distribution.TensorLayout(axes, self.distribution.device_mesh).backend_layout
+
+    return {name: jax.device_put(array, layout(np.asarray(array) if np.isscalar(array) else array))
+            for name, array in arrays.items()}  # fmt: skip
+
+
 def _score(
     self: LabelScorer,
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path; they are lent for this call
@@ -371,12 +471,14 @@ def _score(
 ) -> jax.Array:  # float32 (batch, labels), or (batch,) without label_ids
     "Scores of one batch; nothing of the model changes."
     base = [variable.value for variable in self.non_trainable_variables]
-    values = [adapter[variable.path] for variable in self.trainable_variables]
+    values = self.placed({variable.path: adapter[variable.path] for variable in self.trainable_variables})
+    values, arrays = list(values.values()), self.placed(arrays, rows=True)
     if label_ids is None:
         return self._sequence_step(values, base, arrays)
-    return self._label_step(values, base, {**arrays, "label_ids": label_ids})
+    return self._label_step(values, base, {**arrays, **self.placed({"label_ids": label_ids})})
 
 
+LabelScorer.placed = _placed
 LabelScorer.score = _score
 
 # %% ../nbs/02_model.ipynb #ed9f6039
@@ -403,12 +505,18 @@ def _compiled_step(
         logs, new_state = step((state[0], base, *state[2:]), data)
         return logs, (new_state[0], [], *new_state[2:])
 
-    compiled = jax.jit(with_base, donate_argnums=0)
+    compiled = None if self.distribution else jax.jit(with_base, donate_argnums=0)
 
     def step_function(state, data):
+        nonlocal compiled
+        if compiled is None:  # what comes out lies as what went in, or the next step would be compiled anew
+            placed = jax.tree.map(lambda array: array.sharding, state)
+            compiled = jax.jit(with_base, donate_argnums=0, out_shardings=(None, placed))
         return compiled(state, [variable.value for variable in self.non_trainable_variables], data)
 
-    return self._make_function(step_function)
+    function = self._make_function(step_function)
+    function.jitted = compiled  # what `lower_step` lowers
+    return function
 
 
 def _make_train_function(self: LabelScorer, force: bool = False) -> None:
@@ -435,6 +543,31 @@ LabelScorer._compiled_step = _compiled_step
 LabelScorer.make_train_function = _make_train_function
 LabelScorer.make_test_function = _make_test_function
 LabelScorer.make_predict_function = _make_predict_function
+
+# %% ../nbs/02_model.ipynb #2862c7bf
+def _use_rematerialization(self: LabelScorer, on: bool) -> None:
+    "Choose the training step; both are kept, so that going back and forth compiles nothing again."
+    if on == self.rematerialize:
+        return
+    self._train_functions[self.rematerialize] = self.train_function
+    self.rematerialize, self.train_function = on, self._train_functions.get(on)
+
+
+def _step_of_shapes(
+    self: LabelScorer,  # compiled by Keras, see `compile`
+    batch: tuple,  # (inputs, targets, weights), arrays or shapes, as `fit` hands them over
+) -> Any:  # JAX's lowered step: `.compile()` compiles it, and a call of the step finds it compiled
+    "The training step of one shape, traced and not run."
+    self._symbolic_build(data_batch=batch)
+    self.make_train_function()
+    state = self._get_jax_state(True, True, True, True)
+    base = [variable.value for variable in self.non_trainable_variables]
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (state, base, batch))
+    return self.train_function.jitted.lower(*shapes)
+
+
+LabelScorer.use_rematerialization = _use_rematerialization
+LabelScorer.lower_step = _step_of_shapes
 
 # %% ../nbs/02_model.ipynb #12608b8f
 def _drop_rows_of_a(
@@ -517,8 +650,7 @@ def _generate(
 ) -> np.ndarray:  # int32, the continuation alone, without the stop token
     "Continue a prompt greedily with the adapter that is assigned now."
     if self._generate_tokens is None:
-        is_gemma3 = isinstance(self.backbone, keras_nlp.models.Gemma3Backbone)
-        causal_lm = keras_nlp.models.Gemma3CausalLM if is_gemma3 else keras_nlp.models.GemmaCausalLM
+        causal_lm = getattr(keras_nlp.models, type(self.backbone).__name__.replace("Backbone", "CausalLM"))
         language_model = causal_lm(backbone=self.backbone, preprocessor=None)
         language_model.compile(sampler="greedy")
         normalize = language_model._normalize_generate_outputs
@@ -531,7 +663,7 @@ def _generate(
     padded = np.zeros((1, max_length), np.int32)
     mask = np.zeros((1, max_length), np.int32)
     padded[0, : len(token_ids)], mask[0, : len(token_ids)] = token_ids, 1
-    inputs = {"token_ids": padded, "padding_mask": mask}
+    inputs = _text_inputs(self.backbone, padded, mask)
     outputs = self._generate_tokens(inputs, max_length=max_length, stop_token_ids=stop_ids)
     ids = np.asarray(outputs["token_ids"])[0, len(token_ids) :]
     ends = [i for i, token_id in enumerate(ids) if token_id in stop_ids]
@@ -555,11 +687,22 @@ class Base:
         tokenizer_proto: bytes,  # its SentencePiece model, serialized
         dtype: str,  # number format of the weights
         quantization: str | None = None,  # None, "int8" or "int4"
+        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,
     ):
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
+        self.distribution = distribution
         self.lock = threading.RLock()  # held while an adapter is in the shared model
         self._scorers: dict[tuple, LabelScorer] = {}
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        "Inside, Keras makes variables and places batches where this base is; Keras's own setting is put back."
+        return contextlib.nullcontext() if self.distribution is None else self.distribution.scope()
+
+    @property
+    def replicas(self) -> int:
+        "Parts that a batch is divided into."
+        return 1 if self.distribution is None else self.distribution.num_model_replicas
 
     @property
     def parameter_count(self) -> int:
@@ -593,10 +736,115 @@ class Base:
         "The scorer with LoRA of this rank on these layers; made once. Raises `ModelError` for unknown layers."
         rank = dict(rank) if isinstance(rank, Mapping) else int(rank)
         key = (tuple(targets), tuple(sorted(rank.items())) if isinstance(rank, dict) else rank)
-        with self.lock, _untouched_random_state():
+        with self.lock, self.scope(), _untouched_random_state(), _without_drawing():
             if key not in self._scorers:
                 self._scorers[key] = LabelScorer(_share_weights(self.backbone), rank, tuple(targets))
             return self._scorers[key]
+
+# %% ../nbs/02_model.ipynb #5ca1e002
+def _weight_bytes(path: str, dtype: str) -> int:
+    "Bytes of a base's weights, by its configuration alone."
+    with without_tensorflow(), _untouched_random_state(), _without_allocation():
+        backbone = keras_nlp.models.Backbone.from_preset(path, load_weights=False)
+    return (4 if dtype == "float32" else 2) * sum(int(np.prod(variable.shape)) for variable in backbone.variables)
+
+
+def _devices_and_strategy(
+    devices: int | Sequence[Any] | None, strategy: str | None, path: str, dtype: str
+) -> tuple[tuple[str, ...], str | None]:  # names of devices, "data" or "model"; nothing for one device
+    "What the two parameters amount to. Raises `ModelError` when they cannot work."
+    if strategy not in (None, "auto", "data", "model"):
+        raise ModelError(f"strategy={strategy!r} is not one of None, 'auto', 'data', 'model'. Choose one of these.")
+    if devices is None and strategy is None:
+        return (), None
+    if jax.process_count() > 1:
+        problem = f"devices and strategy work within one process, and jax.distributed has {jax.process_count()}."
+        raise ModelError(f"{problem} Leave both None, and give each process its own part of the comments.")
+    known = keras.distribution.list_devices()
+    is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
+    if is_number and not 1 <= devices <= len(known):
+        raise ModelError(f"devices={devices}, and JAX sees {len(known)}: {', '.join(known[:8])}. Ask for so many.")
+    if devices is None or is_number:
+        names = tuple(known[:devices])
+    elif isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise ModelError(f"devices={devices!r} must be None, a number, or a list of names such as {known[0]!r}.")
+    else:
+        names = tuple(d if isinstance(d, str) else f"{d.platform}:{d.id}" for d in devices)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len(set(names)) < len(names):
+        which = f"{unknown[0]!r} is not there" if unknown else "a device is named twice or none is"
+        raise ModelError(f"devices={list(names)!r}: {which}; JAX sees {', '.join(known[:8])}. Choose among these.")
+    if len(names) == 1:
+        return (names, "data") if names[0] != known[0] else ((), None)
+    if strategy in (None, "auto"):
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        strategy = "model" if limit and _weight_bytes(path, dtype) > limit / 2 else "data"
+    return names, strategy
+
+
+class _Sharded(keras.distribution.ModelParallel):
+    "Model parallel, but an axis that does not divide evenly is left whole."
+
+    def get_variable_layout(self, variable):
+        mesh, layout = self.device_mesh, super().get_variable_layout(variable)
+        parts = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        axes = [
+            axis if axis is None or size % parts[axis] == 0 else None
+            for axis, size in zip(layout.axes, variable.shape, strict=True)
+        ]
+        return keras.distribution.TensorLayout(axes, mesh)
+
+
+def distribution_for(
+    names: Sequence[str],  # of devices, as `keras.distribution.list_devices` gives them
+    strategy: str | None,  # "data" or "model"
+) -> keras.distribution.DataParallel | keras.distribution.ModelParallel | None:  # None for no names
+    "The Keras distribution of a strategy over devices."
+    if not names:
+        return None
+    if strategy == "data":
+        mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], list(names))
+        return keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
+    mesh = keras.distribution.DeviceMesh((1, len(names)), ["batch", "model"], list(names))
+    layout_map = keras_nlp.models.GemmaBackbone.get_layout_map(mesh)  # Gemma 3 has the same names and shapes
+    return _Sharded(layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False)
+
+# %% ../nbs/02_model.ipynb #ebe6b6b0
+def _quantized(
+    preset: str,
+    backbone: keras.Model,  # in a float format
+    dtype: str,
+    mode: str,  # "int8" or "int4"
+) -> keras.Model:  # a backbone whose dense layers are quantized; the one that was given is used up
+    "Quantize, or read what an earlier process quantized."
+    # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
+    dense = (keras.layers.Dense, keras.layers.EinsumDense)
+    name = f"{Base(preset, backbone, b'', dtype).fingerprint[:32]}-{dtype}-{mode}-keras{keras.__version__}"
+    kept = kept_arrays(name)
+    if kept is not None and (twin := _filled(backbone, *kept)) is not None:
+        return twin
+    floats = {variable.path for variable in backbone.variables if not variable.path.endswith("kernel")}
+    backbone.quantize(mode, filters=lambda layer: isinstance(layer, dense))
+    new = {v.path: np.asarray(v.value) for v in backbone.variables if v.path not in floats}
+    with without_tensorflow():
+        keep_arrays(name, new, backbone.get_config()["dtype"])
+    return backbone
+
+
+def _filled(
+    backbone: keras.Model,  # in a float format
+    arrays: Mapping[str, np.ndarray],  # by variable path
+    policy: dict[str, Any],  # dtype policy of the quantized backbone, serialized
+) -> keras.Model | None:  # the quantized backbone, or None where the arrays do not fit
+    with _untouched_random_state(), without_tensorflow(), _without_allocation():
+        twin = type(backbone).from_config({**backbone.get_config(), "dtype": policy})
+    floats = {variable.path: variable.value for variable in backbone.variables}
+    for variable in twin.variables:
+        value = arrays.get(variable.path, floats.get(variable.path))
+        if value is None or value.shape != tuple(variable.shape) or value.dtype != jax.numpy.dtype(variable.dtype):
+            return None
+        variable._value, variable._initializer = jax.device_put(value), None
+    return twin
 
 # %% ../nbs/02_model.ipynb #d7e8d1b3
 _BASES: dict[tuple, Base] = {}
@@ -607,18 +855,27 @@ def load_base(
     preset: str | Path,  # bundled name, KerasHub preset, handle, or folder (KerasHub or Hugging Face format)
     dtype: str = "auto",  # see `choose_dtype`
     quantization: str | None = None,  # None, "int8" or "int4": smaller weights, LoRA stays float32
+    devices: int | Sequence[Any] | None = None,  # see `distribution_for`
+    strategy: str | None = None,  # likewise
 ) -> Base:
-    "Load a base, or return the one that is held already. Raises `ModelError` when it is no Gemma text model."
+    """Load a base, or return the one that is held already.
+
+    Raises `ModelError` when it is no Gemma text model; before a download what `check_access` raises.
+    """
     check_backend()
+    use_compile_cache()
     if quantization not in (None, "int8", "int4"):
         raise ModelError(f"quantization {quantization!r} is not one of None, int8, int4. Choose one of these.")
     path, dtype = resolve_preset(preset), choose_dtype(dtype)[0]
     config = Path(path) / "config.json"
-    key = (path, config.stat().st_mtime_ns if config.is_file() else None, dtype, quantization)
+    names, strategy = _devices_and_strategy(devices, strategy, path, dtype)
+    key = (path, config.stat().st_mtime_ns if config.is_file() else None, dtype, quantization, names, strategy)
     with _BASES_LOCK:
         if key not in _BASES:
-            with _untouched_random_state():
-                _BASES[key] = _load(str(preset), path, dtype, quantization)
+            check_access(path)
+            with _untouched_random_state(), access_explained(path):
+                distribution = distribution_for(names, strategy)
+                _BASES[key] = _load(str(preset), path, dtype, quantization, distribution)
         return _BASES[key]
 
 
@@ -627,54 +884,48 @@ def _not_loaded(preset: str, error: Exception) -> ModelError:
     return ModelError(f"Preset {preset!r} cannot be loaded ({reason}). Give a whole preset, or download it again.")
 
 
-def _load(preset: str, path: str, dtype: str, quantization: str | None) -> Base:
+def _load(
+    preset: str,
+    path: str,
+    dtype: str,
+    quantization: str | None,
+    distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,
+) -> Base:
+    scope = contextlib.nullcontext() if distribution is None else distribution.scope()
     try:
-        with without_tensorflow():
+        with without_tensorflow(), scope, _without_drawing():
             backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
-    is_text = isinstance(backbone, keras_nlp.models.GemmaBackbone) or (
-        isinstance(backbone, keras_nlp.models.Gemma3Backbone) and backbone.vision_encoder is None
-    )
-    if not is_text:
+    if type(backbone).__name__ == "Gemma3nBackbone":
+        raise ModelError(f"Preset {preset!r} is a Gemma 3n. {_NO_GEMMA3N}")
+    if not isinstance(backbone, _backbones()):
         raise ModelError(
-            f"Preset {preset!r} is a {type(backbone).__name__}; this package takes Gemma 1, 2 and 3 text models. "
+            f"Preset {preset!r} is a {type(backbone).__name__}; this package takes Gemma 1, 2, 3 and 4. "
             "Choose one of these."
         )
+    if getattr(backbone, "is_embedding_model", False) or getattr(backbone, "use_bidirectional_attention", False):
+        raise ModelError(f"Preset {preset!r} embeds texts and cannot continue them. Choose a model of text generation.")
+    if 0 < backbone.num_layers == getattr(backbone, "num_kv_shared_layers", 0):
+        raise ModelError(f"Preset {preset!r} only assists another model in generation. Choose that model.")
+    if getattr(backbone, "vision_encoder", None) or getattr(backbone, "audio_encoder", None):
+        backbone = _share_weights(backbone)  # comments have no pictures
     if quantization:
-        # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
-        dense = (keras.layers.Dense, keras.layers.EinsumDense)
-        backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
+        if distribution is None:
+            backbone = _quantized(preset, backbone, dtype, quantization)
+        else:
+            dense = (keras.layers.Dense, keras.layers.EinsumDense)  # see `_quantized`
+            with distribution.scope():
+                backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
     try:
         with without_tensorflow():
             tokenizer = keras_nlp.models.Tokenizer.from_preset(path)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
-    return Base(preset, backbone, tokenizer.proto, dtype, quantization)
+    return Base(preset, backbone, tokenizer.proto, dtype, quantization, distribution)
 
 
 def release_bases() -> None:
     "Forget every base that is held, so that its memory can be freed."
     with _BASES_LOCK:
         _BASES.clear()
-
-# %% ../nbs/02_model.ipynb #9d4c23bc
-def memory_estimate(
-    base: Base,
-    rank: int,
-    targets: Sequence[str] = ("query", "value"),
-    batch_size: int = 16,  # rows
-    length: int = 128,  # tokens
-    positions: int = 2,  # positions of a row at which logits are computed
-) -> dict[str, int]:  # bytes: base, adapter, activations, total
-    "Bytes that a training step needs, roughly."
-    model = base.backbone
-    scorer = base.scorer(targets, rank)
-    adapter = 4 * sum(4 * int(np.prod(variable.shape)) for variable in scorer.trainable_variables)
-    width = 8 * model.hidden_dim + 2 * model.intermediate_dim + 3 * model.num_query_heads * model.head_dim
-    attention = 2 * model.num_query_heads * length
-    item = 4 if base.dtype == "float32" else 2
-    activations = item * batch_size * length * model.num_layers * (width + attention)
-    activations += 3 * 4 * batch_size * positions * model.vocabulary_size
-    parts = {"base": base.nbytes, "adapter": adapter, "activations": activations}
-    return {**parts, "total": sum(parts.values())}

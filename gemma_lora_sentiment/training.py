@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
-from .model import Base, LabelScorer, memory_estimate  # isort: skip
+from .model import Base, LabelScorer, _without_drawing  # isort: skip
 
 import jax
 import keras
@@ -27,11 +29,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from .adapter import Adapter, RunError, new_adapter
 from .checkpoint import fit_name, hold, load_checkpoint, save_checkpoint
+from .memory import device_bytes, fitting_batch, memory_estimate, memory_text
 from .prompt import LabelWords, assign_buckets, length_buckets, scoring_arrays, training_arrays
 
 # %% auto #0
 __all__ = ['RECIPES', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'BatchSequence',
-           'AdjustableAdamW', 'score_labels', 'log_softmax', 'OutOfMemory', 'train_adapter', 'print_progress']
+           'AdjustableAdamW', 'score_labels', 'log_softmax', 'OutOfMemory', 'fit_to_device', 'train_adapter',
+           'print_progress']
 
 # %% ../nbs/04_training.ipynb #ddc0b463
 @dataclass(frozen=True)
@@ -153,9 +157,11 @@ class BatchSequence(keras.utils.PyDataset):
         batch_size: int,
         loss_on: str = "response",  # "response" or "text"
         seed: int = 0,
+        replicas: int = 1,  # batches are filled up, with rows of weight 0, until they divide into so many parts
     ):
         super().__init__()
         self.seed, self.epoch, self.first, self.batch_size = seed, 0, 0, batch_size
+        self.filled_size = -(-batch_size // replicas) * replicas
         bucket_of = assign_buckets(rows.lengths, buckets)
         n_response = max(len(response) for response in rows.responses)
         self.members = [np.flatnonzero(bucket_of == i) for i in range(len(buckets))]
@@ -187,7 +193,7 @@ class BatchSequence(keras.utils.PyDataset):
         if self.epoch not in self._plans:
             self._plans = {self.epoch: self.plan(self.epoch)}
         bucket, rows = self._plans[self.epoch][self.first + index]
-        filled = np.concatenate([rows, np.zeros(self.batch_size - len(rows), int)])
+        filled = np.concatenate([rows, np.zeros(self.filled_size - len(rows), int)])
         batch = {name: array[filled] for name, array in self.arrays[bucket].items()}
         targets, weights = batch.pop("targets"), batch.pop("weights")
         weights[len(rows) :] = 0
@@ -243,12 +249,38 @@ def _prepare(
             ),
             weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         )  # fmt: skip
-        scaled.build(scorer.trainable_variables)
+        with _without_drawing():
+            scaled.build(scorer.trainable_variables)
         scorer.adamw = adamw
         scorer.first_state = tuple(np.array(variable.value) for variable in scaled.variables)
     for variable, value in zip(scorer.optimizer.variables, scorer.first_state, strict=True):
         variable.assign(value)
     return scorer.adamw
+
+# %% ../nbs/04_training.ipynb #d65f1098
+_SIDE_BY_SIDE_CORES = 4
+
+
+def _cores() -> int:  # that this process may use
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _compile_side_by_side(
+    scorer: LabelScorer,
+    wanted: Mapping[Any, Callable[[], Any]],  # name of a step and its shapes -> what lowers it
+    cores: int | None = None,  # by default those that this process may use
+) -> int:  # programs compiled here
+    "Compile what no earlier call has compiled, in threads; nothing with few cores, or where one program is missing."
+    known = scorer.__dict__.setdefault("_compiled_ahead", set())
+    missing = {name: lower for name, lower in wanted.items() if name not in known}
+    spread = keras.distribution.distribution() is not None  # over devices; then arrays say where they lie, shapes not
+    if spread or len(missing) < 2 or (_cores() if cores is None else cores) < _SIDE_BY_SIDE_CORES:
+        return 0
+    with ThreadPoolExecutor(len(missing)) as pool:
+        for done in [pool.submit(lower().compile) for lower in missing.values()]:
+            done.result()
+    known.update(missing)
+    return len(missing)
 
 # %% ../nbs/04_training.ipynb #ea352966
 def score_labels(
@@ -267,24 +299,54 @@ def score_labels(
         return scores
     longest_word = 0 if words.single_token else max(len(ids) for ids in words.scored_ids)
     lengths = np.array([len(prompt) for prompt in prompts]) + longest_word
-    buckets = _with_longer(buckets, lengths)
+    buckets = _scoring_buckets(_with_longer(buckets, lengths), lengths)
     bucket_of = assign_buckets(lengths, buckets)
     label_ids = np.array([ids[0] for ids in words.scored_ids], np.int32) if words.single_token else None
     per_step = batch_size if words.single_token else max(1, batch_size // n_labels)
-    arrays = {path: jax.device_put(array) for path, array in adapter.arrays.items()}
+    parts = 1 if scorer.distribution is None else scorer.distribution.num_model_replicas
+    per_step = -(-per_step // parts) * parts
+    arrays = scorer.placed({path: jax.device_put(array) for path, array in adapter.arrays.items()})
     scorer.lora_alpha.assign(adapter.alpha)
-    done = 0
+    waiting: deque[tuple[np.ndarray, jax.Array]] = deque()
+
+    def collect(at_most: int) -> None:
+        while len(waiting) > at_most:
+            rows, result = waiting.popleft()
+            scores[rows] = np.asarray(result).reshape(per_step, n_labels)[: len(rows)]
+            if progress is not None:
+                progress(n - unsent - sum(len(later) for later, _ in waiting), n)
+
+    unsent = n
     for bucket, length in enumerate(buckets):
         members = np.flatnonzero(bucket_of == bucket)
         for start in range(0, len(members), per_step):
             rows = members[start : start + per_step]
             filled = [prompts[i] for i in rows] + [prompts[rows[0]]] * (per_step - len(rows))
-            result = np.asarray(scorer.score(arrays, scoring_arrays(filled, words, length), label_ids))
-            scores[rows] = result.reshape(per_step, n_labels)[: len(rows)]
-            done += len(rows)
-            if progress is not None:
-                progress(done, n)
+            waiting.append((rows, scorer.score(arrays, scoring_arrays(filled, words, length), label_ids)))
+            unsent -= len(rows)
+            collect(_STEPS_AHEAD)
+    collect(0)
     return scores
+
+
+_STEPS_AHEAD = 4  # steps given to the device before the first one's result is fetched
+
+
+def _scoring_buckets(
+    buckets: tuple[int, ...],  # that hold every row
+    lengths: np.ndarray,  # int (n,)
+    compile_tokens: int | None = None,  # tokens the device could score while it compiles one shape
+) -> tuple[int, ...]:  # the same, or with more lengths where a long file pays for their compilation
+    if compile_tokens is None:
+        # a forward pass costs a third of a training step's, its compilation about half
+        compile_tokens = 25_000 if jax.default_backend() == "cpu" else 600_000
+    candidates = [set(buckets), *(set(buckets) | set(length_buckets(lengths, n, multiple=8)) for n in (2, 3, 4))]
+
+    def cost(sizes: set[int]) -> int:
+        padded = np.asarray(sorted(sizes))[assign_buckets(lengths, sorted(sizes))].sum()
+        return int(padded) + compile_tokens * len(sizes - set(buckets))
+
+    return tuple(sorted(min(candidates, key=cost)))
 
 
 def _with_longer(
@@ -409,12 +471,11 @@ def _memory_explained(base: Base, start: Adapter, recipe: Recipe, length: int) -
         parts = memory_estimate(base, start.rank, start.targets, recipe.batch_size, length, positions)
         asked = re.search(r"allocat\w*\s+(?:of\s+)?(\d[\d.,]*)\s*(bytes|[KMGT]?i?B)?", chain)
         failed = f" (an allocation of {asked[1]} {asked[2] or 'bytes'} failed)" if asked else ""
-        estimate = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in parts.items())
         lower = ["batch_size"] * (recipe.batch_size > 1) + ["max_length"]
         smaller = "" if base.quantization else ", or use quantization='int8'"
         raise OutOfMemory(
             f"Out of memory at batch_size={recipe.batch_size} and {length} tokens in {base.dtype}{failed}. Needed, "
-            f"estimated: {estimate}. Lower {' or '.join(lower)}{smaller}."
+            f"estimated: {memory_text(parts)}. Lower {' or '.join(lower)}{smaller}."
         ) from None
 
 # %% ../nbs/04_training.ipynb #399691d3
@@ -579,6 +640,44 @@ def _depends_on(
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
     return plain | numbers
 
+# %% ../nbs/04_training.ipynb #23e933f0
+def _steps_of(
+    scorer: LabelScorer,
+    batches: BatchSequence,
+) -> dict[Any, Callable[[], Any]]:  # as `_compile_side_by_side` takes them
+    "The training step of each bucket that has rows."
+    wanted = {}
+    for arrays in batches.arrays:
+        if not len(arrays["token_ids"]):
+            continue
+        shapes = {
+            name: jax.ShapeDtypeStruct((batches.batch_size, *array.shape[1:]), array.dtype)
+            for name, array in arrays.items()
+        }
+        targets, weights = shapes.pop("targets"), shapes.pop("weights")
+        name = ("train", scorer.rematerialize, shapes["token_ids"].shape, targets.shape)
+        wanted[name] = lambda batch=(shapes, targets, weights): scorer.lower_step(batch)
+    return wanted
+
+
+def fit_to_device(
+    base: Base,
+    start: Adapter,
+    recipe: Recipe,
+    rows: Rows,
+    keep_batch: bool = False,  # True: the rows a step are the user's own
+    available: int | None = None,  # bytes; by default what the device says
+) -> tuple[Recipe, bool, dict[str, int]]:  # recipe, whether to rematerialize, the estimate in bytes
+    "Compute blocks twice, then lower the rows a step, where memory is known and would not do."
+    length = -(-int(rows.lengths.max()) // 8) * 8
+    positions = max(map(len, rows.responses)) if recipe.loss_on == "response" else length - 1
+    needs = (base, start.rank, start.targets)
+    available = device_bytes() if available is None else available
+    batch_size, rematerialize = fitting_batch(*needs, recipe.batch_size, length, positions, available)
+    batch_size = recipe.batch_size if keep_batch else batch_size
+    estimate = memory_estimate(*needs, batch_size, length, positions, rematerialize)
+    return replace(recipe, batch_size=batch_size), rematerialize, estimate
+
 # %% ../nbs/04_training.ipynb #f63b1aea
 def _train(
     base: Base,
@@ -589,6 +688,7 @@ def _train(
     lora_dropout: float,
     seed: int,
     keep: tuple[Path, dict[str, Any], int | None] | None = None,  # folder of checkpoints, settings, steps between two
+    rematerialize: bool = False,
 ) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as `train_adapter` returns it
     "One fit, from its checkpoint if there is one. The base's lock is held."
     scorer, buckets, epoch, batch = base.scorer(start.targets, start.rank), bookkeeping.buckets, 0, 0
@@ -611,7 +711,12 @@ def _train(
         epoch, batch = saved[1]["epoch"], saved[1]["batch"]
         _restore(fit, *saved, start.arrays)
     if epoch < recipe.epochs and not (saved and saved[1]["stopped"]):
-        fit.run(epoch, batch)
+        scorer.use_rematerialization(rematerialize)
+        try:
+            _compile_side_by_side(scorer, _steps_of(scorer, bookkeeping.batches))
+            fit.run(epoch, batch)
+        finally:
+            scorer.use_rematerialization(False)
     arrays = scorer.read() if bookkeeping.best is None else bookkeeping.best[2]
     if save:
         result = {f"adapter/{path}": array for path, array in arrays.items()}
@@ -635,6 +740,7 @@ def train_adapter(
     checkpoint_dir: str | Path | None = None,  # where fits keep their checkpoints; a fit goes on from its own
     checkpoint_steps: int | None = None,  # steps between checkpoints within an epoch; by default half a minute
     settings: Mapping[str, Any] | None = None,  # what else tells this fit from others, as JSON can hold it
+    rematerialize: bool = False,  # compute decoder blocks twice, for less memory
 ) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # trained adapter, history (a row an epoch), the lengths padded to
     """Train with Keras `fit` under the base's lock.
 
@@ -643,19 +749,20 @@ def train_adapter(
     """
     everything = rows.lengths if validation is None else np.concatenate([rows.lengths, validation.lengths])
     buckets = choose_buckets(everything, recipe.epochs)
-    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed)
+    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas)
     bookkeeping = _Bookkeeping(batches, start, words, validation, buckets, patience, progress)
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
-    with base.lock, _memory_explained(base, start, recipe, max(buckets)):
+    more |= {"rematerialize": True} if rematerialize else {}
+    with base.lock, base.scope(), _memory_explained(base, start, recipe, max(buckets)):
         if checkpoint_dir is None:
-            return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed)
+            return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, None, rematerialize)
         identity = _depends_on(base, start, rows, validation, buckets, recipe, more)
         folder = Path(checkpoint_dir) / fit_name(identity)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with hold(folder.with_suffix(".lock"), folder):
             keep = (folder, identity, checkpoint_steps)
-            return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, keep)
+            return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, keep, rematerialize)
 
 # %% ../nbs/04_training.ipynb #7e438476
 def print_progress(

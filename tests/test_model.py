@@ -17,6 +17,7 @@ import pytest
 
 from gemma_lora_sentiment import model as room
 from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.memory import memory_estimate
 from gemma_lora_sentiment.model import (
     GEMMA_2B_CONFIG,
     ModelError,
@@ -24,7 +25,6 @@ from gemma_lora_sentiment.model import (
     load_base,
     lora_parameter_count,
     lora_targets,
-    memory_estimate,
     resolve_preset,
     tiny_gemma,
     without_tensorflow,
@@ -536,7 +536,7 @@ def preset_of_another_kind(request, tmp_path):
 
 @pytest.mark.parametrize("preset_of_another_kind", ["bert", "gpt2"], indirect=True)
 def test_a_model_that_is_no_gemma_is_refused_in_one_line(preset_of_another_kind):
-    with pytest.raises(ModelError, match="Gemma 1, 2 and 3 text models") as error:
+    with pytest.raises(ModelError, match="takes Gemma 1, 2, 3 and 4") as error:
         load_base(preset_of_another_kind)
     assert "\n" not in str(error.value)
 

@@ -30,25 +30,33 @@ MODULES = sorted(path for path in (ROOT / PACKAGE).glob("*.py") if not path.name
 ROOM_IMPORTS = {
     "data": set(),
     "prompt": {"data"},
-    "model": set(),
+    "cache": {"data"},
+    "credentials": set(),
+    "model": {"cache", "credentials"},
+    "memory": {"model"},
+    "precision": {"credentials", "model", "memory"},
     "adapter": {"model"},
     "checkpoint": {"adapter"},
     "export": {"model", "adapter"},
-    "training": {"prompt", "model", "adapter", "checkpoint"},
-    "classifier": {"data", "prompt", "model", "adapter", "checkpoint", "training"},
+    "training": {"prompt", "model", "memory", "adapter", "checkpoint"},
+    "classifier": {"data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "training"},
     "evaluation": set(),
     "analysis": {"evaluation"},
     "report": {"data", "evaluation", "analysis"},
     "figures": {"evaluation"},
     "submission": {"data"},
+    "scale": {
+        *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
+    },
     "pretraining": {"model", "prompt"},
-    "benchmark": {"data", "prompt", "model", "adapter", "training", "classifier"},
+    "benchmark": {"data", "prompt", "cache", "model", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "model", "adapter", "checkpoint", "training", "export"),
-        *("classifier", "evaluation", "analysis", "report", "figures", "submission", "pretraining", "benchmark"),
+        *("data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
+        *("training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
+        *("pretraining", "benchmark", "scale"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "evaluation", "analysis", "report", "figures", "submission"]
+ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
@@ -144,7 +152,8 @@ def test_tutorials_are_run_by_hand():
 def test_every_page_is_in_the_sidebar():
     quarto = yaml.safe_load((ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8"))
     listed = [page for section in quarto["website"]["sidebar"]["contents"] for page in section["contents"]]
-    there = {path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS}
+    pages = [*NOTEBOOKS, *(ROOT / "nbs" / "background").glob("*.qmd")]
+    there = {path.relative_to(ROOT / "nbs").as_posix() for path in pages}
     assert there <= set(listed), "pages missing from nbs/_quarto.yml"
     assert len(listed) == len(set(listed))
     if (ROOT / "README.md").exists():  # before that, rooms are still being written

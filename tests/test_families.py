@@ -1,0 +1,111 @@
+"""Gemma 4 through the code of the others, and what is refused of Gemma 3n."""
+
+import numpy as np
+import pytest
+
+from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+from gemma_lora_sentiment.model import (
+    ModelError,
+    load_base,
+    lora_targets,
+    resolve_preset,
+    tiny_gemma,
+    without_tensorflow,
+)
+
+with without_tensorflow():
+    import keras_nlp
+
+COMMENTS = ["맛있어요 최고예요", "친절해요 또 갈게요", "맛이 없어요 별로예요", "불친절해요 실망했어요"] * 2
+LABELS = [1, 1, 0, 0] * 2
+
+
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("gemma4"), "gemma4", seed=3)
+
+
+def test_logits_are_those_of_keras_hub_padded_or_not(gemma4):
+    base = load_base(gemma4)
+    with without_tensorflow():
+        backbone = keras_nlp.models.Backbone.from_preset(gemma4, dtype="float32")
+        causal_lm = keras_nlp.models.Gemma4CausalLM(preprocessor=None, backbone=backbone)
+    rng, n = np.random.default_rng(0), 24  # longer than the sliding window of 16
+    ids = np.concatenate([np.full((2, 1), 2), rng.integers(4, 200, (2, n - 1))], axis=1).astype(np.int32)
+    given = {"token_ids": ids, "padding_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(n), (2, 1))}
+    positions = np.array([[0, 5, n - 1], [7, n - 1, 3]], np.int32)
+    expected = np.take_along_axis(np.asarray(causal_lm(given)), positions[..., None], axis=1)
+    padded, mask = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.int32)
+    padded[:, :n], mask[:, :n] = ids, 1
+    scorer = base.scorer(rank=4)
+    for token_ids, padding_mask in ((ids, np.ones_like(ids)), (padded, mask)):
+        inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
+        np.testing.assert_allclose(np.asarray(scorer(inputs)), expected, atol=1e-4)
+        labels = np.array([20, 150, 21], np.int32)
+        columns = scorer.score(scorer.read(), {**inputs, "positions": positions[:, -1:]}, labels)
+        np.testing.assert_allclose(columns, expected[:, -1][:, labels], atol=1e-4)
+
+
+def test_gemma4_trains_predicts_generates_and_comes_back(gemma4, tmp_path):
+    targets = lora_targets(load_base(gemma4).backbone)
+    assert {"query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"} == set(targets)
+    clf = GemmaLoraClassifier(gemma4, epochs=12, batch_size=4, learning_rate=0.02, target_layers=targets)
+    clf.fit(COMMENTS, LABELS)
+    assert clf.history_.loss.iloc[-1] < clf.history_.loss.iloc[0]
+    trained = [path for path, array in clf.adapter_.arrays.items() if path.endswith("lora_kernel_b") and array.any()]
+    assert len(trained) == len(clf.adapter_.arrays) / 2, "every layer learns"
+    np.testing.assert_allclose(clf.predict_proba(COMMENTS).sum(axis=1), 1, atol=1e-6)
+    assert isinstance(clf.generate(COMMENTS[0], max_new_tokens=4), str)
+    clf.save(tmp_path / "run")
+    loaded = GemmaLoraClassifier.load(tmp_path / "run")
+    assert loaded.adapter_.rank == clf.adapter_.rank, "blocks without key and value are no sign of another layout"
+    np.testing.assert_array_equal(loaded.predict_proba(COMMENTS), clf.predict_proba(COMMENTS))
+
+
+def test_the_text_part_of_a_gemma4_with_eyes(gemma4, tmp_path):
+    """What is loaded of a preset with a vision encoder is what a preset without one holds."""
+    models = keras_nlp.models
+    vision = models.Gemma4VisionEncoder(
+        image_size=16, patch_size=4, pool_size=2, num_layers=1, num_heads=2, head_dim=8, num_key_value_heads=2,
+        hidden_dim=16, intermediate_dim=16, output_dim=32, dtype="float32",
+    )  # fmt: skip
+    text = load_base(gemma4).backbone
+    with without_tensorflow():
+        whole = models.Gemma4Backbone(**{**plain(text), "vision_encoder": vision, "dtype": "float32"})
+        values = {variable.path: np.array(variable.value) for variable in text.variables}
+        for variable in whole.variables:
+            if variable.path in values:
+                variable.assign(values.pop(variable.path))
+        assert not values, "every variable of the text part has its place"
+        whole.save_to_preset(str(tmp_path))
+        models.Tokenizer.from_preset(gemma4).save_to_preset(str(tmp_path))
+    base = load_base(tmp_path)
+    assert base.backbone.vision_encoder is None
+    assert {v.path for v in base.backbone.variables} == {v.path for v in text.variables}
+    ids = np.random.default_rng(0).integers(4, 200, (2, 12)).astype(np.int32)
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": np.full((2, 1), 11, np.int32)}
+    ours, theirs = (np.asarray(b.scorer(rank=4)(inputs)) for b in (base, load_base(gemma4)))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def plain(backbone):
+    return {name: value for name, value in backbone.get_config().items() if name not in ("name", "trainable", "dtype")}
+
+
+def test_presets_of_every_family_are_known():
+    for preset in ("gemma_2b_en", "gemma2_2b_en", "gemma3_270m", "gemma4_2b"):
+        assert resolve_preset(preset) == preset
+    with pytest.raises(ModelError, match="is a Gemma 3n. KerasHub gives its logits by a function"):
+        resolve_preset("gemma3n_e2b")
+
+
+def test_what_cannot_continue_a_text_is_refused(tmp_path):
+    backbone = keras_nlp.models.Gemma4Backbone(
+        vocabulary_size=300, image_size=16, num_layers=2, num_query_heads=2, num_key_value_heads=1, hidden_dim=32,
+        intermediate_dim=64, head_dim=16, is_embedding_model=True, pooling_intermediate_dim=16, embedding_dim=8,
+        dtype="float32",
+    )  # fmt: skip
+    with without_tensorflow():
+        backbone.save_to_preset(str(tmp_path))
+    with pytest.raises(ModelError, match="embeds texts"):
+        load_base(tmp_path)

@@ -1,0 +1,178 @@
+"""The memory estimate against XLA's own plan, blocks computed twice, the batch that fits, and shapes compiled ahead."""
+
+import numpy as np
+import pytest
+
+from gemma_lora_sentiment import memory, training
+from gemma_lora_sentiment.adapter import new_adapter
+from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+from gemma_lora_sentiment.memory import fitting_batch, memory_estimate
+from gemma_lora_sentiment.model import jax, load_base, tiny_gemma
+from gemma_lora_sentiment.training import Recipe, _prepare, fit_to_device, train_adapter
+
+COMMENTS = ["맛있어요", "별로예요", "친절해요", "다시는 안 가요", "최고예요", "추천해요", "실망해요 " * 6]
+LABELS = ["1", "0", "1", "0", "1", "1", "0"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return load_base(tiny)
+
+
+def step(base, batch_size=4, length=32, positions=2):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 290, (batch_size, length)).astype(np.int32)
+    places = np.tile(np.arange(positions, dtype=np.int32), (batch_size, 1))
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": places}
+    return inputs, ids[:, :positions], np.ones((batch_size, positions), np.float32)
+
+
+def gradients(base, batch, rematerialize):
+    scorer = base.scorer(rank=4)
+    _prepare(scorer, base.dtype)
+    adapter = new_adapter(scorer, seed=1).arrays
+    rng = np.random.default_rng(2)
+    values = [adapter[v.path] + rng.normal(0, 0.1, v.shape).astype(np.float32) for v in scorer.trainable_variables]
+    frozen = [variable.value for variable in scorer.non_trainable_variables]
+    inputs, targets, weights = batch
+    scorer.rematerialize = rematerialize
+
+    def loss(values):
+        logits = scorer._with_state(scorer.call)(values, frozen, inputs)
+        losses = -jax.numpy.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+        return losses.mean()
+
+    try:
+        kept = jax.eval_shape(lambda values: jax.vjp(loss, values)[1], values)  # what the backward pass needs
+        return jax.jit(jax.grad(loss))(values), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    finally:
+        scorer.rematerialize = False
+
+
+def test_blocks_computed_twice_keep_less_and_give_the_same_gradients(base):
+    (once, kept), (twice, kept_twice) = (gradients(base, step(base), on) for on in (False, True))
+    assert kept_twice < kept / 2, "XLA on a CPU merges the second computation with the first; JAX's own plan shows it"
+    for a, b in zip(once, twice, strict=True):
+        assert np.abs(np.asarray(a)).max() > 0
+        np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch_size, length, positions", [(4, 32, 2), (16, 64, 2), (8, 128, 2), (4, 64, 63)])
+def test_the_estimate_is_what_xla_plans(batch_size, length, positions, base):
+    scorer = base.scorer(rank=4)
+    _prepare(scorer, base.dtype)
+    compiled = scorer.lower_step(step(base, batch_size, length, positions)).compile()
+    estimate = memory_estimate(base, 4, batch_size=batch_size, length=length, positions=positions)
+    planned = compiled.memory_analysis()
+    assert 0.85 < estimate["activations"] / planned.temp_size_in_bytes < 1.15
+    held = estimate["base"] + estimate["adapter"] / 2 + estimate["optimizer"]  # a gradient is no argument
+    assert 0.85 < held / planned.argument_size_in_bytes < 1.15
+
+
+def test_training_with_blocks_computed_twice_ends_where_it_would(tiny, base):
+    comments, labels = COMMENTS, LABELS
+    clf = GemmaLoraClassifier(preset=tiny, lora_rank=4, epochs=1, batch_size=4, learning_rate=0.01)
+    plain = clf.fit(comments, labels).adapter_
+    _, _, recipe, words, start = clf._prepared(clf.classes_)
+    prompts = clf._encode(comments, base, words, recipe)
+    index = np.array([int(label) for label in labels])
+    rows = training.Rows(prompts, [words.trained_ids[i] for i in index], index, np.ones(len(index), np.float32))
+    adapter, _, _ = train_adapter(base, start, rows, words, recipe, rematerialize=True)
+    for path, array in plain.arrays.items():
+        np.testing.assert_allclose(adapter.arrays[path], array, rtol=1e-3, atol=1e-5)
+    assert not base.scorer(rank=4).rematerialize
+
+
+def test_fitting_batch_keeps_the_recipe_where_it_can(base):
+    needs = (base, 4, ("query", "value"), 16, 64, 2)
+    once = memory_estimate(base, 4, batch_size=16, length=64)["total"]
+    twice = memory_estimate(base, 4, batch_size=16, length=64, rematerialize=True)["total"]
+    assert twice < once
+    assert fitting_batch(*needs, None) == (16, False)
+    assert fitting_batch(*needs, int(once / 0.9) + 2) == (16, False)
+    assert fitting_batch(*needs, int(twice / 0.9) + 2) == (16, True)
+    rows, rematerialize = fitting_batch(*needs, int(twice / 0.9) - 2)
+    assert rows == 8 and rematerialize
+    assert fitting_batch(*needs, 1) == (1, True)
+
+
+def test_auto_batch_size_is_lowered_and_says_so(tiny, monkeypatch, capsys):
+    clf = GemmaLoraClassifier(preset=tiny, lora_rank=4, epochs=1, verbose=1)
+    base = load_base(tiny)
+    little = memory_estimate(base, 4, batch_size=2, length=32, positions=2, rematerialize=True)["total"]
+    monkeypatch.setattr(training, "device_bytes", lambda: little)
+    with pytest.warns(UserWarning, match="batch_size is lowered from 16 to [1248], to fit the device's memory"):
+        clf.fit(COMMENTS, LABELS)
+    assert clf.recipe_.batch_size < 16
+    assert "memory estimated: base 0.00 GB" in capsys.readouterr().err
+    clf.set_params(batch_size=16).fit(COMMENTS, LABELS)  # the user's own number stands
+    assert clf.recipe_.batch_size == 16
+
+
+def test_shapes_compiled_side_by_side_are_not_compiled_again(tiny, monkeypatch):
+    compiled = []
+
+    def listen(event, seconds, **more):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(more.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    monkeypatch.setattr(training, "choose_buckets", lambda *_: (16, 40))
+    settings = dict(preset=tiny, lora_rank=3, epochs=1, batch_size=2, learning_rate=0.01)
+    monkeypatch.setattr(training, "_cores", lambda: 16)
+    ahead = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
+    steps = [name for name in compiled if "with_base" in name]
+    assert len(steps) == 2, compiled
+    assert load_base(tiny).scorer(rank=3)._compiled_ahead, "they were compiled before they were called"
+    compiled.clear()
+    again = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
+    assert not [name for name in compiled if "with_base" in name]
+    monkeypatch.setattr(training, "_cores", lambda: 2)
+    load_base(tiny)._scorers.clear()
+    alone = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
+    assert not hasattr(load_base(tiny).scorer(rank=3), "_compiled_ahead") or not load_base(tiny).scorer(
+        rank=3
+    )._compiled_ahead
+    for path, array in alone.adapter_.arrays.items():
+        assert np.array_equal(ahead.adapter_.arrays[path], array) and np.array_equal(again.adapter_.arrays[path], array)
+
+
+@pytest.mark.parametrize("words", [None, {"0": "bad food", "1": "good"}])
+def test_probabilities_are_those_of_one_by_one_scoring(words, tiny):
+    """Buckets, batches, filled-up batches and deduplication against each comment alone, padded to its own length."""
+    clf = GemmaLoraClassifier(
+        preset=tiny, lora_rank=4, epochs=3, batch_size=4, learning_rate=0.02, label_words=words, dtype="float32"
+    )
+    clf.fit(COMMENTS, LABELS)
+    comments = [*COMMENTS, *(f"{comment}{i % 3}!" for i, comment in enumerate(COMMENTS * 6)), *COMMENTS[:3]]
+    together = clf.predict_proba(comments)
+    base = load_base(tiny)
+    scorer = base.scorer(rank=4)
+    prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
+    known: dict[str, np.ndarray] = {}
+    for comment, prompt in zip(comments, prompts, strict=True):
+        if comment not in known:
+            longest = 0 if clf.words_.single_token else max(len(ids) for ids in clf.words_.scored_ids)
+            scores = training.score_labels(
+                scorer, clf.adapter_, [prompt], clf.words_, (-(-(len(prompt) + longest) // 8) * 8,), 1
+            )
+            known[comment] = np.exp(training.log_softmax(scores))[0]
+    alone = np.array([known[comment] for comment in comments])
+    assert np.abs(together - alone).max() <= 1e-5
+    assert np.ptp(together[:, 0]) > 1e-3, "the rows must differ for this to mean anything"
+
+
+def test_fit_to_device_leaves_a_cpu_alone(base):
+    recipe = Recipe(lora_rank=4, batch_size=16)
+    start = new_adapter(base.scorer(rank=4))
+    ids = [np.arange(3, 20, dtype=np.int32)] * 3
+    rows = training.Rows(ids, [(10, 1)] * 3, np.zeros(3, int), np.ones(3, np.float32))
+    if memory.device_bytes() is None:
+        assert fit_to_device(base, start, recipe, rows)[:2] == (recipe, False)
+    lowered, rematerialize, estimate = fit_to_device(base, start, recipe, rows, available=1)
+    assert (lowered.batch_size, rematerialize) == (1, True) and estimate["total"] > base.nbytes

@@ -1,0 +1,554 @@
+"""What would bore a reader of 08_scale: killed processes, full disks, odd files, memory, simulated devices."""
+
+import bz2
+import errno
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, scale
+from gemma_lora_sentiment.data import DataError, write_table
+from gemma_lora_sentiment.model import tiny_gemma
+from gemma_lora_sentiment.scale import predict_file, read_chunks
+
+WORDS = ("국물이", "진하고", "맛있어요", "별로예요", "또", "갈게요", "실망했어요", "친절해요", "the", "coffee")
+
+
+def comments(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 12))) + f" {i}" for i in range(n)]
+
+
+def write_tsv(path, texts, first_id=1):
+    lines = [f"{i}\t{text}\n" for i, text in enumerate(texts, start=first_id)]
+    Path(path).write_text("id\tcomment\n" + "".join(lines), encoding="utf-8")
+    return Path(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scale")
+    clf = GemmaLoraClassifier(tiny_gemma(folder / "tiny"), epochs=1, lora_rank=2, learning_rate=1e-2)
+    clf.fit(comments(16), list("01" * 8)).save(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def clf(run):
+    return GemmaLoraClassifier.load(run)
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+TEXTS = {
+    "plain.tsv": 'id\tcomment\n1\t"좋아요"\n2\ta, b\n\n3\tlast  one\n\n\n',
+    "quoted.tsv": '"id"\t"comment"\n1\t"two\nlines"\n2\t"say ""hi"""\n',
+    "quoted.csv": 'no,label,review\n1,0,"two\nlines, and more"\n\n2,1,"say ""hi"""\n3,,plain\n',
+    "crlf.csv": "id,text\r\n1,하나\r\n2,둘\r\n\r\n",
+    "mac.csv": "id,text\r1,하나\r2,둘\r",
+    "stray.tsv": "comment\n하\r나\n둘\r\n",
+    "lines.txt": "하나\n둘 셋\nfour\n\n  \n",
+    "table.txt": "id\tcomment\n7\t하나\n8\t둘\n",
+    "rows.jsonl": '{"text": "하나", "id": 1}\n\n{"id": 2.5, "more": [1], "text": "둘"}\n{"text": "셋", "id": "x"}\n',
+    "unnumbered.jsonl": '{"text": "하나"}\n{"text": "둘"}\n{"text": "셋"}\n',
+}
+
+
+@pytest.mark.parametrize("pack", [None, ".gz", ".xz", ".bz2"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949", "utf-16"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_chunks_hold_what_read_comments_reads(name, encoding, pack, tmp_path, monkeypatch):
+    packers = {None: bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    path = tmp_path / f"{name}{pack or ''}"
+    path.write_bytes(packers[pack](TEXTS[name].encode(encoding)))
+    expected = read_comments(path, labelled=False)[["id", "comment"]]
+    monkeypatch.setattr(scale, "_BLOCK", 5)  # characters and line ends are cut in two
+    for rows in (1, 2, 100):
+        chunks = list(read_chunks(path, rows))
+        found = pd.concat([chunk.table for chunk in chunks], ignore_index=True)
+        assert found.astype(object).equals(expected.astype(object)), rows
+        assert [chunk.first for chunk in chunks] == list(np.cumsum([0, *(len(c.table) for c in chunks[:-1])]))
+        assert 0.7 < chunks[-1].fraction <= 1 and (rows > 1 or chunks[0].fraction < chunks[-1].fraction)
+
+
+def test_zstandard(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    with pyarrow.CompressedOutputStream(str(tmp_path / "in.tsv.zst"), "zstd") as file:
+        file.write(b"id\tcomment\n1\tgood\n2\tbad\n")
+    (chunk,) = read_chunks(tmp_path / "in.tsv.zst")
+    assert chunk.table.comment.tolist() == ["good", "bad"]
+    (tmp_path / "bad.tsv.zst").write_bytes((tmp_path / "in.tsv.zst").read_bytes()[:12])
+    with pytest.raises(DataError, match="unpacked|empty"):
+        list(read_chunks(tmp_path / "bad.tsv.zst"))
+
+
+def test_parquet_in_chunks_across_row_groups(tmp_path):
+    table = pd.DataFrame({"text": comments(25), "wide": ["x"] * 25}, index=pd.RangeIndex(100, 125, name="no"))
+    table.to_parquet(tmp_path / "in.parquet", row_group_size=7)
+    found = [chunk.table for chunk in read_chunks(tmp_path / "in.parquet", 10)]
+    assert [len(part) for part in found] == [10, 10, 5]
+    expected = read_comments(tmp_path / "in.parquet", labelled=False)[["id", "comment"]]
+    assert pd.concat(found, ignore_index=True).equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.tsv", b"", "is empty"),
+        ("a.tsv", b"id\tcomment\n", "no rows"),
+        ("a.tsv", b"id\tcomment\n1\ta\n2\tb\n3\tc\td\n", "line 4: 3 fields where the header has 2"),
+        ("a.tsv", b"id\tcomment\n1\ta\n2\tb\n3\t  \n", "line 4: the comment is empty"),
+        ("a.csv", b'comment\na\nb\n"c\nd\n', "line 4: its quotation marks do not pair"),
+        ("a.csv", b"id,name\n1,a\n", "no comment column"),
+        ("a.csv", b"text,text\na,b\n", "two columns are named 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n{"text": 3}\n', "line 4: the comment 3 is no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": \n', "line 3: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"tekst": "c"}\n', "line 3: the comment is empty"),
+        ("a.tsv.gz", gzip.compress(b"comment\n" + b"a\n" * 99)[:-12], "cannot be unpacked"),
+        ("a.parquet", b"PAR1 and nothing else", "not a whole Parquet file"),
+        ("a.xlsx", b"PK\x03\x04", "unknown format"),
+        ("a.tsv", b"PK\x03\x04", "an Excel or zip file"),
+    ],
+)
+def test_bad_rows_are_named_when_they_are_reached(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        list(read_chunks(tmp_path / name, 2))
+
+
+def test_bytes_that_are_no_text_far_into_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "_BLOCK", 16)
+    monkeypatch.setattr(scale, "_HEAD", 64)
+    (tmp_path / "a.tsv").write_bytes(b"comment\n" + "좋아요\n".encode() * 50 + b"\xff\xff\n")
+    reading = read_chunks(tmp_path / "a.tsv", 10)
+    assert len(next(reading).table) == 10
+    with pytest.raises(DataError, match="line 52: not utf-8"):
+        list(reading)
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_small_files_give_the_bytes_of_a_whole_prediction(suffix, tmp_path, clf):
+    path = write_tsv(tmp_path / "in.tsv", comments(30))
+    rows = read_comments(path, labelled=False)
+    probabilities = clf.predict_proba(rows.comment)
+    table = rows[["id", "comment"]].assign(label=clf.classes_[probabilities.argmax(axis=1)])
+    for column, label in enumerate(clf.classes_):
+        table[f"p_{label}"] = probabilities[:, column]
+    write_table(table, tmp_path / f"expected{suffix}", suffix)
+    assert predict_file(clf, path, tmp_path / f"out{suffix}") == 30
+    assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"expected{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_many_chunks_are_one_file_in_order(suffix, tmp_path, clf):
+    texts = comments(130)
+    path = write_tsv(tmp_path / "in.tsv", [*texts, *texts[:20]])
+    assert predict_file(clf, path, tmp_path / f"out{suffix}", chunk_rows=40) == 150
+    found = read_comments(tmp_path / f"out{suffix}")
+    assert found.comment.tolist() == [*texts, *texts[:20]]
+    assert found["id"].tolist() == [str(i) for i in range(1, 151)]
+    assert np.allclose(found[["p_0", "p_1"]].astype(float), clf.predict_proba(found.comment), atol=1e-5)
+    assert names(tmp_path) == ["in.tsv", f"out{suffix}"]
+
+
+def test_few_shapes_and_no_comment_twice(tmp_path, clf, monkeypatch):
+    scored = []
+    real = scale.score_labels
+
+    def counting(scorer, adapter, prompts, *rest):
+        result = real(scorer, adapter, prompts, *rest)
+        scored.append((len(prompts), scorer._label_step._cache_size() + scorer._sequence_step._cache_size()))
+        return result
+
+    monkeypatch.setattr(scale, "score_labels", counting)
+    texts = comments(400)
+    path = write_tsv(tmp_path / "in.tsv", [text for text in texts for _ in range(2)])
+    predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=100)
+    assert [n for n, _ in scored] == [50] * 8
+    shapes = [count for _, count in scored]
+    assert shapes[-1] == shapes[3] and shapes[0] <= 7, shapes
+
+
+def test_ids_that_come_twice_in_different_chunks(tmp_path, clf):
+    path = tmp_path / "in.jsonl"
+    ids = [*range(25), "3", 3.0]
+    path.write_text("".join(json.dumps({"id": name, "text": f"좋아요 {i}"}) + "\n" for i, name in enumerate(ids)))
+    with pytest.raises(DataError, match="line 27: id 3.0 stands already in line 4.*20 finished rows are kept"):
+        predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10)
+    path.write_text(path.read_text().replace("3.0", "33"))
+    assert predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True) == 27
+
+
+def test_ids_that_change_their_type_on_the_way_to_parquet(tmp_path, clf):
+    lines = [json.dumps({"id": i if i < 30 else f"x{i}", "text": text}) for i, text in enumerate(comments(40))]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="ids change their type"):
+        predict_file(clf, tmp_path / "in.jsonl", tmp_path / "out.parquet", chunk_rows=10)
+    assert predict_file(clf, tmp_path / "in.jsonl", tmp_path / "out.csv", chunk_rows=10) == 40
+
+
+def test_another_input_run_or_option_is_refused(tmp_path, clf, monkeypatch):
+    path = write_tsv(tmp_path / "in.tsv", comments(50))
+    real = scale._write_part
+
+    def stop_at_third(part, *rest):
+        if "000003" in part.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(part))
+        real(part, *rest)
+
+    monkeypatch.setattr(scale, "_write_part", stop_at_third)
+    with pytest.raises(OSError, match="No space left on device; 30 finished rows are kept"):
+        predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10)
+    monkeypatch.setattr(scale, "_write_part", real)
+    before = names(tmp_path / ".out.tsv.parts")
+    other = GemmaLoraClassifier(clf.preset, epochs=1, lora_rank=2, learning_rate=1e-2, seed=1).fit(
+        comments(16), list("01" * 8)
+    )
+    decision = {"classes": ["0", "1"], "temperature": 2.0, "cost": None, "threshold": None, "confidence": None}
+    for who, more, said in (
+        (clf, {"chunk_rows": 20}, "chunk_rows was 10 and is 20"),
+        (clf, {"batch_size": 8}, "batch_size was 64 and is 8"),
+        (clf, {"decision": decision}, "calibrated was null"),
+        (other, {}, "adapter was"),
+        (clf, {"resume": False}, "30 finished rows of an earlier run"),
+    ):
+        with pytest.raises(scale.RunError, match=said):
+            predict_file(who, path, tmp_path / "out.tsv", **{"chunk_rows": 10, "resume": True, **more})
+        assert names(tmp_path / ".out.tsv.parts") == before
+    changed = comments(50)
+    changed[15] += "!"
+    write_tsv(path, changed)
+    with pytest.raises(scale.RunError, match="lines 12 to 21 differ"):
+        predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True)
+    write_tsv(path, comments(25))
+    with pytest.raises(scale.RunError, match="lines 22 to 26 differ"):
+        predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True)
+    write_tsv(path, comments(50))
+    assert predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True) == 50
+    assert names(tmp_path) == ["in.tsv", "out.tsv"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root on Linux")
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_disk_that_fills_up_and_is_emptied(small_disk, tmp_path, clf):
+    path = write_tsv(tmp_path / "in.tsv", comments(2000))
+    predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=200)
+    with pytest.raises(OSError, match="finished rows are kept; go on with --resume"):
+        predict_file(clf, path, small_disk / "out.tsv", chunk_rows=200)
+    assert names(small_disk) == [".out.tsv.parts"]
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    predict_file(clf, path, small_disk / "out.tsv", chunk_rows=200, resume=True)
+    assert (small_disk / "out.tsv").read_bytes() == (tmp_path / "out.tsv").read_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        predict_file(clf, path, small_disk / "out.tsv", chunk_rows=200)
+    assert names(small_disk) == ["out.tsv"]
+
+
+# --- killed processes, memory ---------------------------------------------------------------------------------------
+
+FORKS = """
+import json, os, random, resource, signal, sys, time
+from pathlib import Path
+from gemma_lora_sentiment import GemmaLoraClassifier
+from gemma_lora_sentiment.scale import predict_file
+
+def forked(run, source, out, **settings):  # before JAX has started a thread
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        rows = predict_file(GemmaLoraClassifier.load(run), source, out, **settings)
+        print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+        os._exit(0)
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(1)
+"""
+
+KILL = (
+    FORKS
+    + """
+run, source, out, times, seed = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+random.seed(seed)
+parts, killed = Path(out).parent / ("." + Path(out).name + ".parts"), 0
+while True:
+    pid, before, wanted = forked(run, source, out, chunk_rows=50, resume=True), None, random.randint(1, 3)
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        number = len(list(parts.glob("part-*")))
+        before = number if before is None else before
+        if killed < times and number >= before + wanted:
+            time.sleep(random.random() / 20)
+            os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, 0)[1] == signal.SIGKILL:
+                killed += 1
+            break
+        time.sleep(0.002)
+    else:
+        break
+    if not parts.exists() and Path(out).exists():
+        break
+print("killed", killed)
+"""
+)
+
+MEMORY = (
+    FORKS
+    + """
+for source in sys.argv[2:]:
+    os.waitpid(forked(sys.argv[1], source, source + ".out.tsv", chunk_rows=250), 0)
+"""
+)
+
+
+def python(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("times", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed(times, tmp_path, clf, run):
+    path = write_tsv(tmp_path / "in.tsv", comments(500 * times))
+    predict_file(clf, path, tmp_path / "expected.tsv", chunk_rows=50)
+    said = python(KILL, run, path, tmp_path / "out.tsv", times, 7)
+    assert f"killed {times}" in said, said
+    assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "expected.tsv").read_bytes()
+    assert names(tmp_path) == ["expected.tsv", "in.tsv", "out.tsv"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux gives it, in KiB")
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path, run):
+    sources = [write_tsv(tmp_path / f"{n}.tsv", comments(n)) for n in (10_000, 30_000)]
+    small, large = (line.split() for line in python(MEMORY, run, *sources).splitlines())
+    assert (small[0], large[0]) == ("10000", "30000")
+    grown = (int(large[1]) - int(small[1])) / 1024
+    assert grown < 24, f"{grown:.1f} MiB more for three times the rows ({small[1]} and {large[1]} KiB at most)"
+
+
+def test_one_process_at_a_time(tmp_path, clf):
+    path = write_tsv(tmp_path / "in.tsv", comments(20))
+    with scale.hold(tmp_path / ".out.tsv.lock", "it"), pytest.raises(scale.RunError, match="Another process"):
+        predict_file(clf, path, tmp_path / "out.tsv")
+
+
+# --- several devices ------------------------------------------------------------------------------------------------
+
+DEVICES = """
+import json, os, sys, tempfile, warnings
+import jax, keras, numpy as np
+from pathlib import Path
+from gemma_lora_sentiment import GemmaLoraClassifier
+from gemma_lora_sentiment.model import load_base
+
+assert jax.device_count() == 8
+preset, folder, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+words = "국물이 진하고 맛있어요 별로예요 또 갈게요 실망했어요 친절해요".split()
+rng = np.random.default_rng(0)
+comments = [" ".join(rng.choice(words, rng.integers(4, 6))) for _ in range(42)]
+labels = [i % 2 for i in range(42)]
+common = dict(preset=preset, epochs=2, lora_rank=2, learning_rate=5e-3, batch_size=6, validation_fraction=0.2)
+loose = dict(rtol=2e-4, atol=2e-5)
+
+def fitted(**more):
+    return GemmaLoraClassifier(**common, **more).fit(comments, labels)
+
+def same(a, b):
+    for path, array in a.adapter_.arrays.items():
+        assert np.allclose(array, b.adapter_.arrays[path], **loose), path
+    assert np.allclose(a.history_.loss, b.history_.loss, **loose)
+    assert np.allclose(a.history_.accuracy, b.history_.accuracy)
+    assert np.allclose(a.history_.val_loss, b.history_.val_loss, **loose)
+    assert np.allclose(a.predict_proba(comments), b.predict_proba(comments), **loose)
+"""
+
+EQUAL = (
+    DEVICES
+    + """
+one = fitted()
+for devices, strategy, *others in cases:
+    several = fitted(devices=devices, strategy=strategy)
+    same(one, several)
+    assert keras.distribution.distribution() is None
+    base = several._loaded_base()
+    whole, cut = base.nbytes, sum(v.value.addressable_shards[0].data.nbytes for v in base.backbone.variables)
+    assert (cut < 0.7 * whole) if strategy == "model" else cut == whole, (cut, whole)
+    assert base.fingerprint == one.base_fingerprint_
+    assert several.generate(comments[0], 4) == one.generate(comments[0], 4)
+    several.save(folder / strategy)
+    loaded = GemmaLoraClassifier.load(folder / strategy)
+    assert loaded.devices is None
+    expected = several.predict_proba(comments)
+    assert np.allclose(loaded.predict_proba(comments), expected, **loose)
+    for other in others:
+        loaded = GemmaLoraClassifier.load(folder / strategy, devices=other, strategy=strategy)
+        assert np.allclose(loaded.predict_proba(comments), expected, **loose)
+print("equal")
+"""
+)
+
+RESUMED = (
+    DEVICES
+    + """
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if os.environ.get("STOP") and int(os.environ["STOP"]) == batch and self.model.optimizer.iterations.value > 7:
+            raise KeyboardInterrupt
+
+from gemma_lora_sentiment import training
+training.CHECKPOINT_SECONDS = 0  # at every step
+whole = fitted(callbacks=[Stop()])
+for number, (before, after) in enumerate(cases):
+    before, after = (dict(zip(("devices", "strategy"), each)) for each in (before, after))
+    os.environ["STOP"] = "2"
+    try:
+        fitted(callbacks=[Stop()], checkpoint_dir=folder / f"{number}", **before)
+        raise SystemExit("it was not stopped")
+    except KeyboardInterrupt:
+        del os.environ["STOP"]
+    assert keras.distribution.distribution() is None
+    assert len(list((folder / f"{number}").glob("fit-*/checkpoint.json"))) == 1
+    again = fitted(callbacks=[Stop()], checkpoint_dir=folder / f"{number}", **after)
+    assert len(list((folder / f"{number}").glob("fit-*/checkpoint.json"))) == 1
+    same(whole, again)
+print("resumed")
+"""
+)
+
+
+def on_devices(code, *arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+def test_eight_devices_equal_one(tiny, tmp_path):
+    assert "equal" in on_devices(EQUAL, tiny, tmp_path, json.dumps([(8, "data"), (2, "model")]))
+
+
+def test_checkpoints_go_on_on_other_devices(tiny, tmp_path):
+    cases = [((8, "data"), (2, "model")), ((2, "model"), (2, "model"))]
+    assert "resumed" in on_devices(RESUMED, tiny, tmp_path, json.dumps(cases))
+
+
+@pytest.mark.slow
+def test_other_numbers_of_devices(tiny, tmp_path):
+    cases = [(5, "data", 8), (8, "model", 2), (["cpu:3", "cpu:5", "cpu:6"], "auto", 4)]
+    assert "equal" in on_devices(EQUAL, tiny, tmp_path, json.dumps(cases))
+    cases = [((4, "data"), (4, "data")), ((2, "model"), ()), ((), (8, "data"))]
+    assert "resumed" in on_devices(RESUMED, tiny, tmp_path, json.dumps(cases))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_other_families_on_eight_devices(family, tmp_path):
+    preset = tiny_gemma(tmp_path / family, family)
+    assert "equal" in on_devices(EQUAL, preset, tmp_path, json.dumps([(8, "data"), (2, "model")]))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"devices": 0}, "devices=0"),
+        ({"devices": 10_000}, "JAX sees"),
+        ({"devices": "cpu:0"}, "must be None, a number, or a list"),
+        ({"devices": ["tpu:77"]}, "'tpu:77' is not there"),
+        ({"devices": []}, "none is"),
+        ({"devices": ["cpu:0", "cpu:0"]}, "named twice"),
+        ({"strategy": "pipeline"}, "'auto', 'data', 'model'"),
+    ],
+)
+def test_devices_that_cannot_be_used(parameters, said, tiny):
+    with pytest.raises(ValueError, match=said):
+        GemmaLoraClassifier(tiny, epochs=1, **parameters).fit(comments(4), [0, 1, 0, 1])
+
+
+def test_one_device_is_what_it_always_was(tiny):
+    plain = GemmaLoraClassifier(tiny, epochs=1, lora_rank=2).fit(comments(8), [0, 1] * 4)
+    named = GemmaLoraClassifier(tiny, epochs=1, lora_rank=2, devices=1, strategy="model").fit(comments(8), [0, 1] * 4)
+    assert plain._loaded_base() is named._loaded_base()
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------
+
+RAY = """
+import os, signal, sys
+from pathlib import Path
+from gemma_lora_sentiment import GemmaLoraClassifier, scale
+import ray
+
+folder, marker = Path(sys.argv[1]), Path(sys.argv[2]) / "killed"
+
+class Dying(scale._RayWorker):
+    def score(self, comments):
+        if comments[0].endswith(" 120") and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(comments)
+
+scale._RayWorker = Dying
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+rows = scale.predict_file(
+    GemmaLoraClassifier.load(folder), Path(sys.argv[2]) / "in.tsv", Path(sys.argv[2]) / "ray.tsv", chunk_rows=40,
+    score=scale.ray_workers(2),
+)
+ray.shutdown()
+print("rows", rows)
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_with_a_killed_worker_gives_the_same_bytes(tmp_path, clf, run):
+    path = write_tsv(tmp_path / "in.tsv", comments(400))
+    predict_file(clf, path, tmp_path / "here.tsv", chunk_rows=40)
+    assert "rows 400" in python(RAY, run, tmp_path)
+    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "ray.tsv").read_bytes() == (tmp_path / "here.tsv").read_bytes()
+    assert names(tmp_path) == ["here.tsv", "in.tsv", "killed", "ray.tsv"]
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+def test_ray_that_is_not_installed_is_one_line(tmp_path, clf):
+    with pytest.raises(scale.RunError, match=r"Install gemma_lora_sentiment\[ray\]"):
+        scale.ray_workers()
