@@ -633,7 +633,7 @@ def leaked_comments(
     train: pd.DataFrame,  # as read_comments returns it
     test: pd.DataFrame,  # likewise
 ) -> pd.DataFrame:  # the test rows that stand in train too: id, comment, label, train_id, train_label
-    "List the comments of the test rows that stand among the training rows too, each beside its first twin."
+    "List the test rows whose comment stands among the training rows too, each beside its first twin."
     _need_columns(train, "id", "comment", "label")
     _need_columns(test, "id", "comment", "label")
     groups = duplicate_groups([*train["comment"], *test["comment"]])
