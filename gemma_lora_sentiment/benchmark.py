@@ -29,7 +29,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['SHAPES', 'SWEEPS', 'SYSTEMS', 'block_parameters', 'draw_lengths', 'BenchmarkSettings', 'benchmark_rows',
            'random_base', 'summarize', 'benchmark_table', 'figures_table', 'comparisons', 'run_benchmark',
-           'save_size_figure']
+           'save_size_figure', 'benchmark_markdown']
 
 # %% ../nbs/10_benchmark.ipynb #559a4226
 SHAPES = {  # arguments of KerasHub's GemmaBackbone
@@ -318,7 +318,7 @@ def _log_epoch(log: _Log, seconds: float, done: int, steps: int) -> None:
     elif done:
         log(partial={"seconds": seconds, "steps": done, "of": steps})
 
-# %% ../nbs/10_benchmark.ipynb #17ddc78c
+
 def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.cache import use_compile_cache
@@ -437,7 +437,7 @@ def _peft_model(torch: Any, settings: BenchmarkSettings, dtype: str, device: str
     lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return peft.get_peft_model(model, lora).to(device)
 
-# %% ../nbs/10_benchmark.ipynb #0a17ef16
+
 def _padded(
     sequences: Sequence[Sequence[int]],
     side: str = "right",
@@ -498,7 +498,7 @@ def _score_peft(torch: Any, model: Any, prompts: Sequence[Sequence[int]]) -> np.
             scores[batch] = logits.float().cpu().numpy()
     return scores
 
-# %% ../nbs/10_benchmark.ipynb #9c0a795e
+
 def _import_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
     "Reads the libraries from the disk once, as `_measure_device` does for ours."
     import peft  # noqa: F401
@@ -590,7 +590,7 @@ def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log:
             return
     log(peak_bytes=_peak_bytes())
 
-# %% ../nbs/10_benchmark.ipynb #5e95debe
+
 _SHELL = "import sys; from gemma_lora_sentiment.cli import app; app()"
 
 
@@ -1020,7 +1020,7 @@ def run_benchmark(
         say(line)
     return result
 
-# %% ../nbs/10_benchmark.ipynb #6a9522c4
+
 def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, progress) -> None:
     environment = _environment(folder / "cache-device", settings, fraction)
     progress("device: a matrix product")
@@ -1110,3 +1110,17 @@ def save_size_figure(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return figure
+
+
+def benchmark_markdown(
+    name: str,  # of the run: the machine and the shape
+    result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
+) -> str:  # a section of Markdown: machine, versions, table, figures, ratios, sweeps
+    "A run as a page shows it."
+    lines = [f"### {name}", "", _describe(result).replace("\n", "  \n"), "", _markdown_head()]
+    lines += [_markdown_row(_table_row(result, system)) for system in benchmark_table(result).index]
+    lines += ["", *(f"- left out: {system} ({reason})" for system, reason in result["left_out"].items())]
+    lines += [f"- {row.figure}: {row.value:,.3g} {row.unit}".rstrip() for row in figures_table(result).itertuples()]
+    lines += [f"- {line}" for line in comparisons(result)]
+    lines += [f"- {line}" for kind, record in result["sweeps"].items() for line in _describe_sweep(kind, record)]
+    return "\n".join(lines)

@@ -584,12 +584,12 @@ class GemmaLoraClassifier(
         recipe: str = "auto",  # a named set of hyperparameters, "auto" for the preset's own, or "tutorial"
         template: str = TUTORIAL_TEMPLATE,  # text with {instruction} and {response}
         label_words: Mapping[Any, str] | None = None,  # label -> word; by default its own spelling
-        lora_rank: int | str = "auto",
+        lora_rank: int | str = "auto",  # columns of A and rows of B; at least 1
         lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": alpha = rank
         lora_dropout: float = 0.0,  # share of A's rows dropped each step
         target_layers: Sequence[str] | str = "auto",  # layers with LoRA; "auto": query and value
-        learning_rate: float | str = "auto",
-        weight_decay: float | str = "auto",
+        learning_rate: float | str = "auto",  # at its highest
+        weight_decay: float | str = "auto",  # decoupled, as in AdamW; at least 0
         epochs: int | str = "auto",  # 0 scores with the base as it is: zero-shot
         batch_size: int | str = "auto",  # rows a step
         max_length: int | str = "auto",  # tokens of prompt and response

@@ -22,77 +22,20 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from .backend import ModelError, check_backend, choose_dtype, without_tensorflow
 from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
 
 # %% auto #0
-__all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'without_tensorflow', 'ModelError', 'check_backend',
-           'choose_dtype', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count', 'lora_targets', 'LabelScorer',
-           'Base', 'distribution_for', 'load_base', 'release_bases']
+__all__ = ['BUNDLED_PRESETS', 'GEMMA_2B_CONFIG', 'LayerRanks', 'tiny_gemma', 'resolve_preset', 'lora_parameter_count',
+           'lora_targets', 'LabelScorer', 'Base', 'distribution_for', 'load_base', 'release_bases']
 
-# %% ../nbs/02_model.ipynb #0ea47c57
-@contextlib.contextmanager
-def without_tensorflow() -> Iterator[None]:
-    "Inside, importing TensorFlow fails as if it were not installed; one that is imported already stays."
-    hidden = [name for name in ("tensorflow", "tensorflow_text") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        for name in hidden:
-            sys.modules.pop(name, None)
-
-# %% ../nbs/02_model.ipynb #78c84da9
-class ModelError(ValueError):
-    """A base, device or setting that cannot work; the message is one line with the remedy."""
-
-
-def _wrong_backend(name: str) -> ModelError:
-    return ModelError(
-        f"Keras runs on {name} here, and this package runs on JAX alone. Set the environment variable "
-        "KERAS_BACKEND=jax before keras is first imported, and restart Python."
-    )
-
-# %% ../nbs/02_model.ipynb #ed5ad7c1
-if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
-    raise _wrong_backend(os.environ["KERAS_BACKEND"])
+# %% ../nbs/02_model.ipynb #01b00006
 with without_tensorflow():
     import jax
     import keras
     import keras_nlp
     from keras.src.backend.common import global_state
-
-# %% ../nbs/02_model.ipynb #24a989c8
-def check_backend() -> None:
-    "Raise `ModelError` unless Keras runs on JAX."
-    if keras.config.backend() != "jax":
-        raise _wrong_backend(keras.config.backend())
-
-# %% ../nbs/02_model.ipynb #56a66520
-def choose_dtype(
-    dtype: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
-    platform: str | None = None,  # "cpu", "gpu" or "tpu"; by default the one JAX runs on
-    compute_capability: float | None = None,  # of an NVIDIA card, 7.5 for a T4; by default that of JAX's devices
-) -> tuple[str, str]:  # the dtype, and one sentence that says why
-    "Choose the number format of the base. Raises `ModelError` for an unknown one."
-    if platform is None:
-        platform = jax.default_backend()
-        if compute_capability is None:
-            found = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
-            numbers = [float(number) for number in found if number.replace(".", "", 1).isdigit()]  # AMD's are words
-            compute_capability = min(numbers, default=None)
-    if dtype != "auto":
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16. Choose one of these.")
-        return dtype, "as asked for"
-    if platform == "cpu":
-        return "float32", "a CPU computes 16-bit numbers more slowly than float32"
-    if platform == "gpu" and compute_capability is not None and compute_capability < 8.0:
-        return "float16", (
-            f"a card of compute capability {compute_capability} computes bfloat16 no faster than float32; "
-            "the first batch shows whether float16 overflows"
-        )
-    return "bfloat16", f"on a {platform.upper()} it halves the memory and has the range of float32"
 
 # %% ../nbs/02_model.ipynb #3c901f3b
 _TINY_TEXT = (
@@ -259,7 +202,7 @@ GEMMA_2B_CONFIG = dict(
 
 def lora_parameter_count(
     config: dict[str, Any],  # arguments of KerasHub's GemmaBackbone
-    rank: int = 4,
+    rank: int = 4,  # of LoRA
     targets: Sequence[str] = ("query", "value"),  # names of layers
 ) -> tuple[int, int]:  # parameters of the base, trainable parameters of the adapter
     "Count parameters from shapes alone; nothing is allocated."
@@ -276,7 +219,7 @@ LayerRanks = int | Mapping[str, tuple[int, float]]
 
 
 def lora_targets(
-    backbone: keras.Model,
+    backbone: keras.Model,  # a KerasHub Gemma backbone
 ) -> tuple[str, ...]:  # names of the layers that can carry LoRA, in the order of the model
     "Layers of the decoder blocks that LoRA can be put on."
     layers = backbone._flatten_layers(include_self=False)
@@ -687,7 +630,7 @@ class Base:
         tokenizer_proto: bytes,  # its SentencePiece model, serialized
         dtype: str,  # number format of the weights
         quantization: str | None = None,  # None, "int8" or "int4"
-        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,
+        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,  # over devices
     ):
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
@@ -731,7 +674,7 @@ class Base:
     def scorer(
         self,
         targets: Sequence[str] = ("query", "value"),  # names of the layers that carry LoRA
-        rank: LayerRanks = 4,
+        rank: LayerRanks = 4,  # of LoRA, the same on all of these layers or one for each
     ) -> LabelScorer:
         "The scorer with LoRA of this rank on these layers; made once. Raises `ModelError` for unknown layers."
         rank = dict(rank) if isinstance(rank, Mapping) else int(rank)

@@ -84,7 +84,7 @@ def device_memory() -> int | None:  # bytes that JAX may use of its first device
 
 def fall_back(
     preset: str | Path,  # of a base that overflows in float16
-    quantization: str | None = None,
+    quantization: str | None = None,  # None, "int8" or "int4", as that base has it
     needed: int = 0,  # bytes that a step needs in float16, see `memory_estimate`
     devices: int | Sequence[Any] | None = None,  # see `load_base`
     strategy: str | None = None,  # likewise
@@ -161,10 +161,10 @@ def preset_config(
 
 
 def choose_quantization(
-    preset: str | Path,
-    dtype: str = "auto",
+    preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
+    dtype: str = "auto",  # of what is not quantized, see `choose_dtype`
     limit: int | None = None,  # bytes; by default the memory of the device
-    rank: int = 8,
+    rank: int = 8,  # of LoRA on query and value
     batch_size: int = 16,  # rows
     length: int = 256,  # tokens
     found: tuple[str, dict[str, Any]] | None = None,  # family and configuration; by default those of `preset_config`
@@ -189,7 +189,7 @@ def choose_quantization(
 
 # %% ../nbs/02c_precision.ipynb #85e5a12d
 def base_for_device(
-    preset: str | Path,
+    preset: str | Path,  # see `load_base`
     dtype: str = "auto",  # see `choose_dtype`
     quantization: str | None = None,  # None, "int8", "int4", or "auto": see `choose_quantization`
     devices: int | Sequence[Any] | None = None,  # see `load_base`

@@ -263,23 +263,71 @@ def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # inde
 class Chunk(NamedTuple):
     "Some rows of a file."
 
-    first: int  # rows of the file before this one
+    first: int  # rows of the input before this one
     table: pd.DataFrame  # id, comment (one line); index = lines or rows of the file
     numbered: bool  # the ids are the numbers of the rows, for want of a column
     unit: str  # what the index counts: "line" or "row"
-    fraction: float  # of the file that has been read, 0 to 1
+    fraction: float  # of the input that has been read, 0 to 1
+    path: Path  # the file they stand in
+    file: int  # its place in the folder, from 0
 
 
 def read_chunks(
-    source: str | os.PathLike,  # a path, or a name that `read_comments` knows
-    rows: int = 8192,  # in a chunk, blank lines counted
+    source: str | os.PathLike,  # a file, a folder of files, or a name that `read_comments` knows
+    rows: int = 8192,  # in a chunk, blank lines counted; a chunk ends where its file does
     *,
     encoding: str | None = None,  # of a text file; None finds it out
     format: str | None = None,  # "tsv", "csv", "jsonl", "parquet" or "lines"; None goes by the suffix
 ) -> Iterator[Chunk]:
-    "Read comments without labels, some at a time. Raises `DataError` when a row at fault is reached."
+    """Read comments without labels, some at a time.
+
+    Raises `DataError` when a row at fault is reached; for a folder of no files or several formats at once, and for a
+    file whose columns are not those of the first when that file is reached.
+    """
     path = data._locate(source)
-    bytes_, names, first = _Bytes(path), None, 0
+    files = _files_of(path, format)
+    sizes = np.array([file.stat().st_size if path.is_dir() else 1 for file in files])
+    first, expected = 0, None
+    for place, file in enumerate(files):
+        for part, numbered, unit, fraction, columns in _cells_of(file, rows, encoding, format, first):
+            if columns != (expected := expected or columns):
+                problem = f"its columns are {data._listed(columns)}, those of {files[0].name} {data._listed(expected)}."
+                raise DataError(f"{problem} Give files with the same columns.", source=str(file))
+            fraction = float(sizes[:place].sum() + fraction * sizes[place]) / max(1, sizes.sum())
+            yield Chunk(first, part, numbered, unit, fraction, file, place)
+            first += len(part)
+    if not first:
+        what = "its files have headers and no rows" if path.is_dir() else "a header and no rows"
+        raise DataError(f"{what}. Add rows under it.", source=str(path))
+
+
+def _files_of(path: Path, format: str | None) -> list[Path]:  # by name
+    "The files of a folder, all of one format, or the file itself."
+    if not path.is_dir():
+        return [path]
+    # Spark and others write `_SUCCESS` and `.part-0.crc` beside the files of a table.
+    files = sorted(entry for entry in path.iterdir() if entry.name[0] not in "._")
+    kinds = [data._format_of(file, format, [*_OPENERS]) for file in files if not file.is_dir()]
+    if folder := next((file for file in files if file.is_dir()), None):
+        raise DataError("is a folder in a folder. Move its files up, or give it by itself.", source=str(folder))
+    if not files:
+        raise DataError("is a folder without files. Give one of TSV, CSV, JSONL or Parquet files.", source=str(path))
+    for file, kind in zip(files, kinds, strict=True):
+        data._check_is_file(file)
+        if kind != kinds[0]:
+            problem = f"is {kind}, and {files[0].name} is {kinds[0]}. Give a folder of files of one format."
+            raise DataError(problem, source=str(file))
+    return files
+
+
+def _cells_of(
+    path: Path,
+    rows: int,
+    encoding: str | None,
+    format: str | None,
+    first: int,  # rows before this file
+) -> Iterator[tuple[pd.DataFrame, bool, str, float, tuple[str, ...]]]:  # as in `Chunk`, and the file's columns
+    bytes_, names = _Bytes(path), None
     try:
         kind = data._format_of(path, format, [*_OPENERS])
         cells = _parquet_cells(bytes_, rows) if kind == "parquet" else _text_cells(bytes_, kind, rows, encoding)
@@ -289,15 +337,14 @@ def read_chunks(
             if names is None:
                 data._check_names_differ(table)
                 names = data._comment_columns(table, labelled=False)
+                roles = [names["comment"], names["id"]] if kind == "jsonl" else part.columns  # a line may have more
+                columns = tuple(sorted(str(name) for name in roles if name is not None))
             elif kind == "jsonl":  # a later line may lack what an earlier one had
                 known = [name for name in names.values() if name is not None]
                 table = table._replace(cells=part.reindex(columns=known).astype(object).where(part.notna(), None))
             if len(table.cells):
-                yield Chunk(first, _checked(table, names, first), names["id"] is None, unit, bytes_.fraction)
+                yield _checked(table, names, first), names["id"] is None, unit, bytes_.fraction, columns
                 first += len(table.cells)
-        if not first:
-            listed = data._listed(name for name in (names or {}).values() if name is not None)
-            raise DataError(f"a header ({listed}) and no rows. Add rows under it.", source=str(path))
     finally:
         bytes_.close()
 
@@ -544,7 +591,7 @@ def _given_up(journal: _Journal | None) -> int:  # finished rows that are worth 
 # %% ../nbs/08_scale.ipynb #7b34e4ee
 def predict_file(
     clf: GemmaLoraClassifier,  # fitted
-    source: str | os.PathLike,  # comments, as `read_chunks` takes them
+    source: str | os.PathLike,  # comments, as `read_chunks` takes them: a file, or a folder of files in order of name
     out: str | os.PathLike,  # file to write: .tsv, .csv, .jsonl or .parquet
     *,
     decision: Mapping[str, Any] | None = None,  # from `choose_decision`: calibrated probabilities, and `abstains`
@@ -563,6 +610,8 @@ def predict_file(
     suffix = out.suffix.lower()
     if suffix not in data._FORMATS:
         raise DataError(f"--out {out} has none of the suffixes {', '.join(data._FORMATS)}. Give it one of these.")
+    if path.is_dir() and out.resolve().parent == path.resolve():
+        raise DataError(f"--out {out} lies in the folder that is read. Write it to another folder.")
     settings = _identity(clf, suffix, decision, {"chunk_rows": chunk_rows, "batch_size": batch_size})
     folder = out.parent / f".{out.name}.parts"
     chunks = read_chunks(path, chunk_rows)
@@ -603,7 +652,7 @@ def _predict_parts(
             problem = f"{path} has fewer rows than are finished in {folder}."
             raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
         parts.append(folder / f"part-{number:06}{suffix}")
-        _compare(chunk, finished, path, parts[-1])
+        _compare(chunk, finished, parts[-1])
         rows += len(chunk.table)
         clock.start(rows, chunk.fraction)
     scorer = _ChunkScorer(clf, settings["batch_size"], journal.settings["buckets"] if done else None)
@@ -631,10 +680,13 @@ def _predict_parts(
     return rows, parts
 
 # %% ../nbs/08_scale.ipynb #0933a8cb
-def _compare(chunk: Chunk, done: tuple[int, str], path: Path, part: Path) -> None:
+_FILE = 1 << 40  # more rows than a file has: the journal knows a row of a folder by one number
+
+
+def _compare(chunk: Chunk, done: tuple[int, str], part: Path) -> None:
     if (len(chunk.table), _chunk_digest(chunk)) != tuple(done):
         where = f"{chunk.unit}s {chunk.table.index[0]} to {chunk.table.index[-1]}"
-        problem = f"{path} is not the input that {part.parent} was made from: {where} differ."
+        problem = f"{chunk.path} is not the input that {part.parent} was made from: {where} differ."
         raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
     if not part.exists():
         raise RunError(f"{part} is missing. Remove {part.parent} to start anew.")
@@ -642,12 +694,13 @@ def _compare(chunk: Chunk, done: tuple[int, str], path: Path, part: Path) -> Non
 
 def _check_ids(chunk: Chunk, journal: _Journal, path: Path) -> None:
     ids = [] if chunk.numbered else chunk.table["id"].tolist()
-    found = journal.twice(ids, chunk.table.index[: len(ids)])
+    rows = chunk.table.index[: len(ids)].to_numpy()
+    found = journal.twice(ids, chunk.file * _FILE + rows)
     if found is not None:
-        place, row = found
-        problem = f"id {data._short(ids[place])} stands already in {chunk.unit} {row}. Give each row its own id."
-        at = chunk.table.index[place]
-        raise DataError(problem, source=str(path), row=at, column="id", unit=chunk.unit)
+        place, (file, row) = found[0], divmod(found[1], _FILE)
+        where = f"{chunk.unit} {row}" + ("" if file == chunk.file else f" of {_files_of(path, None)[file].name}")
+        problem = f"id {data._short(ids[place])} stands already in {where}. Give each row its own id."
+        raise DataError(problem, source=str(chunk.path), row=rows[place], column="id", unit=chunk.unit)
 
 
 def _warn_of_truncated(scorer: _ChunkScorer, rows: int) -> None:

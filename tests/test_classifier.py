@@ -686,7 +686,7 @@ def test_parameters_changed_after_fit_do_not_change_predictions(fitted):
     (dict(lora_rank=np.int64(4), epochs=np.int32(2), batch_size=np.int64(4), max_length=np.int64(16)), [1, 0]),
     (dict(template="<start_of_turn>{instruction}<end_of_turn>{response}<end_of_turn>"), [1, 0]),
     (dict(validation_fraction=0.34, patience=1), [1, 0]), (dict(epochs=0), ["a", "b"]),
-    (dict(callbacks=[keras.callbacks.TerminateOnNaN()]), [1, 0]),
+    pytest.param(dict(callbacks=[keras.callbacks.TerminateOnNaN()]), [1, 0], id="callbacks"),
 ], ids=str)  # fmt: skip
 def test_save_and_load(parameters, y, make, tmp_path):
     clf = make(**parameters).fit(COMMENTS, y * 6)

@@ -32,7 +32,8 @@ ROOM_IMPORTS = {
     "prompt": {"data"},
     "cache": {"data"},
     "credentials": set(),
-    "model": {"cache", "credentials"},
+    "backend": set(),
+    "model": {"backend", "cache", "credentials"},
     "memory": {"model"},
     "precision": {"credentials", "model", "memory"},
     "adapter": {"model"},
@@ -49,7 +50,7 @@ ROOM_IMPORTS = {
         *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
     },
     "pretraining": {"model", "prompt"},
-    "benchmark": {"data", "prompt", "cache", "model", "adapter", "training", "classifier"},
+    "benchmark": {"data", "prompt", "cache", "model", "precision", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
         *("training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),

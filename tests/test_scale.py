@@ -117,7 +117,7 @@ def test_parquet_in_chunks_across_row_groups(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n{"text": 3}\n', "line 4: the comment 3 is no text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": \n', "line 3: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"tekst": "c"}\n', "line 3: the comment is empty"),
-        ("a.tsv.gz", gzip.compress(b"comment\n" + b"a\n" * 99)[:-12], "cannot be unpacked"),
+        ("a.tsv.gz", gzip.compress(b"comment\n" + b"a\n" * 99, mtime=0)[:-12], "cannot be unpacked"),
         ("a.parquet", b"PAR1 and nothing else", "not a whole Parquet file"),
         ("a.xlsx", b"PK\x03\x04", "unknown format"),
         ("a.tsv", b"PK\x03\x04", "an Excel or zip file"),
@@ -137,6 +137,134 @@ def test_bytes_that_are_no_text_far_into_a_file(tmp_path, monkeypatch):
     assert len(next(reading).table) == 10
     with pytest.raises(DataError, match="line 52: not utf-8"):
         list(reading)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder, texts, suffix=".parquet", sizes=(25, 3, 40)):
+    """Files of so many rows; ids go on from file to file, and the order of names is not that of writing."""
+    folder.mkdir()
+    table = pd.DataFrame({"id": [f"n{i}" for i in range(len(texts))], "comment": texts})
+    stops = [0, *np.cumsum(sizes), len(texts)]
+    for number in reversed(range(len(stops) - 1)):
+        part = table[stops[number] : stops[number + 1]].reset_index(drop=True)
+        write_table(part, folder / f"part-{number}{suffix}", suffix)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_folder_gives_the_rows_of_its_files_in_order(suffix, tmp_path, clf):
+    texts = comments(90)
+    folder = write_folder(tmp_path / "in", texts, suffix)
+    for mark in ("_SUCCESS", ".part-0.crc"):  # as Spark leaves them
+        (folder / mark).write_bytes(b"")
+    assert predict_file(clf, folder, tmp_path / f"out{suffix}", chunk_rows=10) == 90
+    write_folder(tmp_path / "one", texts, suffix, sizes=())
+    predict_file(clf, tmp_path / "one" / f"part-0{suffix}", tmp_path / f"whole{suffix}", chunk_rows=10)
+    found, whole = (read_comments(tmp_path / f"{name}{suffix}") for name in ("out", "whole"))
+    assert found["id"].tolist() == [f"n{i}" for i in range(90)] and found.comment.tolist() == texts
+    assert found.drop(columns=["p_0", "p_1"]).equals(whole.drop(columns=["p_0", "p_1"]))
+    assert np.allclose(found[["p_0", "p_1"]].astype(float), whole[["p_0", "p_1"]].astype(float), atol=1e-5)
+
+
+def test_chunks_of_a_folder(tmp_path):
+    folder = write_folder(tmp_path / "in", comments(90))
+    pd.DataFrame({"id": pd.Series([], dtype=object), "comment": []}).to_parquet(folder / "part-1a.parquet")  # no rows
+    chunks = list(read_chunks(folder, 20))
+    assert [(chunk.path.name, chunk.file, chunk.first, len(chunk.table)) for chunk in chunks] == [
+        ("part-0.parquet", 0, 0, 20), ("part-0.parquet", 0, 20, 5), ("part-1.parquet", 1, 25, 3),
+        ("part-2.parquet", 3, 28, 20), ("part-2.parquet", 3, 48, 20), ("part-3.parquet", 4, 68, 20),
+        ("part-3.parquet", 4, 88, 2),
+    ]  # fmt: skip
+    fractions = [chunk.fraction for chunk in chunks]
+    assert fractions == sorted(fractions) and 0 < fractions[0] < fractions[-1] == 1
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_rows_without_ids_are_numbered_through_the_folder(suffix, tmp_path, clf):
+    (tmp_path / "in").mkdir()
+    for name, texts in (("b", comments(7)), ("a", comments(5))):
+        table = pd.DataFrame({"comment": texts})
+        if suffix == ".txt":
+            (tmp_path / "in" / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
+        elif suffix == ".jsonl":
+            table.to_json(tmp_path / "in" / f"{name}.jsonl", orient="records", lines=True, force_ascii=False)
+        else:
+            table.to_parquet(tmp_path / "in" / f"{name}.parquet")
+    assert predict_file(clf, tmp_path / "in", tmp_path / "out.tsv", chunk_rows=4) == 12
+    found = read_comments(tmp_path / "out.tsv")
+    assert found["id"].tolist() == [str(i) for i in range(1, 13)]
+    assert found.comment.tolist() == [*comments(5), *comments(7)]
+
+
+def test_id_that_stands_in_two_files(tmp_path, clf):
+    folder = write_folder(tmp_path / "in", comments(90))
+    table = pd.read_parquet(folder / "part-3.parquet")
+    table.loc[4, "id"] = "n26"
+    table.to_parquet(folder / "part-3.parquet")
+    with pytest.raises(DataError, match="part-3.parquet row 5: id 'n26' stands already in row 2 of part-1.parquet"):
+        predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=20)
+    table.loc[4, "id"] = "n72"
+    table.to_parquet(folder / "part-3.parquet")
+    assert predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=20, resume=True) == 90
+    assert read_comments(tmp_path / "out.tsv")["id"].tolist() == [f"n{i}" for i in range(90)]
+
+
+def test_folder_stopped_in_its_third_file_and_resumed(tmp_path, clf, monkeypatch):
+    folder = write_folder(tmp_path / "in", comments(90))
+    predict_file(clf, folder, tmp_path / "expected.tsv", chunk_rows=10)
+    real = scale._write_part
+
+    def stop(part, *rest):
+        if "000005" in part.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(part))
+        real(part, *rest)
+
+    monkeypatch.setattr(scale, "_write_part", stop)
+    with pytest.raises(OSError, match="38 finished rows are kept"):
+        predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=10)
+    monkeypatch.setattr(scale, "_write_part", real)
+    (folder / "part-1.parquet").rename(tmp_path / "aside")
+    with pytest.raises(scale.RunError, match="part-2.parquet is not the input .* rows 1 to 10 differ"):
+        predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=10, resume=True)
+    (tmp_path / "aside").rename(folder / "part-1.parquet")
+    assert predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=10, resume=True) == 90
+    assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "expected.tsv").read_bytes()
+    assert names(tmp_path) == ["expected.tsv", "in", "out.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "in: is a folder without files"),
+        ({"_SUCCESS": b""}, "in: is a folder without files"),
+        ({"a.tsv": b"comment\nx\n", "b.csv": b"comment\nx\n"}, "b.csv: is csv, and a.tsv is tsv"),
+        ({"a.tsv": b"comment\nx\n", "notes.md": b"x"}, "notes.md: of unknown format"),
+        ({"a.tsv": b"comment\nx\n", "b/a.tsv": b"comment\nx\n"}, "b: is a folder in a folder"),
+        ({"a.tsv": b"id\tcomment\n1\tx\n", "b.tsv": b"id\ttext\n2\tx\n"}, "b.tsv: its columns are 'id', 'text'"),
+        ({"a.csv": b"id,text\n1,x\n", "b.csv": b"id,text,label\n2,x,1\n"}, "b.csv: its columns are 'id', 'label'"),
+        ({"a.jsonl": b'{"text": "x"}', "b.jsonl": b'{"id": 1, "text": "x"}'}, "b.jsonl: its columns are 'id', 'text'"),
+        ({"a.tsv": b"comment\nx\n", "b.tsv": b""}, "b.tsv: is empty"),
+        ({"a.tsv": b"comment\nx\n", "b.tsv": b"comment\n \nx\n"}, "b.tsv line 2: the comment is empty"),
+        ({"a.tsv": b"comment\n", "b.tsv": b"comment\n"}, "in: its files have headers and no rows"),
+    ],
+)
+def test_folders_that_cannot_be_used(files, said, tmp_path, clf):
+    for name, content in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=said) as caught:
+        predict_file(clf, tmp_path / "in", tmp_path / "out.tsv")
+    assert "\n" not in str(caught.value) and names(tmp_path) == ["in"]
+
+
+def test_output_into_the_folder_that_is_read(tmp_path, clf):
+    folder = write_folder(tmp_path / "in", comments(90))
+    with pytest.raises(DataError, match="lies in the folder that is read"):
+        predict_file(clf, folder, folder / "out.parquet")
+    assert "out.parquet" not in names(folder)
 
 
 # --- output ---------------------------------------------------------------------------------------------------------
