@@ -122,7 +122,7 @@ def from_peft(
 def from_textbook(
     lora_a: np.ndarray,  # (r, inputs), one for all heads
     lora_b: np.ndarray,  # (heads x head size, r)
-    heads: int,
+    heads: int,  # of this projection: query heads, or key and value heads
 ) -> tuple[np.ndarray, np.ndarray]:  # Keras's A (heads, inputs, heads x r) and B (heads x r, head size)
     "A projection's pair as PEFT trains it, in Keras's layout; exact."
     rank, inputs = lora_a.shape
@@ -172,7 +172,7 @@ def _write_together(files: Mapping[Path, bytes | str]) -> None:
 
 
 def write_atomically(
-    path: str | Path,
+    path: str | Path,  # the file; folders that lack are made
     data: bytes | str,  # text is written as UTF-8
 ) -> Path:
     "Write a file whole or not at all. Raises `OSError` when the folder cannot be written; nothing is left behind."
@@ -188,7 +188,7 @@ def _digest(data: bytes | str) -> str:
 
 
 def save_files(
-    folder: str | Path,
+    folder: str | Path,  # made if it is not there
     files: Mapping[str, bytes | str],  # name -> content; text is written as UTF-8
 ) -> Path:  # the folder
     "Write files that belong together, and `SHA256SUMS` of them. Raises `OSError`; then the previous ones are intact."
@@ -206,7 +206,7 @@ def _read(path: Path) -> bytes:
 
 
 def check_files(
-    folder: str | Path,
+    folder: str | Path,  # written by `save_files`
     names: Iterable[str],  # files that `SHA256SUMS` must vouch for
 ) -> None:
     "Raise `RunError` naming the first file that is missing, or not as it was saved."
@@ -292,7 +292,7 @@ def adapter_files(
 
 
 def save_adapter(
-    folder: str | Path,
+    folder: str | Path,  # made if it is not there
     adapter: Adapter,
     base_name: str,  # preset of the base, for `base_model_name_or_path`
 ) -> Path:  # the folder

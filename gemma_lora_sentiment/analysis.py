@@ -163,7 +163,7 @@ def metric_intervals(
     *,
     groups: Sequence | None = None,  # n group names, drawn together; None: each row for itself
     level: float = 0.95,  # share of such intervals that hold the truth
-    resamples: int = 2000,
+    resamples: int = 2000,  # sets of n rows drawn with replacement
     seed: int = 0,
 ) -> dict[str, list[float] | None]:  # metric -> [low, high], None where nothing can be said
     """Bootstrap confidence intervals of accuracy, macro F1, ROC AUC and log-loss.
@@ -252,8 +252,8 @@ def paired_comparison(
     *,
     groups: Sequence | None = None,  # n group names, each counted once; None: each row for itself
     names: Sequence[str] = ("gemma + LoRA", "the TF-IDF baseline"),  # how the sentence calls the two
-    level: float = 0.95,
-    resamples: int = 2000,
+    level: float = 0.95,  # of the interval, see `metric_intervals`
+    resamples: int = 2000,  # sets of n rows drawn with replacement
     seed: int = 0,
 ) -> dict[str, Any]:  # better, worse, p_value, difference (of accuracies), interval (of it, or None), n, sentence
     "McNemar's exact test and a paired bootstrap, in words. `ValueError` if the inputs do not fit each other."
@@ -283,7 +283,7 @@ def paired_comparison(
 def compare_predictions(
     first: pd.DataFrame,  # columns id, comment, label, p_CLASS ...; a column `repeat` may be there
     second: pd.DataFrame,  # likewise
-    names: Sequence[str] = ("the first", "the second"),
+    names: Sequence[str] = ("the first", "the second"),  # how result and messages call the two
     groups: Sequence | None = None,  # of the joined rows; None: equal comments
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # both metrics and `comparison`; the rows on which the two differ
     "Two tables of predictions on the rows they share. `ValueError` if there are none, or their classes differ."
@@ -354,7 +354,7 @@ def apply_temperature(
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     temperature: float,  # above 0; 1 changes nothing
 ) -> np.ndarray:  # float64 (n, n_classes), rows sum to 1
-    "Probabilities at another temperature."
+    "Probabilities at another temperature. Raises `ValueError` for one that is not above 0."
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}, and must be above 0. Pass what fit_temperature gave.")
     return softmax(np.log(_above_zero(np.asarray(probabilities, dtype=np.float64))) / temperature, axis=1)
@@ -422,7 +422,10 @@ def choose_abstention(
     classes: Sequence,  # class values in the order of the columns
     accuracy: float = 0.95,  # wanted of the answers
 ) -> dict[str, float | None]:  # confidence (answer from this probability on), answered (share), accuracy
-    "The band of scores without an answer. With two classes it reaches from 1 - confidence to confidence."
+    """The band of scores without an answer. With two classes it reaches from 1 - confidence to confidence.
+
+    Raises `ValueError` for an accuracy outside 0 and 1, and as `compute_metrics` does.
+    """
     true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
     if not 0 < accuracy <= 1:
         raise ValueError(f"accuracy is {accuracy}, and must be above 0 and at most 1. Pass 0.95.")
@@ -505,7 +508,10 @@ def choose_decision(
     groups: Sequence | None = None,  # n group names, kept on one side when the rule is tried
     seed: int = 0,
 ) -> dict[str, Any]:  # plain values, ready for JSON: temperature, threshold, confidence, and what they gave
-    "Temperature, threshold and band of a classifier, with what they give on rows they were not chosen on."
+    """Temperature, threshold and band of a classifier, with what they give on rows they were not chosen on.
+
+    Raises `ValueError` for an accuracy outside 0 and 1, for costs of unknown labels, and as `compute_metrics` does.
+    """
     classes = _plain(classes)
     true_positions = _class_positions(y_true, classes)
     layers = _layers(probabilities, len(true_positions), classes)
@@ -638,7 +644,7 @@ def conflicting_duplicates(
     ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
     groups: Sequence | None = None,  # n group names of copies. None: comments equal but for white space
 ) -> pd.DataFrame:  # columns group, id, comment, label: copies beside each other; no rows if all agree
-    "Copies of a comment whose labels differ."
+    "Copies of a comment whose labels differ. Raises `ValueError` if the columns differ in length."
     comments, labels = list(comments), _plain(labels)
     groups = [" ".join(str(comment).split()) for comment in comments] if groups is None else groups
     ids = list(range(len(comments))) if ids is None else list(ids)
@@ -652,7 +658,7 @@ def conflicting_duplicates(
 # %% ../nbs/06a_analysis.ipynb #3cae2d3b
 def word_influence(
     fitted: BaseEstimator,  # a fitted classifier of strings
-    comment: str,
+    comment: str,  # a row of text, of any length
 ) -> pd.DataFrame:  # a row a piece: piece, influence (nats)
     "Log-odds of the predicted label with a piece minus without it: the classifier's own tokens, or words."
     if hasattr(fitted, "token_influence"):
@@ -727,7 +733,7 @@ def sweep(
     grid: Mapping[str, Sequence] | Sequence[Mapping[str, Sequence]],  # parameter -> values to try
     *,
     search: str = "grid",  # "grid", "random" or "halving"
-    folds: int = 5,
+    folds: int = 5,  # of each candidate's cross-validation
     groups: Sequence | None = None,  # n group names kept in one fold. None: comments equal but for white space
     scoring: str = "accuracy",  # a name scikit-learn knows; more is better
     candidates: int = 20,  # drawn by "random"

@@ -29,7 +29,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['SHAPES', 'SWEEPS', 'SYSTEMS', 'block_parameters', 'draw_lengths', 'BenchmarkSettings', 'benchmark_rows',
            'random_base', 'summarize', 'benchmark_table', 'figures_table', 'comparisons', 'run_benchmark',
-           'save_size_figure']
+           'save_size_figure', 'benchmark_markdown']
 
 # %% ../nbs/10_benchmark.ipynb #559a4226
 SHAPES = {  # arguments of KerasHub's GemmaBackbone
@@ -83,7 +83,7 @@ class BenchmarkSettings:
     epochs: int = 5
     lora_rank: int = 4
     dtype: str = "auto"  # of ours and of PEFT; "auto": bfloat16 on a GPU, float32 on a CPU
-    quantization: str | None = None  # of ours: None, "int8", "int4"
+    quantization: str | None = None  # of ours: None, "int8", "int4", or "auto": the first that fits
     length: int = 512  # tokens that the tutorial's recipe pads every row to
     file: str | None = None  # comments to take the rows from
     seed: int = 0
@@ -217,13 +217,18 @@ def _without_tensorflow() -> Iterator[None]:
 def random_base(
     shape: str,  # a name in `SHAPES`
     dtype: str = "auto",  # see `choose_dtype`
-    quantization: str | None = None,  # None, "int8" or "int4"
+    quantization: str | None = None,  # None, "int8" or "int4", or "auto": see `choose_quantization`
+    **needs: int,  # rank, batch_size, length: what a step must hold, for "auto"
 ) -> Any:  # `Base` with a tokenizer that is empty
     "A base of this shape, its weights drawn on the device. Raises `ModelError` for an unknown dtype."
     from gemma_lora_sentiment.model import Base, _untouched_random_state, _without_allocation
     from gemma_lora_sentiment.model import choose_dtype, jax, keras, keras_nlp, without_tensorflow
+    from gemma_lora_sentiment.precision import choose_quantization
 
     dtype = choose_dtype(dtype)[0]
+    if quantization == "auto":
+        found = ("Gemma", SHAPES[shape])
+        quantization = choose_quantization(f"Shape {shape}", dtype, found=found, **needs)[0]
     with _untouched_random_state(), without_tensorflow(), _without_allocation():
         backbone = keras_nlp.models.GemmaBackbone(**SHAPES[shape], dtype=dtype)
     draw = jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
@@ -236,6 +241,11 @@ def random_base(
         dense = (keras.layers.Dense, keras.layers.EinsumDense)
         backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
     return Base(f"random {shape}", backbone, b"", dtype, quantization)
+
+
+def _base_of(settings: BenchmarkSettings) -> Any:  # `Base`
+    needs = {"rank": settings.lora_rank, "batch_size": settings.batch_size, "length": _LONGEST}
+    return random_base(settings.shape, settings.dtype, settings.quantization, **needs)
 
 
 def _scaled_normal(key: Any, shape: tuple[int, ...], dtype: str, fan_in: int) -> Any:  # jax.Array
@@ -308,7 +318,7 @@ def _log_epoch(log: _Log, seconds: float, done: int, steps: int) -> None:
     elif done:
         log(partial={"seconds": seconds, "steps": done, "of": steps})
 
-# %% ../nbs/10_benchmark.ipynb #17ddc78c
+
 def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.cache import use_compile_cache
@@ -320,10 +330,11 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     compiled = _count_compilations()
     log(import_seconds=log.elapsed())
     started = time.perf_counter()
-    base = random_base(settings.shape, settings.dtype, settings.quantization)
+    base = _base_of(settings)
     jax.block_until_ready([variable.value for variable in base.backbone.variables])
     log(base_seconds=time.perf_counter() - started, base_bytes=base.nbytes, base_peak_bytes=_peak_bytes())
-    log(dtype=base.dtype, batch_size=settings.batch_size, **{f"base_{name}": n for name, n in compiled.items()})
+    log(dtype=base.dtype, quantization=base.quantization, batch_size=settings.batch_size)
+    log(**{f"base_{name}": n for name, n in compiled.items()})
     train, words = _training_rows(rows["train"], rows["labels"])
     recipe = Recipe(
         lora_rank=settings.lora_rank, learning_rate=5e-5, epochs=settings.epochs, batch_size=settings.batch_size
@@ -426,7 +437,7 @@ def _peft_model(torch: Any, settings: BenchmarkSettings, dtype: str, device: str
     lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return peft.get_peft_model(model, lora).to(device)
 
-# %% ../nbs/10_benchmark.ipynb #0a17ef16
+
 def _padded(
     sequences: Sequence[Sequence[int]],
     side: str = "right",
@@ -487,7 +498,7 @@ def _score_peft(torch: Any, model: Any, prompts: Sequence[Sequence[int]]) -> np.
             scores[batch] = logits.float().cpu().numpy()
     return scores
 
-# %% ../nbs/10_benchmark.ipynb #9c0a795e
+
 def _import_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
     "Reads the libraries from the disk once, as `_measure_device` does for ours."
     import peft  # noqa: F401
@@ -549,7 +560,7 @@ def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log)
     clf.fit(comments, labels)
     log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=_peak_bytes())
     log(epochs=clf.history_.seconds.tolist(), dtype=clf.dtype_, batch_size=clf.recipe_.batch_size)
-    log(fit_epochs=clf.recipe_.epochs)
+    log(fit_epochs=clf.recipe_.epochs, quantization=clf.quantization_)
     if spec["cache"] == "warm" or log.is_over():
         return
     texts = {
@@ -571,13 +582,15 @@ def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log:
     folds = StratifiedKFold(10, shuffle=True, random_state=settings.seed)
     for train, test in folds.split(comments, labels):
         started = time.perf_counter()
-        clone(clf).fit(comments[train], labels[train]).predict_proba(comments[test])
+        fitted = clone(clf).fit(comments[train], labels[train])
+        fitted.predict_proba(comments[test])
         log(folds=[time.perf_counter() - started], process_seconds=log.elapsed(), **compiled)
+        log(quantization=fitted.quantization_)
         if log.is_over():
             return
     log(peak_bytes=_peak_bytes())
 
-# %% ../nbs/10_benchmark.ipynb #5e95debe
+
 _SHELL = "import sys; from gemma_lora_sentiment.cli import app; app()"
 
 
@@ -618,7 +631,8 @@ def _run_sweep(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> N
     from gemma_lora_sentiment.training import Recipe, train_adapter
 
     settings, kind = BenchmarkSettings(**spec["settings"]), spec["kind"]
-    base = random_base(settings.shape, settings.dtype, settings.quantization)
+    base = _base_of(settings)
+    log(quantization=base.quantization)
     start = new_adapter(base.scorer(("query", "value"), settings.lora_rank))
     epochs, per_token = 2 if kind == "rows" else 3, 0.0
     for size in spec["sizes"]:
@@ -763,7 +777,7 @@ def _check(settings: BenchmarkSettings, systems: Sequence[str], sweeps: Iterable
     for name, least in _AT_LEAST.items():
         if getattr(settings, name) < least:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least {least}.")
-    allowed = {"dtype": ("auto", "float32", "bfloat16", "float16"), "quantization": (None, "int8", "int4")}
+    allowed = {"dtype": ("auto", "float32", "bfloat16", "float16"), "quantization": (None, "auto", "int8", "int4")}
     for name, values in allowed.items():
         if getattr(settings, name) not in values:
             listed = ", ".join(value for value in values if value)
@@ -821,6 +835,7 @@ def _table_row(result: Mapping[str, Any], system: str) -> dict[str, Any]:
 
 def _note(cold: Mapping[str, Any], warm: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     parts = [f"batch {cold['batch_size']}, {cold['dtype']}"] if {"batch_size", "dtype"} <= set(cold) else []
+    parts += [cold["quantization"]] if cold.get("quantization") else []
     if cold.get("buckets"):
         parts.append("lengths " + "/".join(map(str, cold["buckets"])))
     if warm and cold.get("compile_cache") is False:
@@ -1005,7 +1020,7 @@ def run_benchmark(
         say(line)
     return result
 
-# %% ../nbs/10_benchmark.ipynb #6a9522c4
+
 def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, progress) -> None:
     environment = _environment(folder / "cache-device", settings, fraction)
     progress("device: a matrix product")
@@ -1095,3 +1110,17 @@ def save_size_figure(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return figure
+
+
+def benchmark_markdown(
+    name: str,  # of the run: the machine and the shape
+    result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
+) -> str:  # a section of Markdown: machine, versions, table, figures, ratios, sweeps
+    "A run as a page shows it."
+    lines = [f"### {name}", "", _describe(result).replace("\n", "  \n"), "", _markdown_head()]
+    lines += [_markdown_row(_table_row(result, system)) for system in benchmark_table(result).index]
+    lines += ["", *(f"- left out: {system} ({reason})" for system, reason in result["left_out"].items())]
+    lines += [f"- {row.figure}: {row.value:,.3g} {row.unit}".rstrip() for row in figures_table(result).itertuples()]
+    lines += [f"- {line}" for line in comparisons(result)]
+    lines += [f"- {line}" for kind, record in result["sweeps"].items() for line in _describe_sweep(kind, record)]
+    return "\n".join(lines)

@@ -156,8 +156,8 @@ _PLAIN = ("float32", "float16", "int32", "int8", "uint8")  # what safetensors wr
 
 
 def keep_arrays(
-    name: str,
-    arrays: Mapping[str, np.ndarray],
+    name: str,  # of the file, without suffix
+    arrays: Mapping[str, np.ndarray],  # of any shape; float32, float16, bfloat16, int32, int8 or uint8
     description: Any,  # as JSON holds it
 ) -> bool:  # False where the disk refuses
     "Keep arrays in the cache folder. Never raises for the disk's sake."
@@ -190,8 +190,14 @@ def _digest(note: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/01a_cache.ipynb #d6a481ab
+def _note(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    if metadata.get("sha256") != _digest(metadata.get("note", ""), arrays):
+        raise ValueError("its SHA-256 does not match")
+    return json.loads(metadata["note"])
+
+
 def kept_arrays(
-    name: str,
+    name: str,  # as `keep_arrays` was given it
 ) -> tuple[dict[str, np.ndarray], Any] | None:  # arrays and description, or None
     "What `keep_arrays` kept; a damaged file is removed, with a warning."
     path = cache_dir() / "quantized" / f"{name}.safetensors"
@@ -201,9 +207,7 @@ def kept_arrays(
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("sha256") != _digest(metadata.get("note", ""), arrays):
-            raise ValueError("its SHA-256 does not match")
-        note = json.loads(metadata["note"])
+        note = _note(metadata, arrays)
         kinds = {key: np.dtype(kind) for key, kind in note["kinds"].items()}
         with contextlib.suppress(OSError):
             os.utime(path)  # used now

@@ -135,7 +135,7 @@ def save_checkpoint(
 
 # %% ../nbs/03a_checkpoint.ipynb #48fdb3f9
 def load_checkpoint(
-    folder: str | Path,
+    folder: str | Path,  # of this fit, as `save_checkpoint` was given it
     settings: Mapping[str, Any],  # all that this fit depends on
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:  # arrays and progress; None where there is no checkpoint
     "Read a fit's checkpoint. Raises `RunError` when it is damaged, or another fit's, which differs in what is named."

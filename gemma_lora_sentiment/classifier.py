@@ -123,11 +123,19 @@ _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
 class _Settings:
     "What the parameters amount to."
 
+    def _chosen_base(self) -> Base:
+        "The base that a fit begins with: where dtype or quantization is auto, what this device can do."
+        return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
+
+    def _needs(self) -> dict[str, int]:  # of `choose_quantization`: rank, batch_size, length
+        recipe = self._resolved_recipe()[1]
+        return {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
+
     def _resolved_recipe(
         self,
-        base: Base,
+        base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
     ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
-        name, recipe = recipe_for(str(self.preset), self.recipe, base.parameter_count)
+        name, recipe = recipe_for(str(self.preset), self.recipe, base and base.parameter_count)
         fields = ("lora_rank", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length", "loss_on")
         given = {field: getattr(self, field) for field in fields}
         return name, replace(recipe, **{field: value for field, value in given.items() if not _is_auto(value)})
@@ -163,6 +171,8 @@ class _Settings:
         for name in ("lora_dropout", "validation_fraction"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"{name}={getattr(self, name)!r} must be below 1.")
+        if self.quantization not in (None, "auto", "int8", "int4"):
+            raise ModelError(f"quantization={self.quantization!r} is not one of None, 'auto', 'int8', 'int4'.")
         if self.loss_on not in ("auto", "response", "text"):
             raise ModelError(f"loss_on={self.loss_on!r} is not one of auto, response, text.")
         if self.patience is not None and not self.validation_fraction:
@@ -299,7 +309,7 @@ class _Fitting:
         self._check_parameters()
         _weight_of_each(self.class_weight, classes)
         template = PromptTemplate(self.template)
-        base = base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
+        base = self._chosen_base()
         recipe_name, recipe = self._resolved_recipe(base)
         targets = ("query", "value") if _is_auto(self.target_layers) else tuple(self.target_layers)
         start = new_adapter(
@@ -394,10 +404,7 @@ class _Explanation:
     ) -> str:  # what the model writes after the prompt, up to its end token
         "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
         template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
-        if fitted:
-            base = self._loaded_base()
-        else:
-            base = base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy)
+        base = self._loaded_base() if fitted else self._chosen_base()
         recipe = self.recipe_ if fitted else self._resolved_recipe(base)[1]
         tokenizer = _tokenizer(base.tokenizer_proto)
         prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
@@ -580,12 +587,12 @@ class GemmaLoraClassifier(
         recipe: str = "auto",  # a named set of hyperparameters, "auto" for the preset's own, or "tutorial"
         template: str = TUTORIAL_TEMPLATE,  # text with {instruction} and {response}
         label_words: Mapping[Any, str] | None = None,  # label -> word; by default its own spelling
-        lora_rank: int | str = "auto",
+        lora_rank: int | str = "auto",  # columns of A and rows of B; at least 1
         lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": alpha = rank
         lora_dropout: float = 0.0,  # share of A's rows dropped each step
         target_layers: Sequence[str] | str = "auto",  # layers with LoRA; "auto": query and value
-        learning_rate: float | str = "auto",
-        weight_decay: float | str = "auto",
+        learning_rate: float | str = "auto",  # at its highest
+        weight_decay: float | str = "auto",  # decoupled, as in AdamW; at least 0
         epochs: int | str = "auto",  # 0 scores with the base as it is: zero-shot
         batch_size: int | str = "auto",  # rows a step
         max_length: int | str = "auto",  # tokens of prompt and response

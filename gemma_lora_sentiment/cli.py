@@ -328,9 +328,8 @@ def _settings(clf: Any) -> dict[str, Any]:
 
 def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[str, Any]) -> dict[str, Any]:
     from gemma_lora_sentiment.data import describe_comments, fingerprint
-    from gemma_lora_sentiment.model import load_base
 
-    base = load_base(clf.preset, clf.dtype, clf.quantization) if not hasattr(clf, "recipe_") else None
+    base = clf._chosen_base() if not hasattr(clf, "recipe_") else None
     name, recipe = clf._resolved_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
     summary = describe_comments(rows)["value"].to_dict()
     return {
@@ -340,6 +339,7 @@ def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[
         "settings": _settings(clf),
         "recipe": {"name": name, **vars(recipe)},
         "dtype": base.dtype if base else clf.dtype_,
+        "quantization": base.quantization if base else clf.quantization_,
         "base_fingerprint": base.fingerprint if base else clf.base_fingerprint_,
         **more,
         "versions": _versions(),
@@ -379,11 +379,19 @@ Template = Annotated[str | None, typer.Option(help="Text with {instruction} and 
 LabelWord = Annotated[list[str] | None, typer.Option("--label-word", help="LABEL=WORD, once for each label.")]
 ClassWeight = Annotated[str | None, typer.Option(help="'balanced' gives rare labels more weight.")]
 Dtype = Annotated[str, typer.Option(help="Number format of the base: auto, float32, bfloat16, float16.")]
-Quantization = Annotated[str | None, typer.Option(help="Smaller base weights: int8 or int4.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="Smaller base weights: int8, int4, none, or auto: the first of these that fits.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of split, initialization and order.")]
 Comments = Annotated[
     bool, typer.Option("--comments/--no-comments", help="Whether files may hold comments, or their ids alone.")
 ]
+
+
+def _quantization(given: str | None) -> str | None:  # as Python wants it: None, "auto", "int8" or "int4"
+    if given not in (None, "auto", "none", "int8", "int4"):
+        raise ValueError(f"--quantization {given!r} is not one of auto, none, int8, int4. Choose one of these.")
+    return None if given == "none" else given
 
 
 def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
@@ -393,6 +401,8 @@ def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | N
     parameters = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
     if "template" in given and given["template"] is not None:
         parameters["template"] = given["template"].replace("\\n", "\n")
+    if given.get("quantization") is not None:
+        parameters["quantization"] = _quantization(given["quantization"])
     if words := given.get("label_words"):
         pairs = [word.partition("=") for word in words]
         if any(not separator for _, separator, _ in pairs):
@@ -426,6 +436,7 @@ def _description_of_run(path: Path) -> dict[str, Any]:
         data, recipe = {**run["data"]}, {**run["recipe"]}
         known = {"settings": settings, "data": {name: data[name] for name in ("source", "rows", "fingerprint")}}
         known |= {"recipe": recipe, "refit": run.get("refit", True), "versions": {**run["versions"]}}
+        known["quantization"] = run.get("quantization", settings.get("quantization"))  # earlier versions had no "auto"
         return known | {name: run[name] for name in ("dtype", "base_fingerprint", "device")}
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"--from {path}: there is no such file. Give the run.json of a saved run.") from None
@@ -447,19 +458,30 @@ def _check_data(rows: Any, file: str, data: dict[str, Any]) -> None:
         )
 
 
+def _settings_then(
+    run: dict[str, Any],  # see `_description_of_run`
+    given: dict[str, Any],  # options of this call; None where left out
+) -> dict[str, Any]:  # settings of the run, with auto replaced by what it meant on the run's device
+    from gemma_lora_sentiment.model import choose_dtype
+
+    settings = dict(run["settings"])
+    if given["preset"] is None:
+        if settings.get("dtype") == "auto" and choose_dtype()[0] != run["dtype"]:
+            settings["dtype"] = run["dtype"]
+        if settings.get("quantization") == "auto":
+            settings["quantization"] = run["quantization"]
+    return settings
+
+
 def _repeat(
     clf: Any,  # of the earlier run's settings, with this call's options over them
     run: dict[str, Any],  # see `_description_of_run`
     given: dict[str, Any],  # options of this call; None where left out
 ) -> None:
     "Make `clf` mean what it meant in the run. Raises `ValueError` when the base has changed."
-    from gemma_lora_sentiment.model import choose_dtype, load_base
-
-    same_base = given["preset"] is None
-    if same_base and clf.dtype == "auto" and choose_dtype()[0] != run["dtype"]:
-        clf.set_params(dtype=run["dtype"])
-    base = load_base(clf.preset, clf.dtype, clf.quantization)
-    if same_base and base.fingerprint != run["base_fingerprint"] and base.dtype == run["dtype"]:
+    same_base, base = given["preset"] is None, clf._chosen_base()
+    same_format = (base.dtype, base.quantization) == (run["dtype"], run["quantization"])
+    if same_base and same_format and base.fingerprint != run["base_fingerprint"]:
         raise ValueError(f"--from: the base at {clf.preset} is not the one of the run. Give the original base.")
     if same_base and given["recipe"] is None:  # a later version's recipe may have other numbers
         for name, value in vars(clf._resolved_recipe(base)[1]).items():
@@ -475,11 +497,11 @@ def _repeat(
 def _plan(rows: Any, clf: Any, refit: bool) -> dict[str, Any]:
     "All that decides what a run comes to, as JSON holds it."
     from gemma_lora_sentiment.data import fingerprint
-    from gemma_lora_sentiment.model import load_base
 
-    base, device = load_base(clf.preset, clf.dtype, clf.quantization), _device()
+    base, device = clf._chosen_base(), _device()
     plan = {"rows": len(rows), "data": fingerprint(rows), **_settings(clf), "refit": refit}
     plan |= {"platform": device["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
+    plan |= {"resolved_quantization": base.quantization} if clf.quantization == "auto" else {}
     return json.loads(json.dumps(plan, default=str))
 
 
@@ -576,7 +598,7 @@ def train(
     rows = read_comments(file)  # before the classifier's imports: a bad file is told at once
     if earlier:
         _check_data(rows, file, earlier["data"])
-    clf = _checked_classifier(quiet, given, rows, file, earlier and earlier["settings"])
+    clf = _checked_classifier(quiet, given, rows, file, earlier and _settings_then(earlier, given))
     if earlier:
         _repeat(clf, earlier, given)
     kept, held_out = split_comments(rows, 0.2, clf.seed)
@@ -994,29 +1016,45 @@ def submit(
     print(f"{len(rows)} rows written to {path}")
 
 # %% ../nbs/11_cli.ipynb #7dc42ae3
+def _quantization_and_why(clf: Any) -> str:
+    from gemma_lora_sentiment.precision import choose_quantization
+
+    if clf.quantization not in (None, "auto"):
+        return f"{clf.quantization} (as asked for)"
+    try:
+        chosen, why = choose_quantization(clf.preset, clf.dtype, **clf._needs())
+    except ValueError as error:  # not even int4 fits
+        if clf.quantization == "auto":
+            raise
+        return f"none (the default); auto finds none that fits: {_one_line(error)}"
+    text = f"{chosen or 'none'} ({why})"
+    return text if clf.quantization == "auto" else f"none (the default); auto would choose {text}"
+
+
 @app.command()
 @_guarded
 def info(
     preset: Preset = "mini_ko",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     quiet: Quiet = False,
 ) -> None:
-    """Devices, number format and why, memory estimate, versions."""
+    """Devices, number format and quantization and why, memory estimate, versions."""
     from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.credentials import check_access
     from gemma_lora_sentiment.data import cache_dir
     from gemma_lora_sentiment.memory import memory_estimate, memory_text
-    from gemma_lora_sentiment.model import choose_dtype, load_base, resolve_preset
-    from gemma_lora_sentiment.training import recipe_for
+    from gemma_lora_sentiment.model import choose_dtype, resolve_preset
 
-    device = _device()
+    clf, device = _classifier(True, {"preset": preset, "dtype": dtype, "quantization": quantization}), _device()
     chosen, why = choose_dtype(dtype)
     print(f"device: {device['count']} x {device['kind']} ({device['platform']})")
     print(f"dtype: {chosen} ({why})")
     resolve_preset(preset)
     print(f"access: {check_access(preset)}", flush=True)
-    base = load_base(preset, dtype)
-    name, recipe = recipe_for(preset, "auto", base.parameter_count)
+    print(f"quantization: {_quantization_and_why(clf)}", flush=True)
+    base = clf._chosen_base()
+    name, recipe = clf._resolved_recipe(base)
     estimate = memory_estimate(base, recipe.lora_rank, batch_size=recipe.batch_size, length=64)
     trainable = sum(v.value.size for v in base.scorer(rank=recipe.lora_rank).trainable_variables)
     print(f"base: {preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}")
@@ -1032,6 +1070,7 @@ def info(
 @_guarded
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+    quantization: Quantization = None,
     seed: Seed = 0,
     comments: Comments = True,
     quiet: Quiet = False,
@@ -1044,7 +1083,7 @@ def quickstart(
     from gemma_lora_sentiment.report import write_report
     from gemma_lora_sentiment.submission import write_submission
 
-    clf = _classifier(quiet, {"seed": seed})
+    clf = _classifier(quiet, {"seed": seed, "quantization": quantization})
     sample, test = read_comments("sample"), read_comments("sample_test")
     strata = sample.label + sample.kind
     rows, _ = train_test_split(sample, train_size=300, random_state=seed, stratify=strata)
@@ -1175,8 +1214,8 @@ def benchmark(
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file. Give a folder.")
     settings = BenchmarkSettings(
-        shape=shape, rows=rows, batch_size=batch_size, epochs=epochs, dtype=dtype, quantization=quantization, file=file,
-        memory_limit=memory_limit, time_limit=time_limit, seed=seed,
+        shape=shape, rows=rows, batch_size=batch_size, epochs=epochs, dtype=dtype, file=file,
+        quantization=_quantization(quantization), memory_limit=memory_limit, time_limit=time_limit, seed=seed,
     )  # fmt: skip
     chosen, kinds = (None if names is None else [n for n in names.split(",") if n] for names in (systems, sweep))
     result = run_benchmark(

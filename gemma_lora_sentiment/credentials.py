@@ -130,9 +130,18 @@ def known_presets() -> dict[str, tuple[str, int]]:  # name -> address at Kaggle,
     return presets
 
 # %% ../nbs/02b_credentials.ipynb #35025d04
+_SECRETS = "(in Colab or on Kaggle: secrets that the notebook may read)"
 _HOSTS = {
-    "kaggle": ("Kaggle", "https://www.kaggle.com/settings", "set KAGGLE_API_TOKEN, or save ~/.kaggle/kaggle.json"),
-    "hf": ("Hugging Face", "https://huggingface.co/settings/tokens", "set HF_TOKEN, or run `hf auth login`"),
+    "kaggle": (
+        "Kaggle",
+        "https://www.kaggle.com/settings",
+        f"set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and KAGGLE_KEY {_SECRETS}, or save ~/.kaggle/kaggle.json",
+    ),
+    "hf": (
+        "Hugging Face",
+        "https://huggingface.co/settings/tokens",
+        f"set HF_TOKEN {_SECRETS}, or run `hf auth login`",
+    ),
 }
 
 
@@ -140,6 +149,12 @@ def _page(handle: str) -> str:  # where the licence can be read and accepted
     scheme, _, path = handle.partition("://")
     owner_and_model = "/".join(path.split("/")[:2])
     return f"https://www.kaggle.com/models/{owner_and_model}" if scheme == "kaggle" else f"https://huggingface.co/{path}"
+
+
+def _half_of_a_pair() -> str:  # "" unless one of Kaggle's two variables is set alone
+    names = ("KAGGLE_USERNAME", "KAGGLE_KEY")
+    there = [name for name in names if os.environ.get(name)]
+    return f" ({there[0]} is set, {names[1 - names.index(there[0])]} is not)" if len(there) == 1 else ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -158,18 +173,20 @@ def _explanation(
     for link in _chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
         if status in (401, 403) and source is None:
+            half = _half_of_a_pair() if host == "Kaggle" else ""
             return AccessError(
                 f"{host} gives {handle} to nobody without an account that may have it ({status}), and no credentials "
-                f"were found. Accept the licence at {page}, create a token at {tokens}, and {how}."
+                f"were found{half}. Accept the licence at {page}, create a token at {tokens}, and {how}."
             )
         if status == 401:
             return AccessError(
                 f"{host} does not accept the credentials of {source} (401). Create new ones at {tokens}, and {how}."
             )
         if status == 403:
+            gated = ", give a fine-grained token the right to read gated repositories" if host == "Hugging Face" else ""
             return AccessError(
                 f"{host} refuses {handle} to the account of {source} (403): its licence is not accepted there. Open "
-                f"{page}, accept it, and run this again."
+                f"{page}, accept it{gated}, and run this again."
             )
         if status == 404:
             return AccessError(f"{host} has no {handle} (404). Look at {page} for its name and version.")
@@ -273,7 +290,8 @@ def check_access(
     (403) or for an unknown preset (404); `ConnectionError` without network or after too many requests; `OSError`
     without room on the disk.
     """
-    handle, size = _handle(str(preset)), known_presets().get(str(preset), ("", 0))[1] * 2
+    handle = _handle(str(preset))
+    size = next((2 * parameters for known, parameters in known_presets().values() if known == handle), 0)
     scheme = handle.partition("://")[0]
     if not handle:
         here = _is_here(str(preset))

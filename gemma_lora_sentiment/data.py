@@ -426,8 +426,8 @@ def read_table(
 
 
 def write_table(
-    table: pd.DataFrame,
-    path: str | os.PathLike,
+    table: pd.DataFrame,  # any columns; the index is not written
+    path: str | os.PathLike,  # the file, which is replaced where it is
     suffix: str = ".tsv",  # of the format to write: .tsv, .csv, .jsonl, .parquet, and what else `read_table` knows
     header: bool = True,  # False leaves the names of the columns out of TSV and CSV
 ) -> None:
@@ -725,7 +725,9 @@ def split_comments(
     test_fraction: float = 0.2,  # share of the rows to hold out, between 0 and 1
     seed: int = 0,  # same seed, same rows: same split
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # training and test rows, in the order of the table, with its index
-    "Split stratified by label, duplicates on one side. Raises `DataError` for a class too small to be on both."
+    """Split stratified by label, duplicates on one side.
+
+    Raises `DataError` for a class too small to be on both, `ValueError` for a `test_fraction` outside 0 and 1."""
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction is {test_fraction}, and must lie between 0 and 1. 0.2 holds out a fifth.")
     codes, counts = _class_codes(comments)

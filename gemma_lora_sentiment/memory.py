@@ -19,8 +19,8 @@ __all__ = ['memory_estimate', 'memory_text', 'device_bytes', 'fitting_batch']
 # %% ../nbs/02a_memory.ipynb #fbf03d7c
 def memory_estimate(
     base: Base,
-    rank: int,
-    targets: Sequence[str] = ("query", "value"),
+    rank: int,  # of LoRA
+    targets: Sequence[str] = ("query", "value"),  # names of the layers with LoRA
     batch_size: int = 16,  # rows
     length: int = 128,  # tokens
     positions: int = 2,  # positions of a row at which logits are computed
@@ -77,8 +77,8 @@ def device_bytes() -> int | None:  # bytes that JAX may take, or None where the 
 
 def fitting_batch(
     base: Base,
-    rank: int,
-    targets: Sequence[str],
+    rank: int,  # of LoRA
+    targets: Sequence[str],  # names of the layers with LoRA
     batch_size: int,  # wanted, rows
     length: int,  # of the longest row, tokens
     positions: int,  # at which logits are computed

@@ -204,7 +204,7 @@ GEMMA_2B_CONFIG = dict(
 
 def lora_parameter_count(
     config: dict[str, Any],  # arguments of KerasHub's GemmaBackbone
-    rank: int = 4,
+    rank: int = 4,  # of LoRA
     targets: Sequence[str] = ("query", "value"),  # names of layers
 ) -> tuple[int, int]:  # parameters of the base, trainable parameters of the adapter
     "Count parameters from shapes alone; nothing is allocated."
@@ -221,7 +221,7 @@ LayerRanks = int | Mapping[str, tuple[int, float]]
 
 
 def lora_targets(
-    backbone: keras.Model,
+    backbone: keras.Model,  # a KerasHub Gemma backbone
 ) -> tuple[str, ...]:  # names of the layers that can carry LoRA, in the order of the model
     "Layers of the decoder blocks that LoRA can be put on."
     layers = backbone._flatten_layers(include_self=False)
@@ -643,7 +643,7 @@ class Base:
         tokenizer_proto: bytes,  # its SentencePiece model, serialized
         dtype: str,  # number format of the weights
         quantization: str | None = None,  # None, "int8" or "int4"
-        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,
+        distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel | None = None,  # over devices
     ):
         self.preset, self.dtype, self.quantization = preset, dtype, quantization
         self.backbone, self.tokenizer_proto = backbone, tokenizer_proto
@@ -692,7 +692,7 @@ class Base:
     def scorer(
         self,
         targets: Sequence[str] = ("query", "value"),  # names of the layers that carry LoRA
-        rank: LayerRanks = 4,
+        rank: LayerRanks = 4,  # of LoRA, the same on all of these layers or one for each
     ) -> LabelScorer:
         "The scorer with LoRA of this rank on these layers; made once. Raises `ModelError` for unknown layers."
         rank = dict(rank) if isinstance(rank, Mapping) else int(rank)

@@ -84,7 +84,7 @@ def device_memory() -> int | None:  # bytes that JAX may use of its first device
 
 def fall_back(
     preset: str | Path,  # of a base that overflows in float16
-    quantization: str | None = None,
+    quantization: str | None = None,  # None, "int8" or "int4", as that base has it
     needed: int = 0,  # bytes that a step needs in float16, see `memory_estimate`
     devices: int | Sequence[Any] | None = None,  # see `load_base`
     strategy: str | None = None,  # likewise
@@ -161,24 +161,27 @@ def preset_config(
 
 
 def choose_quantization(
-    preset: str | Path,
-    dtype: str = "auto",
+    preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
+    dtype: str = "auto",  # of what is not quantized, see `choose_dtype`
     limit: int | None = None,  # bytes; by default the memory of the device
-    rank: int = 8,
+    rank: int = 8,  # of LoRA on query and value
     batch_size: int = 16,  # rows
     length: int = 256,  # tokens
-) -> tuple[str | None, str]:  # None, "int8" or "int4", and one sentence that says why
+    found: tuple[str, dict[str, Any]] | None = None,  # family and configuration; by default those of `preset_config`
+) -> tuple[str | None, str]:  # None, "int8" or "int4", and why
     "The first of none, int8 and int4 whose estimate fits. Raises `ModelError` when not even int4 does."
     limit = device_memory() if limit is None else limit
-    found = preset_config(preset) if limit else None
+    if not limit:
+        return None, "the device does not say how much memory it has"
+    found = preset_config(preset) if found is None else found
     if found is None:
-        return None, "the device or the preset does not say what would be needed"
+        return None, "the preset does not say its shapes before it is loaded"
     dtype = choose_dtype(dtype)[0]
     for quantization in (None, "int8", "int4"):
         planned = planned_base(found[1], dtype, quantization, found[0])
         needed = memory_estimate(planned, rank, batch_size=batch_size, length=length)["total"]
         if needed < 0.9 * limit:
-            return quantization, f"{needed / 1e9:.4g} GB of {limit / 1e9:.4g} GB are needed, estimated"
+            return quantization, f"estimated at {needed / 1e9:.4g} GB of the device's {limit / 1e9:.4g} GB"
     raise ModelError(
         f"{preset} needs {needed / 1e9:.4g} GB even in int4, estimated, and the device has {limit / 1e9:.4g} GB. "
         "Choose a smaller preset, or lower batch_size or max_length."
@@ -186,7 +189,7 @@ def choose_quantization(
 
 # %% ../nbs/02c_precision.ipynb #85e5a12d
 def base_for_device(
-    preset: str | Path,
+    preset: str | Path,  # see `load_base`
     dtype: str = "auto",  # see `choose_dtype`
     quantization: str | None = None,  # None, "int8", "int4", or "auto": see `choose_quantization`
     devices: int | Sequence[Any] | None = None,  # see `load_base`

@@ -148,7 +148,7 @@ def cooccurrence_embeddings(
     token_ids: Sequence[Sequence[int]],  # reviews
     ratings: np.ndarray,  # int (n,), 1 to 10
     size: int,  # of the vocabulary
-    dimension: int,
+    dimension: int,  # numbers a piece, the hidden size
     window: int = 5,  # tokens
     seed: int = 0,
 ) -> np.ndarray:  # float32 (size, dimension), rows of length 0.25 at most
@@ -362,9 +362,9 @@ def _held_out_accuracy(model: keras.Model, reviews: pd.DataFrame, tokenizer: Tex
 
 # %% ../nbs/09_pretraining.ipynb #f317f0db
 def save_base(
-    backbone: keras.Model,
+    backbone: keras.Model,  # a KerasHub GemmaBackbone in float32
     proto: bytes,  # SentencePiece model
-    folder: str | Path,
+    folder: str | Path,  # made if it is not there
 ) -> Path:  # a KerasHub preset folder; `keras_nlp.models.GemmaCausalLM.from_preset` reads it
     "Write weights in float16, tokenizer and preprocessor."
     with without_tensorflow():

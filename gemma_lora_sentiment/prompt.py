@@ -332,7 +332,7 @@ def scoring_arrays(
 
 # %% ../nbs/01_prompt.ipynb #6a84e160
 def explain_example(
-    comment: str,
+    comment: str,  # of any length; shortened as it would be for the model
     label: Any,  # one of `words.labels`
     words: LabelWords,
     tokenizer: TextTokenizer,

@@ -521,7 +521,7 @@ def _page(
 def report_html(
     metrics: Mapping[str, Any],  # as in metrics.json: `compute_metrics`, and where known `intervals`, `baselines` ...
     *,
-    title: str = "Report",
+    title: str = "Report",  # of the page
     description: Mapping[str, Any] | None = None,  # as in run.json: data, settings, recipe, versions, device ...
     tables: Mapping[str, pd.DataFrame] | None = None,  # predictions, wrong, label_errors, conflicts, influence
     figures: Mapping[str, bytes] | None = None,  # file name -> PNG or SVG

@@ -227,7 +227,10 @@ def write_submission(
     *,
     now: datetime | None = None,  # time for that name; None is now
 ) -> Path:  # the file written
-    "Write predictions as the sample file wants them. Raises `DataError` where they do not fit, `OSError` of the disk."
+    """Write predictions as the sample file wants them.
+
+    Raises `DataError` where they do not fit, `IsADirectoryError` for a folder, another `OSError` of the disk.
+    """
     rows = _read_sample(sample)
     known = _known_labels(rows)
     labels = []

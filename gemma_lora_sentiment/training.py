@@ -42,7 +42,7 @@ __all__ = ['RECIPES', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'cla
 class Recipe:
     """Hyperparameters of one way to fine-tune."""
 
-    lora_rank: int = 8
+    lora_rank: int = 8  # columns of A, rows of B
     learning_rate: float = 2e-4  # at its highest
     weight_decay: float = 0.01  # decoupled, as in AdamW; bias and scale are excluded
     epochs: int = 4
@@ -111,10 +111,10 @@ class Rows:
 # %% ../nbs/04_training.ipynb #e27235c4
 def class_weights(
     label_index: np.ndarray,  # int (n,)
-    n_labels: int,
+    n_labels: int,  # labels there are, in `label_index` or not
     class_weight: str | Sequence[float] | None = None,  # None, "balanced", or one number a label
 ) -> np.ndarray:  # float32 (n,), mean 1
-    "The weight of each row. `balanced` is scikit-learn's n / (n_labels x count)."
+    "The weight of each row. `balanced` is scikit-learn's n / (n_labels x count). Raises `ValueError` for others."
     if class_weight is None:
         return np.ones(len(label_index), np.float32)
     if class_weight == "balanced":
@@ -133,7 +133,7 @@ def choose_buckets(
     lengths: np.ndarray,  # int (n,), tokens of each row
     passes: int,  # how often each row is computed, the number of epochs
     compile_tokens: int | None = None,  # tokens the device could compute while it compiles one shape
-    at_most: int = 4,
+    at_most: int = 4,  # lengths
 ) -> tuple[int, ...]:  # lengths, ascending
     "The lengths that make compilation and computation together cheapest."
     if compile_tokens is None:
@@ -154,7 +154,7 @@ class BatchSequence(keras.utils.PyDataset):
         self,
         rows: Rows,
         buckets: Sequence[int],  # lengths to pad to, tokens
-        batch_size: int,
+        batch_size: int,  # rows a step
         loss_on: str = "response",  # "response" or "text"
         seed: int = 0,
         replicas: int = 1,  # batches are filled up, with rows of weight 0, until they divide into so many parts
@@ -183,7 +183,7 @@ class BatchSequence(keras.utils.PyDataset):
 
     def plan(
         self,
-        epoch: int,
+        epoch: int,  # its number, from 0
     ) -> list[tuple[int, np.ndarray]]:  # (bucket, rows within it) of each batch, in order
         "The batches of an epoch, drawn from the seed and the epoch's number alone."
         rng = np.random.default_rng([self.seed, epoch])
@@ -227,10 +227,10 @@ class AdjustableAdamW(keras.optimizers.AdamW):
 
     def set_numbers(
         self,
-        learning_rate: float,
-        weight_decay: float,
+        learning_rate: float,  # at its highest
+        weight_decay: float,  # decoupled; the share of a weight taken off a step is this times the learning rate
         total_steps: int,  # of the schedule; 0 for a constant learning rate
-        warmup_steps: int,
+        warmup_steps: int,  # of these, the ones in which the learning rate rises
     ) -> None:
         "New numbers, for steps that are compiled already too."
         self._learning_rate.assign(learning_rate)
@@ -744,7 +744,7 @@ def train_adapter(
     *,
     validation: Rows | None = None,  # held-out rows; the best adapter on them is returned
     patience: int | None = None,  # epochs without a better validation loss before training stops
-    lora_dropout: float = 0.0,
+    lora_dropout: float = 0.0,  # share of the input features that A does not see in a step, from 0 to below 1
     seed: int = 0,
     callbacks: Sequence[keras.callbacks.Callback] = (),  # the user's own; what they remember is in no checkpoint
     progress: Callable[[dict[str, float]], None] | None = None,  # called with each epoch's numbers

@@ -379,7 +379,7 @@ FAULTS = {
     "rows": (["--rows", "1"], "rows=1 must be at least 2"),
     "epochs": (["--epochs", "1"], "epochs=1 must be at least 2"),
     "dtype": (["--dtype", "float8"], "dtype 'float8' is not one of auto"),
-    "quantization": (["--quantization", "int2"], "is not one of int8, int4"),
+    "quantization": (["--quantization", "int2"], "is not one of auto, none, int8, int4"),
     "file": (["--file", "nothing.tsv"], "nothing.tsv"),
     "out": (["--out", __file__], "is a file. Give a folder."),
 }

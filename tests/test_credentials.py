@@ -205,6 +205,40 @@ def test_kaggle_notebook_secret(home, monkeypatch):
     assert find_credentials() == {"kaggle": None, "hugging_face": "the notebook's secret HF_TOKEN"}
 
 
+def test_kaggle_notebook_secrets_for_kaggle(home, monkeypatch):
+    from kagglehub.config import get_kaggle_credentials
+
+    held = {"KAGGLE_USERNAME": "someone", "KAGGLE_KEY": KEY}
+    module = ModuleType("kaggle_secrets")
+    module.UserSecretsClient = lambda: SimpleNamespace(get_secret=held.__getitem__)
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
+    assert find_credentials()["kaggle"] == "the notebook's secrets KAGGLE_USERNAME and KAGGLE_KEY"
+    assert get_kaggle_credentials().key == KEY
+    del held["KAGGLE_KEY"]
+    from kagglehub import config
+
+    config.clear_kaggle_credentials()
+    assert find_credentials()["kaggle"] is None
+
+
+def test_a_secret_that_the_notebook_may_not_read(server, secrets, monkeypatch):
+    """Colab raises its NotebookAccessError: there are no credentials, and the sentence names the right to read."""
+
+    def refuse(name):
+        raise NotFound(f"no access to {name}")
+
+    monkeypatch.setattr(sys.modules["google.colab.userdata"], "get", refuse)
+    server.next = [(403, {}, b"")]
+    assert "secrets that the notebook may read" in refused(KAGGLE)
+
+
+def test_half_of_the_environment_is_named(server, monkeypatch):
+    server.next = [(403, {}, b"")]
+    monkeypatch.setenv("KAGGLE_KEY", KEY)
+    assert "no credentials were found (KAGGLE_KEY is set, KAGGLE_USERNAME is not)." in refused(KAGGLE)
+    assert "is not)" not in refused(HUB)
+
+
 # ---- what needs none
 
 
@@ -272,6 +306,7 @@ def test_no_consent(server, account, preset, page, headers):
     server.next = [(403, headers, b"")]
     message = refused(preset)
     assert "its licence is not accepted" in message and f"Open {page} accept it" in message
+    assert ("fine-grained token" in message) == (preset == HUB)
 
 
 @pytest.mark.parametrize("preset, headers", [
@@ -311,7 +346,8 @@ def test_kaggles_own_message_is_not_shown(server, account):
 
 def test_no_room(server, account, monkeypatch):
     monkeypatch.setattr(credentials.shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000_000))
-    message = refused(KAGGLE, OSError)
+    for preset in (credentials._handle(KAGGLE), KAGGLE):  # by address or by name
+        message = refused(preset, OSError)
     assert "3.0 GB are free, and 5.0 GB are needed" in message and "KAGGLEHUB_CACHE" in message
     there = credentials._cache_of(credentials._handle(KAGGLE))[0] / "model.weights.h5"
     with there.open("wb") as file:

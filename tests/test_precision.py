@@ -1,16 +1,22 @@
 """Number format by device, float16 that overflows, quantization when memory is short."""
 
+import json
+import re
 import shutil
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from gemma_lora_sentiment import model, precision
 from gemma_lora_sentiment.adapter import RunError
+from gemma_lora_sentiment.benchmark import SHAPES, BenchmarkSettings, _base_of
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.memory import memory_estimate
 from gemma_lora_sentiment.model import (
     ModelError,
@@ -152,3 +158,139 @@ def test_quantization_auto_is_resolved_at_fit_and_saved(tiny, tmp_path, monkeypa
     loaded = GemmaLoraClassifier.load(tmp_path / "run")
     assert loaded.quantization_ == "int8"
     np.testing.assert_array_equal(loaded.predict_proba(COMMENTS), clf.predict_proba(COMMENTS))
+
+
+# --- from a shell ---------------------------------------------------------------------------------------------------
+
+OPTIONS = ["--rank", "2", "--batch-size", "4", "--epochs", "1"]
+
+
+def needed(config, how, **needs):
+    """Bytes of a step, as `choose_quantization` estimates them, in float32."""
+    return memory_estimate(planned_base(config, "float32", how), **needs)["total"]
+
+
+@pytest.fixture
+def memory(tiny, monkeypatch):
+    """Gives the device the memory at which this quantization is chosen; "unknown": it reports none."""
+
+    def give(how, **needs):
+        needs = needs or dict(rank=2, batch_size=4, length=256)
+        limit = None if how == "unknown" else int(needed(config_of(tiny), how, **needs) / 0.9) + 2
+        monkeypatch.setattr(precision, "device_memory", lambda: limit)
+
+    return give
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.tsv"
+    lines = [f"{i}\t{COMMENTS[i % 8]} {i}\t{LABELS[i % 8]}" for i in range(24)]
+    path.write_text("\n".join(["id\tcomment\tlabel", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def shell(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def written(folder, name="run.json"):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_a_run_says_what_auto_chose_and_is_repeated_with_it(tiny, rows, memory, tmp_path):
+    arguments = ["train", rows, "--preset", tiny, *OPTIONS, "--no-refit", "--quiet"]
+    memory("int8")
+    shell(*arguments, "--quantization", "auto", "--out", tmp_path / "one")
+    run = written(tmp_path / "one")
+    assert (run["settings"]["quantization"], run["quantization"]) == ("auto", "int8")
+    assert written(tmp_path / "one", "classifier.json")["quantization"] == "int8"
+
+    memory(None)  # a device with more memory: there auto would be none
+    shell("train", "--from", tmp_path / "one" / "run.json", "--quiet", "--out", tmp_path / "two")
+    assert written(tmp_path / "two")["quantization"] == "int8"
+    for name in ("adapter_model.safetensors", "predictions.tsv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    repeat = ["train", "--from", tmp_path / "one" / "run.json", "--quiet", "--quantization"]
+    for option, out in (("none", "three"), ("auto", "four")):  # an option wins
+        shell(*repeat, option, "--out", tmp_path / out)
+        assert written(tmp_path / out)["quantization"] is None
+    answers = tmp_path / "answers.tsv"
+    shell("predict", tmp_path / "one", rows, "--out", answers, "--quiet")
+    assert len(answers.read_text(encoding="utf-8").splitlines()) == 25
+
+
+def test_a_killed_run_goes_on_with_the_quantization_it_began_with(tiny, rows, memory, tmp_path, monkeypatch):
+    arguments = ["train", rows, "--preset", tiny, *OPTIONS, "--no-refit", "--quiet", "--quantization", "auto"]
+    memory("int8")
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_lora_sentiment.cli._judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--out", tmp_path / "run")])
+    assert (tmp_path / "run" / "checkpoint" / "plan.json").is_file()
+    memory(None)
+    line = shell(*arguments, "--resume", "--out", tmp_path / "run", status=2).stderr
+    assert "is of another run" in line
+    memory("int8")
+    shell(*arguments, "--resume", "--out", tmp_path / "run")
+    assert written(tmp_path / "run")["quantization"] == "int8"
+
+
+def test_cross_validation_says_what_was_chosen(tiny, rows, memory, tmp_path):
+    memory("int8")
+    arguments = ["cross-validate", rows, "--preset", tiny, *OPTIONS, "--folds", "2", "--quiet"]
+    shell(*arguments, "--quantization", "auto", "--out", tmp_path / "cv")
+    assert written(tmp_path / "cv", "cv.json")["quantization"] == "int8"
+
+
+def test_cross_validation_with_an_overflow_loads_float16_once(large, t4, rows, tmp_path, monkeypatch):
+    loaded = []
+    for room in (precision, model):
+        monkeypatch.setattr(room, "load_base", lambda *a, **k: loaded.append(load_base(*a, **k)) or loaded[-1])
+    arguments = ["cross-validate", rows, "--preset", large, *OPTIONS, "--folds", "2", "--quiet"]
+    shell(*arguments, "--out", tmp_path / "cv")
+    assert written(tmp_path / "cv", "cv.json")["dtype"] == "float32"
+    formats = [base.dtype for base in loaded]
+    assert "float16" in formats and "float16" not in formats[formats.index("float32") :]
+
+
+def info_line(*arguments):
+    return re.search(r"^quantization: (.*)$", shell("info", *arguments).stdout, re.MULTILINE)[1]
+
+
+def test_info_says_which_quantization_and_why(tiny, memory):
+    recipe = GemmaLoraClassifier(tiny)._needs()
+    memory("unknown")
+    assert info_line("--preset", tiny) == (
+        "none (the default); auto would choose none (the device does not say how much memory it has)"
+    )
+    memory("int8", **recipe)
+    assert re.fullmatch(
+        r"none \(the default\); auto would choose int8 \(estimated at [\d.]+ GB of the device's [\d.]+ GB\)",
+        info_line("--preset", tiny),
+    )
+    assert info_line("--preset", tiny, "--quantization", "auto").startswith("int8 (estimated at ")
+    assert info_line("--preset", tiny, "--quantization", "int4") == "int4 (as asked for)"
+    precision.device_memory = lambda: 1000  # the fixture puts the function back
+    assert "auto finds none that fits" in info_line("--preset", tiny)
+    assert "even in int4" in shell("info", "--preset", tiny, "--quantization", "auto", status=2).stderr
+
+
+def test_info_on_a_t4(tiny, t4):
+    text = shell("info", "--preset", tiny).stdout
+    assert re.search(r"^dtype: float16 \(a card of compute capability 7.5 .*overflows\)$", text, re.MULTILINE)
+
+
+def test_quickstart_takes_the_option(tmp_path):
+    line = shell("quickstart", "--quantization", "int3", "--out", tmp_path / "run", status=2).stderr
+    assert line == "error: --quantization 'int3' is not one of auto, none, int8, int4. Choose one of these.\n"
+
+
+def test_benchmark_resolves_auto(monkeypatch):
+    settings = BenchmarkSettings(shape="tiny", dtype="float32", quantization="auto")
+    for how in (None, "int8"):
+        limit = needed(SHAPES["tiny"], how, rank=4, batch_size=16, length=85)
+        monkeypatch.setattr(precision, "device_memory", lambda limit=limit: int(limit / 0.9) + 2)
+        assert _base_of(settings).quantization == how
+    assert _base_of(replace(settings, quantization=None)).quantization is None

@@ -50,7 +50,7 @@ ROOM_IMPORTS = {
         *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
     },
     "pretraining": {"model", "prompt"},
-    "benchmark": {"data", "prompt", "cache", "model", "adapter", "training", "classifier"},
+    "benchmark": {"data", "prompt", "cache", "model", "precision", "adapter", "training", "classifier"},
     "cli": {
         *("data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
         *("training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
