@@ -79,7 +79,7 @@ _OVERFLOWED: dict[str, str] = {}  # address of a base -> the format that is safe
 
 def device_memory() -> int | None:  # bytes that JAX may use of its first device; None where it does not say
     "Memory of the device, as JAX reports it; on a CPU it reports none."
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fall_back(
