@@ -29,6 +29,7 @@ from gemma_lora_sentiment.adapter import (
     new_adapter,
     save_files,
 )
+from .checkpoint import on_first_process
 from .data import DataError, split_comments
 from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base
@@ -481,7 +482,9 @@ class _Persistence:
             "base_fingerprint": self.base_fingerprint_,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        return save_files(folder, {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text})
+        files = {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text}
+        together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
+        return on_first_process(lambda: save_files(folder, files), together)
 
     @classmethod
     def load(

@@ -79,7 +79,7 @@ _OVERFLOWED: dict[str, str] = {}  # address of a base -> the format that is safe
 
 def device_memory() -> int | None:  # bytes that JAX may use of its first device; None where it does not say
     "Memory of the device, as JAX reports it; on a CPU it reports none."
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def fall_back(
@@ -141,6 +141,13 @@ def planned_base(
     )
 
 # %% ../nbs/02c_precision.ipynb #e69bf83f
+@cache  # each fold of a cross-validation asks
+def _config_at_kaggle(handle: str) -> Path:
+    find_credentials()
+    with access_explained(handle):
+        return _check_kaggle(handle)
+
+
 def preset_config(
     preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
 ) -> tuple[str, dict[str, Any]] | None:  # family, arguments of the backbone; None if it is not in KerasHub's format
@@ -148,9 +155,7 @@ def preset_config(
     path = resolve_preset(preset)
     file, handle = Path(path) / "config.json", _handle(path)
     if handle.startswith("kaggle://"):
-        find_credentials()
-        with access_explained(path):
-            file = _check_kaggle(handle)
+        file = _config_at_kaggle(handle)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     family = str(found.get("class_name", "")).removesuffix("Backbone")
     if family not in ("Gemma", "Gemma3", "Gemma4"):

@@ -616,6 +616,8 @@ def predict_file(
     folder = out.parent / f".{out.name}.parts"
     chunks = read_chunks(path, chunk_rows)
     first = next(chunks)  # before anything is written: most mistakes are in the first rows
+    if clf._loaded_base().processes > 1:
+        raise RunError("A file is scored by one process. Give each host a part of the input, without devices=.")
     with _parts(folder, settings, resume) as journal:
         rows, parts = _predict_parts(
             clf, chain([first], chunks), path, journal, settings, decision, suffix, score or _scored, progress
