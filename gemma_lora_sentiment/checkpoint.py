@@ -9,8 +9,9 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 try:
     import fcntl
@@ -30,7 +32,7 @@ except ImportError:  # Windows
     import msvcrt
 
 # %% auto #0
-__all__ = ['fit_name', 'difference', 'seal', 'unseal', 'save_checkpoint', 'load_checkpoint', 'hold']
+__all__ = ['fit_name', 'difference', 'seal', 'unseal', 'save_checkpoint', 'load_checkpoint', 'hold', 'on_first_process']
 
 # %% ../nbs/03a_checkpoint.ipynb #8692725a
 def fit_name(
@@ -69,7 +71,7 @@ def _damaged(path: Path, reason: str) -> RunError:
 
 
 def unseal(
-    path: Path,  # a file that `seal` made
+    path: Path,  # a file that seal made
 ) -> dict[str, Any]:
     "Read a sealed description. Raises `RunError` when it is not as it was written."
     try:
@@ -133,7 +135,7 @@ def save_checkpoint(
 
 # %% ../nbs/03a_checkpoint.ipynb #48fdb3f9
 def load_checkpoint(
-    folder: str | Path,  # of this fit, as `save_checkpoint` was given it
+    folder: str | Path,  # of this fit, as save_checkpoint was given it
     settings: Mapping[str, Any],  # all that this fit depends on
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:  # arrays and progress; None where there is no checkpoint
     "Read a fit's checkpoint. Raises `RunError` when it is damaged, or another fit's, which differs in what is named."
@@ -207,3 +209,25 @@ def hold(
         with suppress(OSError):  # another user's folder by now, or an open file on Windows
             os.unlink(path)
         os.close(handle)
+
+# %% ../nbs/03a_checkpoint.ipynb #11afd500
+def on_first_process(
+    action: Callable[[], Any],  # what it returns or raises must survive pickling
+    together: bool,  # every process of `jax.distributed` calls this; False: this process acts for itself
+) -> Any:  # what the action returned on the first process
+    "Do something once for all processes, which wait for it. Its `RunError` or `OSError` is raised on each."
+    if not together or jax.process_count() == 1:
+        return action()
+    outcome = (None, None)
+    if jax.process_index() == 0:
+        try:
+            outcome = (action(), None)
+        except (RunError, OSError) as error:
+            outcome = (None, error)
+    content = np.frombuffer(pickle.dumps(outcome), np.uint8)  # from a process of this very job
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    content = content if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    result, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes())
+    if error is not None:
+        raise error
+    return result

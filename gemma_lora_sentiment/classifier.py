@@ -29,6 +29,7 @@ from gemma_lora_sentiment.adapter import (
     new_adapter,
     save_files,
 )
+from .checkpoint import on_first_process
 from .data import DataError, split_comments
 from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base
@@ -126,7 +127,7 @@ class _Settings:
         "The base that a fit begins with: where dtype or quantization is auto, what this device can do."
         return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
 
-    def _needs(self) -> dict[str, int]:  # of `choose_quantization`: rank, batch_size, length
+    def _needs(self) -> dict[str, int]:  # of choose_quantization: rank, batch_size, length
         recipe = self._resolved_recipe()[1]
         return {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
 
@@ -481,7 +482,9 @@ class _Persistence:
             "base_fingerprint": self.base_fingerprint_,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        return save_files(folder, {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text})
+        files = {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text}
+        together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
+        return on_first_process(lambda: save_files(folder, files), together)
 
     @classmethod
     def load(

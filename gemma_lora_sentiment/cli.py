@@ -953,7 +953,7 @@ def suggest(
 @_guarded
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
-    file: Annotated[str, typer.Argument(help="Comments: TSV, CSV, JSONL, Parquet or plain lines.")],
+    file: Annotated[str, typer.Argument(help="TSV, CSV, JSONL, Parquet or plain lines, or a folder of these.")],
     out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
     calibrated: Annotated[bool, typer.Option("--calibrated", help="By the run's decision; adds `abstains`.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,

@@ -182,7 +182,9 @@ def _without_drawing() -> Iterator[None]:
     usual = variable_class._initialize_with_initializer
 
     def initialize(variable, initializer):
-        ours = threading.get_ident() == thread and keras.distribution.distribution() is None
+        # A distribution draws on its devices; but several processes would each draw their own.
+        whole = keras.distribution.distribution() is None or jax.process_count() > 1
+        ours = threading.get_ident() == thread and whole
         if not ours or not isinstance(initializer, _DRAWN):
             return usual(variable, initializer)
         variable._initialize(jax.device_put(np.zeros(variable._shape, jax.numpy.dtype(variable._dtype))))
@@ -402,14 +404,25 @@ def _placed(
         axes = [self.distribution.batch_dim_name if rows else None, *[None] * array.ndim][: array.ndim]
         return keras.distribution.TensorLayout(axes, self.distribution.device_mesh).backend_layout
 
+    if jax.process_count() > 1:  # each puts its parts of the whole, which all have
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        return {name: jax.make_array_from_callback(array.shape, layout(array), array.__getitem__)
+                for name, array in arrays.items()}  # fmt: skip
     return {name: jax.device_put(array, layout(np.asarray(array) if np.isscalar(array) else array))
             for name, array in arrays.items()}  # fmt: skip
+
+
+def _on_every_process(array: jax.Array) -> jax.Array:
+    "The array itself, or gathered where other processes hold parts of it."
+    if array.is_fully_addressable:
+        return array
+    return jax.device_put(array, jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec()))
 
 
 def _score(
     self: LabelScorer,
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path; they are lent for this call
-    arrays: dict[str, np.ndarray],  # one batch as `scoring_arrays` makes it
+    arrays: dict[str, np.ndarray],  # one batch as scoring_arrays makes it
     label_ids: np.ndarray | None = None,  # int32 (labels,) when every word is one token
 ) -> jax.Array:  # float32 (batch, labels), or (batch,) without label_ids
     "Scores of one batch; nothing of the model changes."
@@ -417,8 +430,8 @@ def _score(
     values = self.placed({variable.path: adapter[variable.path] for variable in self.trainable_variables})
     values, arrays = list(values.values()), self.placed(arrays, rows=True)
     if label_ids is None:
-        return self._sequence_step(values, base, arrays)
-    return self._label_step(values, base, {**arrays, **self.placed({"label_ids": label_ids})})
+        return _on_every_process(self._sequence_step(values, base, arrays))
+    return _on_every_process(self._label_step(values, base, {**arrays, **self.placed({"label_ids": label_ids})}))
 
 
 LabelScorer.placed = _placed
@@ -648,6 +661,11 @@ class Base:
         return 1 if self.distribution is None else self.distribution.num_model_replicas
 
     @property
+    def processes(self) -> int:
+        "Processes of `jax.distributed` that hold this base together; 1 where each has its own."
+        return 1 if self.distribution is None else jax.process_count()
+
+    @property
     def parameter_count(self) -> int:
         "Numbers in the base's weights."
         return sum(int(np.prod(variable.shape)) for variable in self.backbone.variables)
@@ -667,7 +685,7 @@ class Base:
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for variable in self.backbone.variables:
             flat = variable.value.reshape(-1)
-            sample = np.asarray(flat[:: max(1, flat.size // 64)][:64]).astype(np.float32)
+            sample = np.asarray(_on_every_process(flat[:: max(1, flat.size // 64)][:64])).astype(np.float32)
             digest.update(variable.path.encode() + str(tuple(variable.shape)).encode() + sample.tobytes())
         return digest.hexdigest()
 
@@ -700,9 +718,6 @@ def _devices_and_strategy(
         raise ModelError(f"strategy={strategy!r} is not one of None, 'auto', 'data', 'model'. Choose one of these.")
     if devices is None and strategy is None:
         return (), None
-    if jax.process_count() > 1:
-        problem = f"devices and strategy work within one process, and jax.distributed has {jax.process_count()}."
-        raise ModelError(f"{problem} Leave both None, and give each process its own part of the comments.")
     known = keras.distribution.list_devices()
     is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
     if is_number and not 1 <= devices <= len(known):
@@ -717,10 +732,14 @@ def _devices_and_strategy(
     if unknown or not names or len(set(names)) < len(names):
         which = f"{unknown[0]!r} is not there" if unknown else "a device is named twice or none is"
         raise ModelError(f"devices={list(names)!r}: {which}; JAX sees {', '.join(known[:8])}. Choose among these.")
+    if jax.process_count() > 1 and (len(names) < len(known) or len(known) % jax.process_count()):
+        problem = f"devices={devices!r} leaves out some of the {len(known)} devices of {jax.process_count()} processes"
+        raise ModelError(f"{problem}, or they have unequal numbers. Use all, and as many on each.")
+    names = tuple(known) if jax.process_count() > 1 else names
     if len(names) == 1:
         return (names, "data") if names[0] != known[0] else ((), None)
     if strategy in (None, "auto"):
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         strategy = "model" if limit and _weight_bytes(path, dtype) > limit / 2 else "data"
     return names, strategy
 
@@ -748,7 +767,8 @@ def distribution_for(
     if strategy == "data":
         mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], list(names))
         return keras.distribution.DataParallel(device_mesh=mesh, auto_shard_dataset=False)
-    mesh = keras.distribution.DeviceMesh((1, len(names)), ["batch", "model"], list(names))
+    hosts = jax.process_count()  # the weights are divided within a process, the rows among processes
+    mesh = keras.distribution.DeviceMesh((hosts, len(names) // hosts), ["batch", "model"], list(names))
     layout_map = keras_nlp.models.GemmaBackbone.get_layout_map(mesh)  # Gemma 3 has the same names and shapes
     return _Sharded(layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False)
 
@@ -796,9 +816,9 @@ _BASES_LOCK = threading.Lock()
 
 def load_base(
     preset: str | Path,  # bundled name, KerasHub preset, handle, or folder (KerasHub or Hugging Face format)
-    dtype: str = "auto",  # see `choose_dtype`
+    dtype: str = "auto",  # see choose_dtype
     quantization: str | None = None,  # None, "int8" or "int4": smaller weights, LoRA stays float32
-    devices: int | Sequence[Any] | None = None,  # see `distribution_for`
+    devices: int | Sequence[Any] | None = None,  # see distribution_for
     strategy: str | None = None,  # likewise
 ) -> Base:
     """Load a base, or return the one that is held already.

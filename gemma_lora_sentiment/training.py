@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import pandas as pd
 from sklearn.utils.class_weight import compute_class_weight
 
 from .adapter import Adapter, RunError, new_adapter
-from .checkpoint import fit_name, hold, load_checkpoint, save_checkpoint
+from .checkpoint import fit_name, hold, load_checkpoint, on_first_process, save_checkpoint
 from .memory import device_bytes, fitting_batch, memory_estimate, memory_text
 from .prompt import LabelWords, assign_buckets, length_buckets, scoring_arrays, training_arrays
 
@@ -158,10 +158,14 @@ class BatchSequence(keras.utils.PyDataset):
         loss_on: str = "response",  # "response" or "text"
         seed: int = 0,
         replicas: int = 1,  # batches are filled up, with rows of weight 0, until they divide into so many parts
+        processes: int = 1,  # that feed one batch together; this one gives its part of the rows
     ):
         super().__init__()
         self.seed, self.epoch, self.first, self.batch_size = seed, 0, 0, batch_size
         self.filled_size = -(-batch_size // replicas) * replicas
+        share = self.filled_size // processes
+        first = jax.process_index() * share if processes > 1 else 0
+        self.part = slice(first, first + share)
         bucket_of = assign_buckets(rows.lengths, buckets)
         n_response = max(len(response) for response in rows.responses)
         self.members = [np.flatnonzero(bucket_of == i) for i in range(len(buckets))]
@@ -197,7 +201,7 @@ class BatchSequence(keras.utils.PyDataset):
         batch = {name: array[filled] for name, array in self.arrays[bucket].items()}
         targets, weights = batch.pop("targets"), batch.pop("weights")
         weights[len(rows) :] = 0
-        return batch, targets, weights
+        return {name: array[self.part] for name, array in batch.items()}, targets[self.part], weights[self.part]
 
 # %% ../nbs/04_training.ipynb #83782f6b
 class AdjustableAdamW(keras.optimizers.AdamW):
@@ -557,7 +561,7 @@ def _state_of(
     fit: _Callbacks,
     epoch: int,  # epochs done
     batch: int,  # batches done of the next one
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # arrays and progress, as `save_checkpoint` takes them
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # arrays and progress, as save_checkpoint takes them
     "All that a fit needs to go on."
     scorer, best = fit.model, fit.bookkeeping.best
     arrays = {f"adapter/{path}": array for path, array in scorer.read().items()}
@@ -689,11 +693,18 @@ def _train(
     seed: int,
     keep: tuple[Path, dict[str, Any], int | None] | None = None,  # folder of checkpoints, settings, steps between two
     rematerialize: bool = False,
-) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as `train_adapter` returns it
+) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as train_adapter returns it
     "One fit, from its checkpoint if there is one. The base's lock is held."
     scorer, buckets, epoch, batch = base.scorer(start.targets, start.rank), bookkeeping.buckets, 0, 0
-    save = None if keep is None else lambda arrays, progress: save_checkpoint(*keep[:2], arrays, progress)
-    saved = None if keep is None else load_checkpoint(*keep[:2])
+    together = base.processes > 1
+
+    def save(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> None:
+        if not (together and progress.get("batch")):
+            on_first_process(lambda: save_checkpoint(*keep[:2], arrays, progress), together)
+        elif jax.process_index() == 0:  # within an epoch its clock alone says when; the others train on
+            save_checkpoint(*keep[:2], arrays, progress)
+
+    saved = None if keep is None else on_first_process(lambda: load_checkpoint(*keep[:2]), together)
     if saved and saved[1]["finished"]:
         result = replace(start, arrays=_part(saved[0], "adapter", start.arrays))
         return result, pd.DataFrame(saved[1]["history"]), buckets
@@ -706,7 +717,7 @@ def _train(
     scorer.dropout_rate.assign(lora_dropout)
     scorer.dropout_seed.assign(seed)
     guard, every = _Guard(start, base.dtype), keep[2] if keep else None
-    fit = _Callbacks(bookkeeping, callbacks, scorer, recipe.epochs, guard, save, every)
+    fit = _Callbacks(bookkeeping, callbacks, scorer, recipe.epochs, guard, save if keep else None, every)
     if saved:
         epoch, batch = saved[1]["epoch"], saved[1]["batch"]
         _restore(fit, *saved, start.arrays)
@@ -718,7 +729,7 @@ def _train(
         finally:
             scorer.use_rematerialization(False)
     arrays = scorer.read() if bookkeeping.best is None else bookkeeping.best[2]
-    if save:
+    if keep:
         result = {f"adapter/{path}": array for path, array in arrays.items()}
         save(result, {"finished": True, "history": bookkeeping.history})
     return replace(start, arrays=arrays), pd.DataFrame(bookkeeping.history), buckets
@@ -726,7 +737,7 @@ def _train(
 # %% ../nbs/04_training.ipynb #7d43d4c3
 def train_adapter(
     base: Base,
-    start: Adapter,  # where training begins, see `new_adapter`
+    start: Adapter,  # where training begins, see new_adapter
     rows: Rows,
     words: LabelWords,
     recipe: Recipe,
@@ -749,7 +760,7 @@ def train_adapter(
     """
     everything = rows.lengths if validation is None else np.concatenate([rows.lengths, validation.lengths])
     buckets = choose_buckets(everything, recipe.epochs)
-    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas)
+    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas, base.processes)
     bookkeeping = _Bookkeeping(batches, start, words, validation, buckets, patience, progress)
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
@@ -759,8 +770,13 @@ def train_adapter(
             return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, None, rematerialize)
         identity = _depends_on(base, start, rows, validation, buckets, recipe, more)
         folder = Path(checkpoint_dir) / fit_name(identity)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with hold(folder.with_suffix(".lock"), folder):
+        with ExitStack() as held:  # by the first process, where several compute one fit
+
+            def take() -> None:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(folder.with_suffix(".lock"), folder))
+
+            on_first_process(take, base.processes > 1)
             keep = (folder, identity, checkpoint_steps)
             return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, keep, rematerialize)
 

@@ -980,6 +980,28 @@ def test_predict_reads_every_format(tmp_path, trained):
     assert list(tables[0].id) == [row[0] for row in ROWS[:7]] and list(tables[1].id) == list("1234567")
 
 
+def test_predict_reads_a_folder(tmp_path, trained):
+    comments = [comment for _, comment, _ in ROWS[:7]]
+    (tmp_path / "in").mkdir()
+    for name, part in (("b", slice(4, 7)), ("a", slice(0, 4))):
+        table = pd.DataFrame({"id": range(7), "comment": comments}).iloc[part]
+        table.to_parquet(tmp_path / "in" / f"{name}.parquet", index=False)
+    done("predict", trained / "run", tmp_path / "in", "--out", tmp_path / "out.tsv", "--quiet")
+    table = read_comments(tmp_path / "out.tsv")
+    assert list(table.comment) == comments and list(table.id) == list("0123456")
+    before = tree(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "in" / "c.csv").write_text("id,comment\n8,x\n")
+    for folder, said in (("empty", "empty: is a folder without files"), ("in", "c.csv: is csv, and a.parquet is par")):
+        result = call("predict", trained / "run", tmp_path / folder, "--out", tmp_path / "new.tsv", "--quiet")
+        assert said in one_error_line(result, 2)
+    (tmp_path / "in" / "c.csv").unlink()
+    (tmp_path / "empty").rmdir()
+    result = call("predict", trained / "run", tmp_path / "in", "--out", tmp_path / "in" / "out.tsv", "--quiet")
+    assert "lies in the folder that is read" in one_error_line(result, 2)
+    assert tree(tmp_path) == before
+
+
 def test_ids_of_mixed_types(tmp_path, trained):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "comment": "가"}\n{"id": "b", "comment": "나"}\n')
     for suffix in (".tsv", ".csv", ".jsonl"):

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -615,6 +616,116 @@ def test_other_families_on_eight_devices(family, tmp_path):
     assert "equal" in on_devices(EQUAL, preset, tmp_path, json.dumps([(8, "data"), (2, "model")]))
 
 
+# --- several hosts --------------------------------------------------------------------------------------------------
+
+HOSTS = (
+    """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[5], 2, int(sys.argv[4]))
+"""
+    + DEVICES.replace("jax.device_count() == 8", "jax.device_count() == 4 and jax.local_device_count() == 2")
+    + """
+from gemma_lora_sentiment import scale, training
+from gemma_lora_sentiment.training import BatchSequence
+
+rank, given = jax.process_index(), []
+own, first = folder / f"host{rank}", folder / "host0"  # a disk that the other host does not see
+real = BatchSequence.__getitem__
+
+def watched(self, index):
+    batch = real(self, index)
+    given.append(len(batch[1]))
+    return batch
+
+BatchSequence.__getitem__ = watched
+one = fitted()
+assert set(given) == {6}
+for strategy in cases:
+    filled = {"data": 8, "model": 6}[strategy]
+    given.clear()
+    several = fitted(strategy=strategy)
+    assert set(given) == {filled // 2}, given  # each host feeds its half of every batch
+    same(one, several)
+    base = several._loaded_base()
+    cut = sum(v.value.addressable_shards[0].data.nbytes for v in base.backbone.variables)
+    assert (cut < 0.7 * base.nbytes) if strategy == "model" else cut == base.nbytes, (cut, base.nbytes)
+    assert base.processes == 2 and base.fingerprint == one.base_fingerprint_
+    assert len(cases) == 1 or several.generate(comments[0], 4) == one.generate(comments[0], 4)
+    several.save(own / strategy)  # returns when the first has written
+    assert (own / strategy).exists() == (rank == 0)
+    loaded = GemmaLoraClassifier.load(first / strategy, strategy=strategy)
+    assert np.allclose(loaded.predict_proba(comments), one.predict_proba(comments), **loose)
+
+if len(cases) == 1:
+    print("hosts", rank)
+    raise SystemExit
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if os.environ.get("STOP") and batch == 2 and self.model.optimizer.iterations.value > 7:
+            raise KeyboardInterrupt
+
+training.CHECKPOINT_SECONDS = 0  # at every step
+os.environ["STOP"] = "yes"
+try:
+    fitted(strategy="data", callbacks=[Stop()], checkpoint_dir=own / "fits")
+    raise SystemExit("it was not stopped")
+except KeyboardInterrupt:
+    del os.environ["STOP"]
+assert len(list((first / "fits").glob("fit-*/checkpoint.json"))) == 1
+given.clear()
+same(one, fitted(strategy="data", callbacks=[Stop()], checkpoint_dir=own / "fits"))
+assert 0 < len(given) < 8, given  # it went on, on both
+assert rank == 0 or not (own / "fits").exists()
+
+if rank == 0:
+    (own / "file").touch()
+for call, said in (
+    (lambda: fitted(strategy="data", checkpoint_dir=own / "file" / "fits"), OSError),  # of the first, on both
+    (lambda: fitted(devices=2, strategy="data"), ValueError),
+    (lambda: scale.predict_file(loaded, sys.argv[6], own / "out.tsv"), scale.RunError),
+):
+    try:
+        call()
+        raise SystemExit("no error")
+    except said as error:
+        print(rank, error)
+print("hosts", rank)
+"""
+)
+
+
+@pytest.mark.parametrize("cases", [["data"], pytest.param(["data", "model"], marks=pytest.mark.slow)])
+def test_two_hosts_equal_one_device(cases, tiny, tmp_path):
+    path = write_tsv(tmp_path / "in.tsv", comments(10))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    (tmp_path / "host0").mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOSTS, tiny, str(tmp_path), json.dumps(cases), str(rank), address, str(path)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0 and f"hosts {rank}" in said[rank], said[rank][-3000:]
+        if len(cases) > 1:
+            assert "leaves out some of the 4 devices of 2 processes" in said[rank]
+            assert "A file is scored by one process" in said[rank]
+    assert names(tmp_path / "host0") == (["data"] if len(cases) == 1 else ["data", "file", "fits", "model"])
+    assert names(tmp_path) == ["host0", "in.tsv"]
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
@@ -661,8 +772,12 @@ rows = scale.predict_file(
     GemmaLoraClassifier.load(folder), Path(sys.argv[2]) / "in.tsv", Path(sys.argv[2]) / "ray.tsv", chunk_rows=40,
     score=scale.ray_workers(2),
 )
+more = scale.predict_file(
+    GemmaLoraClassifier.load(folder), Path(sys.argv[2]) / "in", Path(sys.argv[2]) / "folder.tsv", chunk_rows=20,
+    score=scale.ray_workers(2),
+)
 ray.shutdown()
-print("rows", rows)
+print("rows", rows, more)
 """
 
 
@@ -670,10 +785,12 @@ print("rows", rows)
 def test_ray_with_a_killed_worker_gives_the_same_bytes(tmp_path, clf, run):
     path = write_tsv(tmp_path / "in.tsv", comments(400))
     predict_file(clf, path, tmp_path / "here.tsv", chunk_rows=40)
-    assert "rows 400" in python(RAY, run, tmp_path)
+    predict_file(clf, write_folder(tmp_path / "in", comments(90)), tmp_path / "folder_here.tsv", chunk_rows=20)
+    assert "rows 400 90" in python(RAY, run, tmp_path)
     assert (tmp_path / "killed").exists()
     assert (tmp_path / "ray.tsv").read_bytes() == (tmp_path / "here.tsv").read_bytes()
-    assert names(tmp_path) == ["here.tsv", "in.tsv", "killed", "ray.tsv"]
+    assert (tmp_path / "folder.tsv").read_bytes() == (tmp_path / "folder_here.tsv").read_bytes()
+    assert names(tmp_path) == ["folder.tsv", "folder_here.tsv", "here.tsv", "in", "in.tsv", "killed", "ray.tsv"]
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
