@@ -493,7 +493,7 @@ def _identity(clf: GemmaLoraClassifier, kind: str, decision: Any, sizes: Mapping
     settings = {
         "output": kind, "adapter": digest.hexdigest()[:16],
         "lora_alpha": float(clf.adapter_.alpha), "base": clf.base_fingerprint_[:16], "dtype": clf.dtype_,
-        "quantization": clf.quantization, "template": clf.template, "labels": [str(label) for label in clf.classes_],
+        "quantization": clf.quantization_, "template": clf.template, "labels": [str(label) for label in clf.classes_],
         "words": list(clf.words_.words), "max_length": int(clf.recipe_.max_length), "calibrated": decision, **sizes,
     }  # fmt: skip
     return json.loads(json.dumps(settings, default=str))
