@@ -134,7 +134,7 @@ def from_textbook(
 
 
 def to_textbook(
-    a: np.ndarray,  # (heads, inputs, heads x r), as `from_textbook` makes it
+    a: np.ndarray,  # (heads, inputs, heads x r), as from_textbook makes it
     b: np.ndarray,  # (heads x r, head size)
 ) -> tuple[np.ndarray, np.ndarray]:  # lora_A (r, inputs), lora_B (heads x head size, r)
     "The inverse of `from_textbook`."
@@ -206,7 +206,7 @@ def _read(path: Path) -> bytes:
 
 
 def check_files(
-    folder: str | Path,  # written by `save_files`
+    folder: str | Path,  # written by save_files
     names: Iterable[str],  # files that `SHA256SUMS` must vouch for
 ) -> None:
     "Raise `RunError` naming the first file that is missing, or not as it was saved."
@@ -417,7 +417,7 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], fol
 
 # %% ../nbs/03_adapter.ipynb #c9295636
 def load_adapter(
-    folder: str | Path,  # written by `save_adapter`, or by PEFT
+    folder: str | Path,  # written by save_adapter, or by PEFT
     base: Base,
     verify: bool = True,  # False: load files that were edited since `SHA256SUMS` was written
 ) -> Adapter:

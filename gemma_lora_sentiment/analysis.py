@@ -200,7 +200,7 @@ def metrics_with_intervals(
     probabilities: np.ndarray,  # float (n, n_classes), or (repeats, n, n_classes)
     classes: Sequence,  # class values in the order of the columns
     groups: Sequence | None = None,  # n group names, drawn together
-) -> dict[str, Any]:  # as `compute_metrics`, means over the repeats, and `intervals`
+) -> dict[str, Any]:  # as compute_metrics, means over the repeats, and `intervals`
     "The numbers of one classifier, and how sure they are."
     values = np.asarray(probabilities)
     each = [compute_metrics(y_true, layer, classes) for layer in (values if values.ndim == 3 else [values])]
@@ -211,7 +211,7 @@ def metrics_with_intervals(
 
 
 def metrics_table(
-    metrics: Mapping[str, Mapping[str, Any]],  # name -> what `compute_metrics` gives, with `intervals` where known
+    metrics: Mapping[str, Mapping[str, Any]],  # name -> what compute_metrics gives, with `intervals` where known
 ) -> pd.DataFrame:  # text, a row a name; "-" where undefined
     "Several classifiers side by side, each number with its interval."
 
@@ -252,7 +252,7 @@ def paired_comparison(
     *,
     groups: Sequence | None = None,  # n group names, each counted once; None: each row for itself
     names: Sequence[str] = ("gemma + LoRA", "the TF-IDF baseline"),  # how the sentence calls the two
-    level: float = 0.95,  # of the interval, see `metric_intervals`
+    level: float = 0.95,  # of the interval, see metric_intervals
     resamples: int = 2000,  # sets of n rows drawn with replacement
     seed: int = 0,
 ) -> dict[str, Any]:  # better, worse, p_value, difference (of accuracies), interval (of it, or None), n, sentence
@@ -532,7 +532,7 @@ def choose_decision(
 # %% ../nbs/06a_analysis.ipynb #e0608862
 def apply_decision(
     probabilities: np.ndarray,  # float (n, n_classes), as the classifier gives them
-    decision: Mapping[str, Any],  # from `choose_decision`
+    decision: Mapping[str, Any],  # from choose_decision
 ) -> pd.DataFrame:  # label, abstains (bool), p_CLASS ... (calibrated)
     "Labels and calibrated probabilities, and whether the comment had better go to a person."
     classes = list(decision["classes"])
@@ -547,7 +547,7 @@ def apply_decision(
 
 
 def decision_text(
-    decision: Mapping[str, Any],  # from `choose_decision`
+    decision: Mapping[str, Any],  # from choose_decision
 ) -> str:  # two to four lines
     "A decision in words."
     measured, temperature, confidence = decision["measured"], decision["temperature"], decision["confidence"]
@@ -672,7 +672,7 @@ def word_influence(
 
 def explain_mistakes(
     fitted: BaseEstimator,  # a classifier that was not fitted on these rows
-    mistakes: pd.DataFrame,  # columns id, comment, label, prediction, as `wrong_rows` gives them
+    mistakes: pd.DataFrame,  # columns id, comment, label, prediction, as wrong_rows gives them
     number: int = 5,  # of mistakes, from the top
     pieces: int = 3,  # named for each side
 ) -> pd.DataFrame:  # id, comment, label, prediction, spoke_for, spoke_against

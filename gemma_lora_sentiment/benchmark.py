@@ -49,7 +49,7 @@ SHAPES = {  # arguments of KerasHub's GemmaBackbone
 
 # %% ../nbs/10_benchmark.ipynb #08bba1ad
 def block_parameters(
-    shape: Mapping[str, int],  # one of `SHAPES`
+    shape: Mapping[str, int],  # one of SHAPES
 ) -> int:  # numbers in the weights of all decoder blocks together
     "Weights that every token is multiplied with; KerasHub's `intermediate_dim` counts gate and value together."
     hidden, heads = shape["hidden_dim"], shape["num_query_heads"] + shape["num_key_value_heads"]
@@ -215,11 +215,11 @@ def _without_tensorflow() -> Iterator[None]:
 
 # %% ../nbs/10_benchmark.ipynb #a7b859da
 def random_base(
-    shape: str,  # a name in `SHAPES`
-    dtype: str = "auto",  # see `choose_dtype`
-    quantization: str | None = None,  # None, "int8" or "int4", or "auto": see `choose_quantization`
+    shape: str,  # a name in SHAPES
+    dtype: str = "auto",  # see choose_dtype
+    quantization: str | None = None,  # None, "int8" or "int4", or "auto": see choose_quantization
     **needs: int,  # rank, batch_size, length: what a step must hold, for "auto"
-) -> Any:  # `Base` with a tokenizer that is empty
+) -> Any:  # Base with a tokenizer that is empty
     "A base of this shape, its weights drawn on the device. Raises `ModelError` for an unknown dtype."
     from gemma_lora_sentiment.model import Base, _untouched_random_state, _without_allocation
     from gemma_lora_sentiment.model import choose_dtype, jax, keras, keras_nlp, without_tensorflow
@@ -243,7 +243,7 @@ def random_base(
     return Base(f"random {shape}", backbone, b"", dtype, quantization)
 
 
-def _base_of(settings: BenchmarkSettings) -> Any:  # `Base`
+def _base_of(settings: BenchmarkSettings) -> Any:  # Base
     needs = {"rank": settings.lora_rank, "batch_size": settings.batch_size, "length": _LONGEST}
     return random_base(settings.shape, settings.dtype, settings.quantization, **needs)
 
@@ -847,7 +847,7 @@ def _note(cold: Mapping[str, Any], warm: Mapping[str, Any], summary: Mapping[str
 
 
 def benchmark_table(
-    result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
+    result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json
 ) -> Any:  # pandas DataFrame: a row a system; empty cells are NaN
     "The table of a run: seconds, GB, and the share of the chip's arithmetic that was useful work."
     import pandas as pd
@@ -898,7 +898,7 @@ _FIGURES = (  # system, name in its record, what it is, unit
 
 
 def figures_table(
-    result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
+    result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json
 ) -> Any:  # pandas DataFrame: figure, value, unit
     "The figures beside the table."
     import pandas as pd
@@ -917,7 +917,7 @@ def figures_table(
 
 
 def comparisons(
-    result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
+    result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json
 ) -> list[str]:  # one line a peer and figure
     "How many times less ours takes than each peer, in the figures that both have."
     table = benchmark_table(result)
@@ -988,9 +988,9 @@ def _measure(
 # %% ../nbs/10_benchmark.ipynb #bc6c1566
 def run_benchmark(
     settings: BenchmarkSettings | None = None,
-    systems: Sequence[str] | None = None,  # names in `SYSTEMS`; all by default
+    systems: Sequence[str] | None = None,  # names in SYSTEMS; all by default
     out: str | Path | None = None,  # folder for benchmark.json, benchmark.tsv and figures
-    sweeps: Mapping[str, Sequence[int]] | None = None,  # `SWEEPS`, or some of its sizes
+    sweeps: Mapping[str, Sequence[int]] | None = None,  # SWEEPS, or some of its sizes
     say: Callable[[str], None] = print,  # called with each line of the result
     progress: Callable[[str], None] = lambda text: None,  # called with what is begun
 ) -> dict[str, Any]:  # settings, versions, device, rows, systems, left_out, sweeps
@@ -1085,7 +1085,7 @@ def _describe_sweep(kind: str, record: Mapping[str, Any]) -> list[str]:
 
 # %% ../nbs/10_benchmark.ipynb #5656bbd6
 def save_size_figure(
-    result: Mapping[str, Any],  # of `run_benchmark` with sweeps
+    result: Mapping[str, Any],  # of run_benchmark with sweeps
     path: str | Path,  # of a PNG; its folder is made
 ) -> Any:  # matplotlib Figure
     "Milliseconds a row and peak memory against rows, length and rows a step."
@@ -1114,7 +1114,7 @@ def save_size_figure(
 
 def benchmark_markdown(
     name: str,  # of the run: the machine and the shape
-    result: Mapping[str, Any],  # of `run_benchmark`, or read from its benchmark.json
+    result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json
 ) -> str:  # a section of Markdown: machine, versions, table, figures, ratios, sweeps
     "A run as a page shows it."
     lines = [f"### {name}", "", _describe(result).replace("\n", "  \n"), "", _markdown_head()]

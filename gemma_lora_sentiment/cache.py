@@ -197,7 +197,7 @@ def _note(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict
 
 
 def kept_arrays(
-    name: str,  # as `keep_arrays` was given it
+    name: str,  # as keep_arrays was given it
 ) -> tuple[dict[str, np.ndarray], Any] | None:  # arrays and description, or None
     "What `keep_arrays` kept; a damaged file is removed, with a warning."
     path = cache_dir() / "quantized" / f"{name}.safetensors"

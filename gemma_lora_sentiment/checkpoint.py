@@ -71,7 +71,7 @@ def _damaged(path: Path, reason: str) -> RunError:
 
 
 def unseal(
-    path: Path,  # a file that `seal` made
+    path: Path,  # a file that seal made
 ) -> dict[str, Any]:
     "Read a sealed description. Raises `RunError` when it is not as it was written."
     try:
@@ -135,7 +135,7 @@ def save_checkpoint(
 
 # %% ../nbs/03a_checkpoint.ipynb #48fdb3f9
 def load_checkpoint(
-    folder: str | Path,  # of this fit, as `save_checkpoint` was given it
+    folder: str | Path,  # of this fit, as save_checkpoint was given it
     settings: Mapping[str, Any],  # all that this fit depends on
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:  # arrays and progress; None where there is no checkpoint
     "Read a fit's checkpoint. Raises `RunError` when it is damaged, or another fit's, which differs in what is named."

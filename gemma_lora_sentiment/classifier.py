@@ -127,7 +127,7 @@ class _Settings:
         "The base that a fit begins with: where dtype or quantization is auto, what this device can do."
         return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
 
-    def _needs(self) -> dict[str, int]:  # of `choose_quantization`: rank, batch_size, length
+    def _needs(self) -> dict[str, int]:  # of choose_quantization: rank, batch_size, length
         recipe = self._resolved_recipe()[1]
         return {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
 

@@ -279,7 +279,7 @@ def download_comments(
     *,
     base_url: str | None = None,  # folder of the files; GEMMA_LORA_SENTIMENT_DATA_URL, else the tutorial's address
     timeout: float = 20.0,  # seconds to wait for an answer
-) -> Path:  # the file in `cache_dir()`
+) -> Path:  # the file in cache_dir()
     """Fetch a file of the tutorial, once.
 
     Raises `ConnectionError` when it cannot be fetched, `OSError` when the cache folder cannot be written."""
@@ -428,7 +428,7 @@ def read_table(
 def write_table(
     table: pd.DataFrame,  # any columns; the index is not written
     path: str | os.PathLike,  # the file, which is replaced where it is
-    suffix: str = ".tsv",  # of the format to write: .tsv, .csv, .jsonl, .parquet, and what else `read_table` knows
+    suffix: str = ".tsv",  # of the format to write: .tsv, .csv, .jsonl, .parquet, and what else read_table knows
     header: bool = True,  # False leaves the names of the columns out of TSV and CSV
 ) -> None:
     "Write a table as the suffix says, in the way `read_table` reads it. Raises `ValueError` where Parquet cannot."
@@ -630,10 +630,10 @@ def duplicate_groups(
 
 # %% ../nbs/00_data.ipynb #de9b4fbd
 def leaked_comments(
-    train: pd.DataFrame,  # as `read_comments` returns it
+    train: pd.DataFrame,  # as read_comments returns it
     test: pd.DataFrame,  # likewise
 ) -> pd.DataFrame:  # the test rows that stand in train too: id, comment, label, train_id, train_label
-    "List the comments of `test` that `train` holds too, each beside its first twin."
+    "List the test rows whose comment stands among the training rows too, each beside its first twin."
     _need_columns(train, "id", "comment", "label")
     _need_columns(test, "id", "comment", "label")
     groups = duplicate_groups([*train["comment"], *test["comment"]])
@@ -656,7 +656,7 @@ def _need_columns(table: pd.DataFrame, *names: str) -> None:
 
 # %% ../nbs/00_data.ipynb #cf749be7
 def describe_comments(
-    comments: pd.DataFrame,  # as `read_comments` returns it
+    comments: pd.DataFrame,  # as read_comments returns it
     other: pd.DataFrame | None = None,  # a second table, to count the rows that stand in both
 ) -> pd.DataFrame:  # one column `value`, indexed by what it tells
     "Tell what came in: rows, classes, lengths in characters, duplicates, leaks."
@@ -721,7 +721,7 @@ def _class_codes(comments: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../nbs/00_data.ipynb #8723dc3e
 def split_comments(
-    comments: pd.DataFrame,  # as `read_comments` returns it, every row labelled
+    comments: pd.DataFrame,  # as read_comments returns it, every row labelled
     test_fraction: float = 0.2,  # share of the rows to hold out, between 0 and 1
     seed: int = 0,  # same seed, same rows: same split
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # training and test rows, in the order of the table, with its index
@@ -742,7 +742,7 @@ def split_comments(
 
 # %% ../nbs/00_data.ipynb #0d3cb01e
 def fingerprint(
-    comments: pd.DataFrame,  # as `read_comments` returns it
+    comments: pd.DataFrame,  # as read_comments returns it
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 over the comments and labels of a table, row by row."
     _need_columns(comments, "comment", "label")

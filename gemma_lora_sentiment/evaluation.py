@@ -319,7 +319,7 @@ def cross_validate(
 
 # %% ../nbs/06_evaluation.ipynb #91115972
 def probabilities_from_oof(
-    oof: pd.DataFrame,  # what `cross_validate` returned
+    oof: pd.DataFrame,  # what cross_validate returned
     name: str,  # the classifier's name in it
     classes: Sequence,  # class values, in the order wanted
 ) -> np.ndarray:  # float64 (repeats, n, n_classes)
@@ -336,10 +336,10 @@ def probabilities_from_oof(
 
 
 def metrics_from_oof(
-    oof: pd.DataFrame,  # what `cross_validate` returned
+    oof: pd.DataFrame,  # what cross_validate returned
     name: str,  # the classifier's name in it
     classes: Sequence,  # class values, in the order wanted
-) -> dict[str, Any]:  # as `compute_metrics`
+) -> dict[str, Any]:  # as compute_metrics
     "Metrics of one classifier over all out-of-fold rows, means over the repeats. `ValueError` as above."
     layers = probabilities_from_oof(oof, name, classes)
     labels = oof["label"].iloc[: layers.shape[1]]
@@ -354,8 +354,8 @@ _OURS, _BASELINE = "gemma + LoRA", "TF-IDF baseline"
 
 
 def comparison_table(
-    ours: Mapping[str, Any],  # from `compute_metrics`
-    baseline: Mapping[str, Any],  # from `compute_metrics`, on the same rows
+    ours: Mapping[str, Any],  # from compute_metrics
+    baseline: Mapping[str, Any],  # from compute_metrics, on the same rows
 ) -> pd.DataFrame:  # two rows, float columns accuracy, macro_f1, roc_auc, log_loss; NaN where undefined
     "Ours and the baseline, side by side."
     columns = ["accuracy", "macro_f1", "roc_auc", "log_loss"]
@@ -364,8 +364,8 @@ def comparison_table(
 
 
 def verdict(
-    ours: Mapping[str, Any],  # from `compute_metrics`
-    baseline: Mapping[str, Any],  # from `compute_metrics`, on the same rows
+    ours: Mapping[str, Any],  # from compute_metrics
+    baseline: Mapping[str, Any],  # from compute_metrics, on the same rows
 ) -> str:  # one sentence
     "Which of the two is more accurate, the better one first. Raises `ValueError` if they were measured on other rows."
     n = ours["n"]
@@ -763,7 +763,7 @@ def save_figures(
     y_true: Sequence | np.ndarray | pd.Series,  # n labels
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     classes: Sequence,  # class values in the order of the columns
-    history: pd.DataFrame | None = None,  # as in `plot_training_curves`; None: no training curves
+    history: pd.DataFrame | None = None,  # as in plot_training_curves; None: no training curves
     baseline: np.ndarray | None = None,  # float (n, n_classes), a baseline's probabilities on the same rows
 ) -> list[Path]:  # confusion_matrix, roc, precision_recall, scores, reliability and training_curves, each .png
     "Write every figure of a run. Raises `ValueError` before anything is written, `OSError` if it cannot be."

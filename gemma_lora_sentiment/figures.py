@@ -165,7 +165,7 @@ _CURVE_STYLES = (("#00204d", "-"), ("#a8893a", "--"), ("#5f6b78", "-."), ("#1f6f
 
 
 def plot_learning_curve(
-    table: pd.DataFrame,  # from `learning_curve`
+    table: pd.DataFrame,  # from learning_curve
     ax: Axes | None = None,  # None: a new figure
     metric: str = "accuracy",  # a column of the table
 ) -> Axes:
@@ -200,7 +200,7 @@ def plot_learning_curve(
 
 # %% ../nbs/06c_figures.ipynb #f16c0022
 def _sweep_cells(
-    table: pd.DataFrame,  # from `sweep`
+    table: pd.DataFrame,  # from sweep
     x: str,
     y: str,
 ) -> pd.DataFrame:  # one row for each pair (x, y): mean, and where the table has it, resources
@@ -226,7 +226,7 @@ def _short(value: Any) -> str:
 
 
 def plot_sweep(
-    table: pd.DataFrame,  # from `sweep`
+    table: pd.DataFrame,  # from sweep
     x: str = "lora_rank",  # a setting, along the axis
     y: str = "learning_rate",  # another, upwards
     ax: Axes | None = None,  # None: a new figure

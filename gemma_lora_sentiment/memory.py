@@ -42,7 +42,7 @@ def memory_estimate(
 
 # %% ../nbs/02a_memory.ipynb #f1f87013
 def memory_text(
-    parts: Mapping[str, int],  # of `memory_estimate`, bytes
+    parts: Mapping[str, int],  # of memory_estimate, bytes
 ) -> str:  # one line
     "The estimate as a line, in GB."
     return ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in parts.items())
@@ -82,7 +82,7 @@ def fitting_batch(
     batch_size: int,  # wanted, rows
     length: int,  # of the longest row, tokens
     positions: int,  # at which logits are computed
-    available: int | None,  # bytes, see `device_bytes`
+    available: int | None,  # bytes, see device_bytes
 ) -> tuple[int, bool]:  # rows a step, and whether blocks are rematerialized
     "The largest batch, halving from `batch_size`, whose estimate is below nine tenths of the memory; at least 1."
     if available is None:

@@ -422,7 +422,7 @@ def _on_every_process(array: jax.Array) -> jax.Array:
 def _score(
     self: LabelScorer,
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path; they are lent for this call
-    arrays: dict[str, np.ndarray],  # one batch as `scoring_arrays` makes it
+    arrays: dict[str, np.ndarray],  # one batch as scoring_arrays makes it
     label_ids: np.ndarray | None = None,  # int32 (labels,) when every word is one token
 ) -> jax.Array:  # float32 (batch, labels), or (batch,) without label_ids
     "Scores of one batch; nothing of the model changes."
@@ -816,9 +816,9 @@ _BASES_LOCK = threading.Lock()
 
 def load_base(
     preset: str | Path,  # bundled name, KerasHub preset, handle, or folder (KerasHub or Hugging Face format)
-    dtype: str = "auto",  # see `choose_dtype`
+    dtype: str = "auto",  # see choose_dtype
     quantization: str | None = None,  # None, "int8" or "int4": smaller weights, LoRA stays float32
-    devices: int | Sequence[Any] | None = None,  # see `distribution_for`
+    devices: int | Sequence[Any] | None = None,  # see distribution_for
     strategy: str | None = None,  # likewise
 ) -> Base:
     """Load a base, or return the one that is held already.

@@ -85,8 +85,8 @@ def device_memory() -> int | None:  # bytes that JAX may use of its first device
 def fall_back(
     preset: str | Path,  # of a base that overflows in float16
     quantization: str | None = None,  # None, "int8" or "int4", as that base has it
-    needed: int = 0,  # bytes that a step needs in float16, see `memory_estimate`
-    devices: int | Sequence[Any] | None = None,  # see `load_base`
+    needed: int = 0,  # bytes that a step needs in float16, see memory_estimate
+    devices: int | Sequence[Any] | None = None,  # see load_base
     strategy: str | None = None,  # likewise
 ) -> Base:
     "The same base in float32 if that fits, else in bfloat16. Warns, and gives the float16 base back."
@@ -124,7 +124,7 @@ def planned_base(
     dtype: str,  # "float32", "bfloat16" or "float16"
     quantization: str | None = None,  # None, "int8" or "int4"
     family: str = "Gemma",  # "Gemma" (1 and 2), "Gemma3" or "Gemma4"
-) -> SimpleNamespace:  # backbone, dtype, quantization, parameter_count, nbytes, scorer: what `memory_estimate` asks for
+) -> SimpleNamespace:  # backbone, dtype, quantization, parameter_count, nbytes, scorer: what memory_estimate asks for
     "A base without weights: nothing is allocated, nothing computed."
     text = json.dumps(dict(config), sort_keys=True)
 
@@ -141,6 +141,13 @@ def planned_base(
     )
 
 # %% ../nbs/02c_precision.ipynb #e69bf83f
+@cache  # each fold of a cross-validation asks
+def _config_at_kaggle(handle: str) -> Path:
+    find_credentials()
+    with access_explained(handle):
+        return _check_kaggle(handle)
+
+
 def preset_config(
     preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
 ) -> tuple[str, dict[str, Any]] | None:  # family, arguments of the backbone; None if it is not in KerasHub's format
@@ -148,9 +155,7 @@ def preset_config(
     path = resolve_preset(preset)
     file, handle = Path(path) / "config.json", _handle(path)
     if handle.startswith("kaggle://"):
-        find_credentials()
-        with access_explained(path):
-            file = _check_kaggle(handle)
+        file = _config_at_kaggle(handle)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     family = str(found.get("class_name", "")).removesuffix("Backbone")
     if family not in ("Gemma", "Gemma3", "Gemma4"):
@@ -162,12 +167,12 @@ def preset_config(
 
 def choose_quantization(
     preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
-    dtype: str = "auto",  # of what is not quantized, see `choose_dtype`
+    dtype: str = "auto",  # of what is not quantized, see choose_dtype
     limit: int | None = None,  # bytes; by default the memory of the device
     rank: int = 8,  # of LoRA on query and value
     batch_size: int = 16,  # rows
     length: int = 256,  # tokens
-    found: tuple[str, dict[str, Any]] | None = None,  # family and configuration; by default those of `preset_config`
+    found: tuple[str, dict[str, Any]] | None = None,  # family and configuration; by default those of preset_config
 ) -> tuple[str | None, str]:  # None, "int8" or "int4", and why
     "The first of none, int8 and int4 whose estimate fits. Raises `ModelError` when not even int4 does."
     limit = device_memory() if limit is None else limit
@@ -189,10 +194,10 @@ def choose_quantization(
 
 # %% ../nbs/02c_precision.ipynb #85e5a12d
 def base_for_device(
-    preset: str | Path,  # see `load_base`
-    dtype: str = "auto",  # see `choose_dtype`
-    quantization: str | None = None,  # None, "int8", "int4", or "auto": see `choose_quantization`
-    devices: int | Sequence[Any] | None = None,  # see `load_base`
+    preset: str | Path,  # see load_base
+    dtype: str = "auto",  # see choose_dtype
+    quantization: str | None = None,  # None, "int8", "int4", or "auto": see choose_quantization
+    devices: int | Sequence[Any] | None = None,  # see load_base
     strategy: str | None = None,  # likewise
     **needs: int,  # rank, batch_size, length: what a step must hold
 ) -> Base:

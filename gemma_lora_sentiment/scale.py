@@ -273,7 +273,7 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(
-    source: str | os.PathLike,  # a file, a folder of files, or a name that `read_comments` knows
+    source: str | os.PathLike,  # a file, a folder of files, or a name that read_comments knows
     rows: int = 8192,  # in a chunk, blank lines counted; a chunk ends where its file does
     *,
     encoding: str | None = None,  # of a text file; None finds it out
@@ -326,7 +326,7 @@ def _cells_of(
     encoding: str | None,
     format: str | None,
     first: int,  # rows before this file
-) -> Iterator[tuple[pd.DataFrame, bool, str, float, tuple[str, ...]]]:  # as in `Chunk`, and the file's columns
+) -> Iterator[tuple[pd.DataFrame, bool, str, float, tuple[str, ...]]]:  # as in Chunk, and the file's columns
     bytes_, names = _Bytes(path), None
     try:
         kind = data._format_of(path, format, [*_OPENERS])
@@ -591,15 +591,15 @@ def _given_up(journal: _Journal | None) -> int:  # finished rows that are worth 
 # %% ../nbs/08_scale.ipynb #7b34e4ee
 def predict_file(
     clf: GemmaLoraClassifier,  # fitted
-    source: str | os.PathLike,  # comments, as `read_chunks` takes them: a file, or a folder of files in order of name
+    source: str | os.PathLike,  # comments, as read_chunks takes them: a file, or a folder of files in order of name
     out: str | os.PathLike,  # file to write: .tsv, .csv, .jsonl or .parquet
     *,
-    decision: Mapping[str, Any] | None = None,  # from `choose_decision`: calibrated probabilities, and `abstains`
+    decision: Mapping[str, Any] | None = None,  # from choose_decision: calibrated probabilities, and `abstains`
     resume: bool = False,  # go on where a killed run stopped
     chunk_rows: int = 8192,  # rows read, scored and committed together
     batch_size: int = 64,  # rows a step on each device
     progress: Callable[[str], None] | None = None,  # called with a line every five seconds
-    score: Callable | None = None,  # what scores the chunks: `ray_workers`; None: this process
+    score: Callable | None = None,  # what scores the chunks: ray_workers; None: this process
 ) -> int:  # rows written
     """Write id, comment, label and one p_<label> column a class, in the order of the input, in constant memory.
 

@@ -561,7 +561,7 @@ def _state_of(
     fit: _Callbacks,
     epoch: int,  # epochs done
     batch: int,  # batches done of the next one
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # arrays and progress, as `save_checkpoint` takes them
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # arrays and progress, as save_checkpoint takes them
     "All that a fit needs to go on."
     scorer, best = fit.model, fit.bookkeeping.best
     arrays = {f"adapter/{path}": array for path, array in scorer.read().items()}
@@ -693,7 +693,7 @@ def _train(
     seed: int,
     keep: tuple[Path, dict[str, Any], int | None] | None = None,  # folder of checkpoints, settings, steps between two
     rematerialize: bool = False,
-) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as `train_adapter` returns it
+) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as train_adapter returns it
     "One fit, from its checkpoint if there is one. The base's lock is held."
     scorer, buckets, epoch, batch = base.scorer(start.targets, start.rank), bookkeeping.buckets, 0, 0
     together = base.processes > 1
@@ -737,7 +737,7 @@ def _train(
 # %% ../nbs/04_training.ipynb #7d43d4c3
 def train_adapter(
     base: Base,
-    start: Adapter,  # where training begins, see `new_adapter`
+    start: Adapter,  # where training begins, see new_adapter
     rows: Rows,
     words: LabelWords,
     recipe: Recipe,
