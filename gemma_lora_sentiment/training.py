@@ -321,19 +321,34 @@ def score_labels(
                 progress(n - unsent - sum(len(later) for later, _ in waiting), n)
 
     unsent = n
-    for bucket, length in enumerate(buckets):
-        members = np.flatnonzero(bucket_of == bucket)
-        for start in range(0, len(members), per_step):
-            rows = members[start : start + per_step]
-            filled = [prompts[i] for i in rows] + [prompts[rows[0]]] * (per_step - len(rows))
-            waiting.append((rows, scorer.score(arrays, scoring_arrays(filled, words, length), label_ids)))
-            unsent -= len(rows)
-            collect(_STEPS_AHEAD)
+    for bucket, rows in _scoring_steps(bucket_of, len(buckets), per_step):
+        filled = [prompts[i] for i in rows] + [prompts[rows[0]]] * (per_step - len(rows))
+        waiting.append((rows, scorer.score(arrays, scoring_arrays(filled, words, buckets[bucket]), label_ids)))
+        unsent -= len(rows)
+        collect(_STEPS_AHEAD)
     collect(0)
     return scores
 
 
 _STEPS_AHEAD = 4  # steps given to the device before the first one's result is fetched
+
+
+def _scoring_steps(
+    bucket_of: np.ndarray,  # int (n,), the shortest length that holds each row
+    n_buckets: int,
+    per_step: int,  # rows
+) -> list[tuple[int, np.ndarray]]:  # (bucket, rows) of each step, the longest first
+    "Rows by length; places that the last step of a length leaves free, shorter rows take."
+    members = [np.flatnonzero(bucket_of == bucket) for bucket in range(n_buckets)]
+    steps = []
+    for bucket in range(n_buckets - 1, -1, -1):
+        for shorter in range(bucket - 1, -1, -1):
+            free = -len(members[bucket]) % per_step
+            members[bucket] = np.concatenate([members[bucket], members[shorter][:free]])
+            members[shorter] = members[shorter][free:]
+        rows = members[bucket]
+        steps += [(bucket, rows[start : start + per_step]) for start in range(0, len(rows), per_step)]
+    return steps
 
 
 def _scoring_buckets(
