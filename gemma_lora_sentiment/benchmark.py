@@ -323,7 +323,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.model import jax
-    from gemma_lora_sentiment.training import Recipe, score_labels, train_adapter
+    from gemma_lora_sentiment.training import Recipe, _scoring_batch_size, score_labels, train_adapter
 
     settings = BenchmarkSettings(**spec["settings"])
     use_compile_cache()  # as `load_base` does
@@ -364,7 +364,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
         prompts = [np.array(prompt, np.int32) for prompt in rows[part]]
         return score_labels(scorer, adapter, prompts, words, buckets, batch_size)
 
-    _log_scoring(log, rows, lambda part: score(part, 64))  # the batch that `predict_proba` takes
+    _log_scoring(log, rows, lambda part: score(part, _scoring_batch_size()))  # the batch that `predict_proba` takes
     log(predict_peak_bytes=_peak_bytes())
 
 

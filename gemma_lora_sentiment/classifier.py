@@ -46,6 +46,7 @@ from gemma_lora_sentiment.training import (
     RECIPES,
     Recipe,
     Rows,
+    _scoring_batch_size,
     class_weights,
     fit_to_device,
     log_softmax,
@@ -381,7 +382,7 @@ class _Prediction:
         prompts: Sequence[np.ndarray],
     ) -> np.ndarray:  # float32 (n, n_classes)
         scorer = base.scorer(self.adapter_.targets, self.adapter_.rank)
-        batch_size = 8 if len(prompts) <= 8 else 64
+        batch_size = 8 if len(prompts) <= 8 else _scoring_batch_size()
         with base.lock:
             return score_labels(scorer, self.adapter_, prompts, self.words_, self.buckets_, batch_size)
 

@@ -36,7 +36,7 @@ from .checkpoint import difference, hold
 from .classifier import GemmaLoraClassifier
 from .data import DataError, fold_whitespace, whole_file, write_table
 from .prompt import PromptTemplate, TextTokenizer, encode_prompts
-from .training import choose_buckets, log_softmax, score_labels
+from .training import _scoring_batch_size, choose_buckets, log_softmax, score_labels
 
 # %% auto #0
 __all__ = ['Chunk', 'read_chunks', 'predict_file', 'ray_workers']
@@ -597,7 +597,7 @@ def predict_file(
     decision: Mapping[str, Any] | None = None,  # from choose_decision: calibrated probabilities, and `abstains`
     resume: bool = False,  # go on where a killed run stopped
     chunk_rows: int = 8192,  # rows read, scored and committed together
-    batch_size: int = 64,  # rows a step on each device
+    batch_size: int | None = None,  # rows a step on each device; None: 32 on a CPU, 64 elsewhere
     progress: Callable[[str], None] | None = None,  # called with a line every five seconds
     score: Callable | None = None,  # what scores the chunks: ray_workers; None: this process
 ) -> int:  # rows written
@@ -612,7 +612,8 @@ def predict_file(
         raise DataError(f"--out {out} has none of the suffixes {', '.join(data._FORMATS)}. Give it one of these.")
     if path.is_dir() and out.resolve().parent == path.resolve():
         raise DataError(f"--out {out} lies in the folder that is read. Write it to another folder.")
-    settings = _identity(clf, suffix, decision, {"chunk_rows": chunk_rows, "batch_size": batch_size})
+    sizes = {"chunk_rows": chunk_rows, "batch_size": batch_size or _scoring_batch_size()}
+    settings = _identity(clf, suffix, decision, sizes)
     folder = out.parent / f".{out.name}.parts"
     chunks = read_chunks(path, chunk_rows)
     first = next(chunks)  # before anything is written: most mistakes are in the first rows

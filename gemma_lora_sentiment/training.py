@@ -330,6 +330,11 @@ def score_labels(
     return scores
 
 
+def _scoring_batch_size() -> int:  # prompts a step
+    "On two CPU cores with mini_ko 32 scored 364 rows a second, 16 scored 308 and 64 scored 291; not measured on GPUs."
+    return 32 if jax.default_backend() == "cpu" else 64
+
+
 _STEPS_AHEAD = 4  # steps given to the device before the first one's result is fetched
 
 

@@ -352,7 +352,7 @@ def test_another_input_run_or_option_is_refused(tmp_path, clf, monkeypatch):
     decision = {"classes": ["0", "1"], "temperature": 2.0, "cost": None, "threshold": None, "confidence": None}
     for who, more, said in (
         (clf, {"chunk_rows": 20}, "chunk_rows was 10 and is 20"),
-        (clf, {"batch_size": 8}, "batch_size was 64 and is 8"),
+        (clf, {"batch_size": 8}, "batch_size was 32 and is 8"),
         (clf, {"decision": decision}, "calibrated was null"),
         (other, {}, "adapter was"),
         (clf, {"resume": False}, "30 finished rows of an earlier run"),
