@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 # %% auto #0
-__all__ = ['without_tensorflow', 'ModelError', 'check_backend', 'choose_dtype']
+__all__ = ['without_tensorflow', 'ModelError', 'check_backend', 'choose_dtype', 'device_bytes']
 
 # %% ../nbs/01b_backend.ipynb #0ea47c57
 @contextlib.contextmanager
@@ -75,3 +75,8 @@ def choose_dtype(
             "the first batch shows whether float16 overflows"
         )
     return "bfloat16", f"on a {platform.upper()} it halves the memory and has the range of float32"
+
+# %% ../nbs/01b_backend.ipynb #01b00009
+def device_bytes() -> int | None:  # bytes that JAX may take, or None where the device does not say
+    "Memory of the first device of this process."
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -211,23 +210,42 @@ def hold(
         os.close(handle)
 
 # %% ../nbs/03a_checkpoint.ipynb #11afd500
+_State = tuple[dict[str, np.ndarray], Any]  # arrays by name, and what JSON can hold
+
+
 def on_first_process(
-    action: Callable[[], Any],  # what it returns or raises must survive pickling
+    action: Callable[[], _State | None],  # as load_checkpoint returns it, or nothing
     together: bool,  # every process of `jax.distributed` calls this; False: this process acts for itself
-) -> Any:  # what the action returned on the first process
+) -> _State | None:  # what the action returned on the first process
     "Do something once for all processes, which wait for it. Its `RunError` or `OSError` is raised on each."
     if not together or jax.process_count() == 1:
         return action()
-    outcome = (None, None)
-    if jax.process_index() == 0:
-        try:
-            outcome = (action(), None)
-        except (RunError, OSError) as error:
-            outcome = (None, error)
-    content = np.frombuffer(pickle.dumps(outcome), np.uint8)  # from a process of this very job
+    content = _broadcast(_outcome(action) if jax.process_index() == 0 else b"")
+    arrays = safetensors.numpy.load(content)
+    kind, rest = json.loads(arrays.pop("").tobytes())
+    if kind == "RunError":
+        raise RunError(rest)
+    if kind == "OSError":
+        raise OSError(*rest)
+    return None if kind == "nothing" else (arrays, rest)
+
+
+def _outcome(action: Callable[[], _State | None]) -> bytes:
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        result = action()
+        kind, rest = ("nothing", None) if result is None else ("state", result[1])
+        arrays |= result[0] if result else {}
+    except RunError as error:
+        kind, rest = "RunError", str(error)
+    except OSError as error:
+        parts = (error.errno, error.strerror, error.filename and str(error.filename))
+        kind, rest = "OSError", [part for part in parts if part is not None] or [str(error)]
+    note = np.frombuffer(json.dumps([kind, rest]).encode(), np.uint8)
+    return safetensors.numpy.save({**arrays, "": note})
+
+
+def _broadcast(content: bytes) -> bytes:  # of the first process, on all
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    content = content if jax.process_index() == 0 else np.zeros(size, np.uint8)
-    result, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes())
-    if error is not None:
-        raise error
-    return result
+    numbers = np.frombuffer(content.ljust(size, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(numbers)).tobytes()

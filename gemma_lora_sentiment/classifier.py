@@ -485,7 +485,8 @@ class _Persistence:
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         files = {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text}
         together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
-        return on_first_process(lambda: save_files(folder, files), together)
+        on_first_process(lambda: save_files(folder, files) and None, together)
+        return Path(folder)
 
     @classmethod
     def load(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 # %% auto #0
-__all__ = ['memory_estimate', 'memory_text', 'device_bytes', 'fitting_batch']
+__all__ = ['memory_estimate', 'memory_text', 'fitting_batch']
 
 # %% ../nbs/02a_memory.ipynb #fbf03d7c
 def memory_estimate(
@@ -69,12 +69,6 @@ def _step_bytes(
         scorer.use_rematerialization(False)
 
 # %% ../nbs/02a_memory.ipynb #d330cb5b
-def device_bytes() -> int | None:  # bytes that JAX may take, or None where the device does not say
-    "Memory of the first device."
-    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
-
-
 def fitting_batch(
     base: Base,
     rank: int,  # of LoRA

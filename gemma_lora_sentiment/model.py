@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from .backend import ModelError, check_backend, choose_dtype, without_tensorflow
+from .backend import ModelError, check_backend, choose_dtype, device_bytes, without_tensorflow
 from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
 
@@ -739,7 +739,7 @@ def _devices_and_strategy(
     if len(names) == 1:
         return (names, "data") if names[0] != known[0] else ((), None)
     if strategy in (None, "auto"):
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        limit = device_bytes()
         strategy = "model" if limit and _weight_bytes(path, dtype) > limit / 2 else "data"
     return names, strategy
 

@@ -17,17 +17,16 @@ from typing import Any
 from .credentials import _check_kaggle, _handle, access_explained, find_credentials
 
 # First: it chooses Keras's backend before keras is imported.
+from .backend import ModelError, choose_dtype, device_bytes  # isort: skip
 from gemma_lora_sentiment.model import (  # isort: skip
     _BASES,
     _BASES_LOCK,
     Base,
-    ModelError,
     _backbones,
     _enable_lora,
     _text_inputs,
     _untouched_random_state,
     _without_allocation,
-    choose_dtype,
     load_base,
     resolve_preset,
 )
@@ -39,7 +38,7 @@ import keras
 import numpy as np
 
 # %% auto #0
-__all__ = ['overflows', 'device_memory', 'fall_back', 'planned_base', 'preset_config', 'choose_quantization', 'base_for_device']
+__all__ = ['overflows', 'fall_back', 'planned_base', 'preset_config', 'choose_quantization', 'base_for_device']
 
 # %% ../nbs/02c_precision.ipynb #37dd0938
 def _finite_check(base: Base) -> Any:  # compiled function of (base arrays, token_ids, padding_mask) -> bool ()
@@ -77,11 +76,6 @@ def overflows(
 _OVERFLOWED: dict[str, str] = {}  # address of a base -> the format that is safe for it
 
 
-def device_memory() -> int | None:  # bytes that JAX may use of its first device; None where it does not say
-    "Memory of the device, as JAX reports it; on a CPU it reports none."
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
 def fall_back(
     preset: str | Path,  # of a base that overflows in float16
     quantization: str | None = None,  # None, "int8" or "int4", as that base has it
@@ -90,7 +84,7 @@ def fall_back(
     strategy: str | None = None,  # likewise
 ) -> Base:
     "The same base in float32 if that fits, else in bfloat16. Warns, and gives the float16 base back."
-    limit, path = device_memory(), resolve_preset(preset)
+    limit, path = device_bytes(), resolve_preset(preset)
     dtype = "float32" if limit is None or 2 * needed < 0.9 * limit else "bfloat16"
     with _BASES_LOCK:
         for key in [key for key in _BASES if key[0] == path and "float16" in key]:
@@ -175,7 +169,7 @@ def choose_quantization(
     found: tuple[str, dict[str, Any]] | None = None,  # family and configuration; by default those of preset_config
 ) -> tuple[str | None, str]:  # None, "int8" or "int4", and why
     "The first of none, int8 and int4 whose estimate fits. Raises `ModelError` when not even int4 does."
-    limit = device_memory() if limit is None else limit
+    limit = device_bytes() if limit is None else limit
     if not limit:
         return None, "the device does not say how much memory it has"
     found = preset_config(preset) if found is None else found

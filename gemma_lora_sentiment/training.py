@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
+from .backend import device_bytes  # isort: skip
 from .model import Base, LabelScorer, _without_drawing  # isort: skip
 
 import jax
@@ -29,7 +30,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from .adapter import Adapter, RunError, new_adapter
 from .checkpoint import fit_name, hold, load_checkpoint, on_first_process, save_checkpoint
-from .memory import device_bytes, fitting_batch, memory_estimate, memory_text
+from .memory import fitting_batch, memory_estimate, memory_text
 from .prompt import LabelWords, assign_buckets, length_buckets, scoring_arrays, training_arrays
 
 # %% auto #0

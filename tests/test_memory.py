@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment import memory, training
+from gemma_lora_sentiment import training
 from gemma_lora_sentiment.adapter import new_adapter
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.memory import fitting_batch, memory_estimate
@@ -172,7 +172,7 @@ def test_fit_to_device_leaves_a_cpu_alone(base):
     start = new_adapter(base.scorer(rank=4))
     ids = [np.arange(3, 20, dtype=np.int32)] * 3
     rows = training.Rows(ids, [(10, 1)] * 3, np.zeros(3, int), np.ones(3, np.float32))
-    if memory.device_bytes() is None:
+    if training.device_bytes() is None:
         assert fit_to_device(base, start, recipe, rows)[:2] == (recipe, False)
     lowered, rematerialize, estimate = fit_to_device(base, start, recipe, rows, available=1)
     assert (lowered.batch_size, rematerialize) == (1, True) and estimate["total"] > base.nbytes

@@ -60,7 +60,7 @@ def t4(monkeypatch):
 
     for room in (model, precision):
         monkeypatch.setattr(room, "choose_dtype", on_a_t4)
-    monkeypatch.setattr(precision, "device_memory", lambda: None)
+    monkeypatch.setattr(precision, "device_bytes", lambda: None)
     monkeypatch.setattr(precision, "_OVERFLOWED", {})
 
 
@@ -105,7 +105,7 @@ def test_overflow_falls_back_to_the_safe_format_s_numbers(large, t4):
 
 
 def test_without_room_for_float32_it_is_bfloat16(large, t4, monkeypatch):
-    monkeypatch.setattr(precision, "device_memory", lambda: 1_000_000)
+    monkeypatch.setattr(precision, "device_bytes", lambda: 1_000_000)
     with pytest.warns(UserWarning, match="Going on in bfloat16"):
         assert fall_back(large, needed=600_000).dtype == "bfloat16"
 
@@ -177,7 +177,7 @@ def memory(tiny, monkeypatch):
     def give(how, **needs):
         needs = needs or dict(rank=2, batch_size=4, length=256)
         limit = None if how == "unknown" else int(needed(config_of(tiny), how, **needs) / 0.9) + 2
-        monkeypatch.setattr(precision, "device_memory", lambda: limit)
+        monkeypatch.setattr(precision, "device_bytes", lambda: limit)
 
     return give
 
@@ -272,7 +272,7 @@ def test_info_says_which_quantization_and_why(tiny, memory):
     )
     assert info_line("--preset", tiny, "--quantization", "auto").startswith("int8 (estimated at ")
     assert info_line("--preset", tiny, "--quantization", "int4") == "int4 (as asked for)"
-    precision.device_memory = lambda: 1000  # the fixture puts the function back
+    precision.device_bytes = lambda: 1000  # the fixture puts the function back
     assert "auto finds none that fits" in info_line("--preset", tiny)
     assert "even in int4" in shell("info", "--preset", tiny, "--quantization", "auto", status=2).stderr
 
@@ -291,6 +291,6 @@ def test_benchmark_resolves_auto(monkeypatch):
     settings = BenchmarkSettings(shape="tiny", dtype="float32", quantization="auto")
     for how in (None, "int8"):
         limit = needed(SHAPES["tiny"], how, rank=4, batch_size=16, length=85)
-        monkeypatch.setattr(precision, "device_memory", lambda limit=limit: int(limit / 0.9) + 2)
+        monkeypatch.setattr(precision, "device_bytes", lambda limit=limit: int(limit / 0.9) + 2)
         assert _base_of(settings).quantization == how
     assert _base_of(replace(settings, quantization=None)).quantization is None

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -212,20 +213,26 @@ def test_id_that_stands_in_two_files(tmp_path, clf):
     assert read_comments(tmp_path / "out.tsv")["id"].tolist() == [f"n{i}" for i in range(90)]
 
 
-def test_folder_stopped_in_its_third_file_and_resumed(tmp_path, clf, monkeypatch):
-    folder = write_folder(tmp_path / "in", comments(90))
-    predict_file(clf, folder, tmp_path / "expected.tsv", chunk_rows=10)
+@contextmanager
+def full_at(monkeypatch, number):
+    """The disk is full when the part of this number is written."""
     real = scale._write_part
 
-    def stop(part, *rest):
-        if "000005" in part.name:
+    def write(part, *rest):
+        if number in part.name:
             raise OSError(errno.ENOSPC, "No space left on device", str(part))
         real(part, *rest)
 
-    monkeypatch.setattr(scale, "_write_part", stop)
-    with pytest.raises(OSError, match="38 finished rows are kept"):
+    with monkeypatch.context() as patch:
+        patch.setattr(scale, "_write_part", write)
+        yield
+
+
+def test_folder_stopped_in_its_third_file_and_resumed(tmp_path, clf, monkeypatch):
+    folder = write_folder(tmp_path / "in", comments(90))
+    predict_file(clf, folder, tmp_path / "expected.tsv", chunk_rows=10)
+    with full_at(monkeypatch, "000005"), pytest.raises(OSError, match="38 finished rows are kept"):
         predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=10)
-    monkeypatch.setattr(scale, "_write_part", real)
     (folder / "part-1.parquet").rename(tmp_path / "aside")
     with pytest.raises(scale.RunError, match="part-2.parquet is not the input .* rows 1 to 10 differ"):
         predict_file(clf, folder, tmp_path / "out.tsv", chunk_rows=10, resume=True)
@@ -334,17 +341,9 @@ def test_ids_that_change_their_type_on_the_way_to_parquet(tmp_path, clf):
 
 def test_another_input_run_or_option_is_refused(tmp_path, clf, monkeypatch):
     path = write_tsv(tmp_path / "in.tsv", comments(50))
-    real = scale._write_part
-
-    def stop_at_third(part, *rest):
-        if "000003" in part.name:
-            raise OSError(errno.ENOSPC, "No space left on device", str(part))
-        real(part, *rest)
-
-    monkeypatch.setattr(scale, "_write_part", stop_at_third)
-    with pytest.raises(OSError, match="No space left on device; 30 finished rows are kept"):
+    said = pytest.raises(OSError, match="No space left on device; 30 finished rows are kept")
+    with full_at(monkeypatch, "000003"), said:
         predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10)
-    monkeypatch.setattr(scale, "_write_part", real)
     before = names(tmp_path / ".out.tsv.parts")
     other = GemmaLoraClassifier(clf.preset, epochs=1, lora_rank=2, learning_rate=1e-2, seed=1).fit(
         comments(16), list("01" * 8)
