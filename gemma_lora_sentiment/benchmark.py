@@ -221,8 +221,8 @@ def random_base(
     **needs: int,  # rank, batch_size, length: what a step must hold, for "auto"
 ) -> Any:  # Base with a tokenizer that is empty
     "A base of this shape, its weights drawn on the device. Raises `ModelError` for an unknown dtype."
-    from gemma_lora_sentiment.model import Base, _untouched_random_state, _without_allocation
-    from gemma_lora_sentiment.model import choose_dtype, jax, keras, keras_nlp, without_tensorflow
+    from gemma_lora_sentiment.model import Base, _quantize_dense, _untouched_random_state, _without_allocation
+    from gemma_lora_sentiment.model import choose_dtype, jax, keras_nlp, without_tensorflow
     from gemma_lora_sentiment.precision import choose_quantization
 
     dtype = choose_dtype(dtype)[0]
@@ -237,9 +237,8 @@ def random_base(
         fan_in = sizes[-1] if variable.path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
         key = jax.random.key(number, impl="rbg")
         variable._value, variable._initializer = draw(key, sizes, variable.dtype, fan_in), None
-    if quantization:  # as `load_base` does
-        dense = (keras.layers.Dense, keras.layers.EinsumDense)
-        backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
+    if quantization:
+        _quantize_dense(backbone, quantization)  # as `load_base` does
     return Base(f"random {shape}", backbone, b"", dtype, quantization)
 
 

@@ -31,10 +31,12 @@ def memory_estimate(
     adapter = 4 * sum(int(np.prod(variable.shape)) for variable in base.scorer(targets, rank).trainable_variables)
     heads, layers = model.num_query_heads, model.num_layers
     tokens = batch_size * length
-    block = tokens * (4.25 * model.hidden_dim + 2.5 * model.intermediate_dim + 2 * heads * length)
+    wide, item = (2.5, 4) if base.dtype == "float32" else (1.6, 2)
+    if base.quantization == "int8" and base.dtype == "float16":  # its products are computed in float32
+        item = 5.1
+    block = tokens * (4.25 * model.hidden_dim + wide * model.intermediate_dim + 2 * heads * length)
     kept = layers * tokens * model.hidden_dim + block if rematerialize else layers * block
     kept += 1.5 * tokens * heads * length  # of the block that is being computed
-    item = 4 if base.dtype == "float32" else 2
     activations = int(item * kept) + 3 * 4 * batch_size * positions * model.vocabulary_size
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}
     return {**parts, "total": sum(parts.values())}

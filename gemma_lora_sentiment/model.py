@@ -155,6 +155,7 @@ def _untouched_random_state() -> Iterator[None]:
 
 def _share_weights(
     original: keras.Model,
+    fused_attention: bool = True,  # where the device has it
 ) -> keras.Model:  # a new backbone whose variables hold the original's arrays; text alone
     with without_tensorflow(), _without_allocation():
         config = original.get_config()
@@ -166,6 +167,8 @@ def _share_weights(
     # KerasHub 0.32 builds every block as if this were True; the 27B models are scaled by hidden size / heads.
     for block in twin.transformer_layers:
         block.attention.query_head_dim_normalize = original.query_head_dim_normalize
+        if not fused_attention:
+            block.attention._use_fused_attention_op = lambda: False
     return twin
 
 # %% ../nbs/02_model.ipynb #64d13e89
@@ -309,6 +312,15 @@ def _text_inputs(
     return inputs
 
 
+def _compiler_options(
+    backbone: keras.Model,
+    platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
+) -> dict[str, Any] | None:
+    "For a small base on a GPU: XLA shall not try kernels out. Among those of so small products one is illegal on Hopper."
+    small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
+    return {"xla_gpu_autotune_level": 0} if small and (platform or jax.default_backend()) == "gpu" else None
+
+
 class LabelScorer(keras.Model):
     """A Gemma backbone with LoRA that returns logits at chosen positions, float32 (batch, positions, vocabulary)."""
 
@@ -334,8 +346,10 @@ class LabelScorer(keras.Model):
         self.rematerialize, self._train_functions = False, {}
         for block in backbone.transformer_layers:
             _rematerialize_if_asked(block, self)
-        self._label_step = jax.jit(self._with_state(self._label_logits))
-        self._sequence_step = jax.jit(self._with_state(self._sequence_log_probability))
+        object.__setattr__(self, "compiler_options", _compiler_options(backbone))
+        options = {"compiler_options": self.compiler_options}
+        self._label_step = jax.jit(self._with_state(self._label_logits), **options)
+        self._sequence_step = jax.jit(self._with_state(self._sequence_log_probability), **options)
         self._generate_tokens = None  # made by the first `generate`
 
     def hidden_states(self, inputs: dict[str, Any]) -> Any:  # float (batch, positions, hidden)
@@ -461,13 +475,14 @@ def _compiled_step(
         logs, new_state = step((state[0], base, *state[2:]), data)
         return logs, (new_state[0], [], *new_state[2:])
 
-    compiled = None if self.distribution else jax.jit(with_base, donate_argnums=0)
+    options = {"donate_argnums": 0, "compiler_options": self.compiler_options}
+    compiled = None if self.distribution else jax.jit(with_base, **options)
 
     def step_function(state, data):
         nonlocal compiled
         if compiled is None:  # what comes out lies as what went in, or the next step would be compiled anew
             placed = jax.tree.map(lambda array: array.sharding, state)
-            compiled = jax.jit(with_base, donate_argnums=0, out_shardings=(None, placed))
+            compiled = jax.jit(with_base, **options, out_shardings=(None, placed))
         return compiled(state, [variable.value for variable in self.non_trainable_variables], data)
 
     function = self._make_function(step_function)
@@ -699,7 +714,10 @@ class Base:
         key = (tuple(targets), tuple(sorted(rank.items())) if isinstance(rank, dict) else rank)
         with self.lock, self.scope(), _untouched_random_state(), _without_drawing():
             if key not in self._scorers:
-                self._scorers[key] = LabelScorer(_share_weights(self.backbone), rank, tuple(targets))
+                # cuDNN's attention cannot be divided as Gemma's layout divides the heads.
+                divided = isinstance(self.distribution, keras.distribution.ModelParallel)
+                twin = _share_weights(self.backbone, fused_attention=not divided)
+                self._scorers[key] = LabelScorer(twin, rank, tuple(targets))
             return self._scorers[key]
 
 # %% ../nbs/02_model.ipynb #5ca1e002
@@ -773,6 +791,21 @@ def distribution_for(
     return _Sharded(layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False)
 
 # %% ../nbs/02_model.ipynb #ebe6b6b0
+_DENSE = (keras.layers.Dense, keras.layers.EinsumDense)
+
+
+def _quantize_dense(
+    backbone: keras.Model,  # in a float format
+    mode: str,  # "int8" or "int4"
+) -> None:
+    "Quantize the kernels of the blocks; not the embedding, whose rounding no gradient comes through."
+    for layer in backbone._flatten_layers():
+        if isinstance(layer, _DENSE):
+            if mode == "int8" and layer.compute_dtype == "float16":  # which the scales of int8 products overflow
+                layer.dtype_policy = "float32"
+            layer.quantize(mode)
+
+
 def _quantized(
     preset: str,
     backbone: keras.Model,  # in a float format
@@ -780,14 +813,12 @@ def _quantized(
     mode: str,  # "int8" or "int4"
 ) -> keras.Model:  # a backbone whose dense layers are quantized; the one that was given is used up
     "Quantize, or read what an earlier process quantized."
-    # Not the embedding: quantized, it rounds what the logits are computed from, and no gradient comes through.
-    dense = (keras.layers.Dense, keras.layers.EinsumDense)
     name = f"{Base(preset, backbone, b'', dtype).fingerprint[:32]}-{dtype}-{mode}-keras{keras.__version__}"
     kept = kept_arrays(name)
     if kept is not None and (twin := _filled(backbone, *kept)) is not None:
         return twin
     floats = {variable.path for variable in backbone.variables if not variable.path.endswith("kernel")}
-    backbone.quantize(mode, filters=lambda layer: isinstance(layer, dense))
+    _quantize_dense(backbone, mode)
     new = {v.path: np.asarray(v.value) for v in backbone.variables if v.path not in floats}
     with without_tensorflow():
         keep_arrays(name, new, backbone.get_config()["dtype"])
@@ -877,9 +908,8 @@ def _load(
         if distribution is None:
             backbone = _quantized(preset, backbone, dtype, quantization)
         else:
-            dense = (keras.layers.Dense, keras.layers.EinsumDense)  # see `_quantized`
             with distribution.scope():
-                backbone.quantize(quantization, filters=lambda layer: isinstance(layer, dense))
+                _quantize_dense(backbone, quantization)
     try:
         with without_tensorflow():
             tokenizer = keras_nlp.models.Tokenizer.from_preset(path)

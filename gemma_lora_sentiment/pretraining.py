@@ -11,6 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ __all__ = ['PretrainingSettings', 'read_reviews', 'train_tokenizer', 'cooccurren
 class PretrainingSettings:
     """Numbers of one pre-training run."""
 
-    rows: int = 1_600_000  # rows shown, in several passes
+    rows: int = 3_200_000  # rows shown, in several passes
     vocabulary_size: int = 24_000
     num_layers: int = 4
     hidden_dim: int = 384
@@ -51,8 +52,8 @@ class PretrainingSettings:
     learning_rate: float = 2e-3  # at its highest, after 300 steps; then linear to zero
     weight_decay: float = 0.05
     dropout: float = 0.0  # in the backbone, while it is pre-trained
-    language_positions: int = 8  # positions a row at which the next token of the text is predicted
-    language_weight: float = 0.3  # weight of all of them and of the response's end together, beside 1 for its word
+    language_positions: int = 24  # positions a row at which the next token of the text is predicted
+    language_weight: float = 3.0  # weight of all of them and of the response's end together, beside 1 for its word
     noise: float = 1.0  # factor on the probabilities of missing spaces, inserted characters and emoji
     piece_dropout: float = 0.1  # probability that a merge of byte-pair encoding is left out
     counted: bool = True  # embeddings begin from co-occurrence counts
@@ -330,6 +331,15 @@ def _model(
     return model
 
 
+def _ahead(passes: Iterator[list]) -> Iterator[list]:
+    "The same, each drawn in a thread while the one before it is used."
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, passes, None)
+        while (rows := coming.result()) is not None:
+            coming = pool.submit(next, passes, None)
+            yield rows
+
+
 def _show(
     model: keras.Model,
     passes: Iterator[list[tuple[list[int], int]]],
@@ -337,7 +347,7 @@ def _show(
     settings: PretrainingSettings,
     say: Callable[[str], None],
 ) -> None:
-    for rows in passes:
+    for rows in _ahead(passes):
         batches = _Batches(rows, tokenizer, settings, int(model.optimizer.iterations))
         if len(batches) == 0:
             continue
@@ -369,7 +379,7 @@ def save_base(
     "Write weights in float16, tokenizer and preprocessor."
     with without_tensorflow():
         half = type(backbone).from_config({**backbone.get_config(), "dtype": "float16", "dropout": 0.0})
-        for target, source in zip(half.variables, backbone.variables, strict=True):
+        for target, source in zip(half.weights, backbone.weights, strict=True):  # without the state of dropout
             target.assign(source.value)
         tokenizer = keras_nlp.models.GemmaTokenizer(proto=proto)
         preprocessor = keras_nlp.models.GemmaCausalLMPreprocessor(tokenizer=tokenizer, sequence_length=256)

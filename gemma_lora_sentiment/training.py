@@ -294,7 +294,7 @@ def score_labels(
     prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
     words: LabelWords,
     buckets: Sequence[int] = (),  # lengths compiled already
-    batch_size: int = 32,  # prompts a step
+    batch_size: int = 32,  # prompts a step on each device
     progress: Callable[[int, int], None] | None = None,  # called with rows done and rows in all
 ) -> np.ndarray:  # float32 (n, labels), log-scores up to a constant a row
     "Score every label for every prompt. Nothing of the shared model changes."
@@ -309,7 +309,7 @@ def score_labels(
     label_ids = np.array([ids[0] for ids in words.scored_ids], np.int32) if words.single_token else None
     per_step = batch_size if words.single_token else max(1, batch_size // n_labels)
     parts = 1 if scorer.distribution is None else scorer.distribution.num_model_replicas
-    per_step = -(-per_step // parts) * parts
+    per_step *= parts
     arrays = scorer.placed({path: jax.device_put(array) for path, array in adapter.arrays.items()})
     scorer.lora_alpha.assign(adapter.alpha)
     waiting: deque[tuple[np.ndarray, jax.Array]] = deque()
@@ -331,7 +331,7 @@ def score_labels(
     return scores
 
 
-def _scoring_batch_size() -> int:  # prompts a step
+def _scoring_batch_size() -> int:  # prompts a step on each device
     "On two CPU cores with mini_ko 32 scored 364 rows a second, 16 scored 308 and 64 scored 291; not measured on GPUs."
     return 32 if jax.default_backend() == "cpu" else 64
 
