@@ -137,8 +137,8 @@ class _Settings:
         base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
     ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
         name, recipe = recipe_for(str(self.preset), self.recipe, base and base.parameter_count)
-        fields = ("lora_rank", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length", "loss_on")
-        given = {field: getattr(self, field) for field in fields}
+        fields = ("lora_rank", "target_layers", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length")
+        given = {field: getattr(self, field) for field in (*fields, "loss_on")}
         return name, replace(recipe, **{field: value for field, value in given.items() if not _is_auto(value)})
 
     def _check_parameters(self) -> None:
@@ -167,8 +167,8 @@ class _Settings:
         if not isinstance(self.label_words, Mapping | None):
             raise ModelError(f"label_words={self.label_words!r} must be None or a mapping of labels to words.")
         targets = self.target_layers
-        if not _is_auto(targets) and (isinstance(targets, str) or not isinstance(targets, Sequence)):
-            raise ModelError(f"target_layers={targets!r} must be 'auto' or a list of names of layers.")
+        if not isinstance(targets, Sequence) or (isinstance(targets, str) and targets not in ("auto", "all")):
+            raise ModelError(f"target_layers={targets!r} must be 'auto', 'all' or a list of names of layers.")
         for name in ("lora_dropout", "validation_fraction"):
             if getattr(self, name) >= 1:
                 raise ModelError(f"{name}={getattr(self, name)!r} must be below 1.")
@@ -312,10 +312,8 @@ class _Fitting:
         template = PromptTemplate(self.template)
         base = self._chosen_base()
         recipe_name, recipe = self._resolved_recipe(base)
-        targets = ("query", "value") if _is_auto(self.target_layers) else tuple(self.target_layers)
-        start = new_adapter(
-            base.scorer(targets, recipe.lora_rank), None if _is_auto(self.lora_alpha) else self.lora_alpha, self.seed
-        )
+        alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
+        start = new_adapter(base.scorer(recipe.targets(base), recipe.lora_rank), alpha, self.seed)
         words = label_words([_plain(c) for c in classes], _tokenizer(base.tokenizer_proto), template, self.label_words)
         self._encode([], base, words, recipe)  # is there room for a comment?
         return base, recipe_name, recipe, words, start
@@ -592,7 +590,7 @@ class GemmaLoraClassifier(
         lora_rank: int | str = "auto",  # columns of A and rows of B; at least 1
         lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": alpha = rank
         lora_dropout: float = 0.0,  # share of A's rows dropped each step
-        target_layers: Sequence[str] | str = "auto",  # layers with LoRA; "auto": query and value
+        target_layers: Sequence[str] | str = "auto",  # names of the layers with LoRA; "all"; "auto": the recipe's
         learning_rate: float | str = "auto",  # at its highest
         weight_decay: float | str = "auto",  # decoupled, as in AdamW; at least 0
         epochs: int | str = "auto",  # 0 scores with the base as it is: zero-shot

@@ -316,7 +316,7 @@ def _compiler_options(
     backbone: keras.Model,
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> dict[str, Any] | None:
-    "For a small base on a GPU: XLA shall not try kernels out. Among those of so small products one is illegal on Hopper."
+    "For a small base on a GPU: XLA shall not try kernels out; among those of such products one is illegal on Hopper."
     small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
     return {"xla_gpu_autotune_level": 0} if small and (platform or jax.default_backend()) == "gpu" else None
 

@@ -20,7 +20,7 @@ from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
 from .backend import device_bytes  # isort: skip
-from .model import Base, LabelScorer, _without_drawing  # isort: skip
+from .model import Base, LabelScorer, _without_drawing, lora_targets  # isort: skip
 
 import jax
 import keras
@@ -51,6 +51,15 @@ class Recipe:
     max_length: int = 256  # tokens of prompt and response
     loss_on: str = "response"  # "response" or "text"
     schedule: str = "linear"  # "linear": warm-up, then down to zero; "constant"
+    target_layers: tuple[str, ...] | str = ("query", "value")  # layers with LoRA, or "all" that can carry it
+
+    def __post_init__(self):
+        if not isinstance(self.target_layers, str):  # JSON makes lists of tuples
+            object.__setattr__(self, "target_layers", tuple(self.target_layers))
+
+    def targets(self, base: Base) -> tuple[str, ...]:
+        "Names of the base's layers that get LoRA."
+        return lora_targets(base.backbone) if self.target_layers == "all" else self.target_layers
 
 
 RECIPES = {
@@ -61,8 +70,8 @@ RECIPES = {
     ),
     # Gemma of 270M parameters and more; from the LoRA paper's and Unsloth's usual range, not tuned here
     "gemma": Recipe(),
-    # the bundled base; chosen among eight on held-out comments of our own and a public set of 300, see Pretraining
-    "mini_ko": Recipe(lora_rank=4, learning_rate=3e-4, epochs=3),
+    # the bundled base; chosen among six on held-out comments of our own and a public set of 300, see Pretraining
+    "mini_ko": Recipe(lora_rank=8, learning_rate=2e-3, epochs=3, target_layers="all"),
 }  # fmt: skip
 
 
@@ -654,7 +663,7 @@ def _depends_on(
 ) -> dict[str, Any]:  # as JSON can hold it
     "Everything that decides the bits of a fit."
     settings = {"base": base.fingerprint, "dtype": base.dtype, "quantization": base.quantization, **more}
-    settings |= {"targets": list(start.targets), "lora_alpha": start.alpha, **vars(recipe)}
+    settings |= {**vars(recipe), "target_layers": list(start.targets), "lora_alpha": start.alpha}
     for name, part in (("rows", rows), ("validation_rows", validation)):
         settings[name] = 0 if part is None else len(part)
         if part is not None:

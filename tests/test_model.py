@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -485,6 +486,27 @@ def test_quantized_bases_train_and_predict(quantization, tiny):
     assert np.isfinite(scores).all() and (scores.argmax(axis=1) == ROWS.label_index).mean() >= 0.5
     assert_base_unchanged(base, before)
     assert base.fingerprint != plain.fingerprint
+
+
+def test_int8_beside_float16_computes_its_products_in_float32(tiny):
+    """Keras refuses int8 in float16, whose range the scales leave."""
+    base, wide = load_base(tiny, "float16", "int8"), load_base(tiny, "float32", "int8")
+    dense = [layer for layer in base.backbone._flatten_layers() if isinstance(layer, room._DENSE)]
+    assert {layer.dtype_policy.name for layer in dense} == {"int8_from_float32"}
+    assert str(base.backbone.token_embedding.embeddings.dtype) == "float16" and base.nbytes < wide.nbytes
+    adapter, history, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=12, batch_size=4))
+    assert history.loss.iloc[-1] < history.loss.iloc[0] - 0.5
+    log_odds = [np.subtract(*score(b, adapter).T) for b in (base, wide)]
+    assert np.isfinite(log_odds).all() and np.abs(np.subtract(*log_odds)).max() < 0.2
+
+
+def test_kernels_are_not_tried_out_for_a_small_base_on_a_gpu(base):
+    options = room._compiler_options(base.backbone, "gpu")
+    assert options and room._compiler_options(base.backbone, "cpu") is None
+    doubled = jax.jit(lambda x: 2 * x, compiler_options=options)  # XLA knows every name
+    assert float(doubled(1.0)) == 2.0
+    large = types.SimpleNamespace(variables=[types.SimpleNamespace(shape=(1000, 100_000))])
+    assert room._compiler_options(large, "gpu") is None
 
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])

@@ -495,7 +495,7 @@ def test_one_process_at_a_time(tmp_path, clf):
 # --- several devices ------------------------------------------------------------------------------------------------
 
 DEVICES = """
-import json, os, sys, tempfile, warnings
+import json, os, sys, tempfile, unittest.mock, warnings
 import jax, keras, numpy as np
 from pathlib import Path
 from gemma_lora_sentiment import GemmaLoraClassifier
@@ -533,6 +533,10 @@ for devices, strategy, *others in cases:
     base = several._loaded_base()
     whole, cut = base.nbytes, sum(v.value.addressable_shards[0].data.nbytes for v in base.backbone.variables)
     assert (cut < 0.7 * whole) if strategy == "model" else cut == whole, (cut, whole)
+    blocks = several._loaded_base().scorer(several.adapter_.targets, 2).backbone.transformer_layers
+    with unittest.mock.patch("keras_hub.src.models.gemma.gemma_attention.running_on_gpu", return_value=True):
+        fused = {block.attention._use_fused_attention_op() for block in blocks}  # cuDNN cannot divide it
+    assert fused == {strategy != "model"}
     assert base.fingerprint == one.base_fingerprint_
     assert several.generate(comments[0], 4) == one.generate(comments[0], 4)
     several.save(folder / strategy)

@@ -358,7 +358,8 @@ def test_the_tutorial_s_recipe_is_the_tutorial_s():
     name, recipe = recipe_for("gemma_2b_en", "tutorial")
     assert name == "tutorial"
     assert vars(recipe) == dict(lora_rank=4, learning_rate=5e-5, weight_decay=0.01, epochs=5, batch_size=1,
-                                max_length=512, loss_on="text", schedule="constant")  # fmt: skip
+                                max_length=512, loss_on="text", schedule="constant",
+                                target_layers=("query", "value"))  # fmt: skip
 
 
 def test_the_tutorial_s_recipe_trains(base):
