@@ -510,8 +510,8 @@ class _Persistence:
             clf._check_parameters()
             clf.recipe_, clf.recipe_name_ = Recipe(**saved["recipe"]), saved["recipe_name"]
             for field, usual in vars(Recipe()).items():
-                value, kind = getattr(clf.recipe_, field), (int, float) if isinstance(usual, float) else type(usual)
-                if not isinstance(value, kind):
+                value, kinds = getattr(clf.recipe_, field), {float: (int, float), tuple: (tuple, str)}
+                if not isinstance(value, kinds.get(type(usual), type(usual))):
                     raise TypeError(f"{field} is {value!r}")
             clf.buckets_, clf.best_epoch_ = tuple(saved["buckets"]), saved["best_epoch"]
             clf.dtype_, clf.base_fingerprint_ = saved["dtype"], saved["base_fingerprint"]
