@@ -49,7 +49,7 @@ def make(tiny):
 
 @pytest.fixture(scope="module")
 def fitted(tiny):
-    return GemmaLoraClassifier(**{**FAST, "preset": tiny, "epochs": 60, "learning_rate": 0.05}).fit(COMMENTS, LABELS)
+    return GemmaLoraClassifier(**{**FAST, "preset": tiny, "epochs": 60, "learning_rate": 0.02}).fit(COMMENTS, LABELS)
 
 
 def same(a, b):

@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 from typer.testing import CliRunner
 
-from gemma_lora_sentiment import GemmaLoraClassifier, __version__, read_comments, split_comments
+from gemma_lora_sentiment import GemmaLoraClassifier, __version__, cli, read_comments, split_comments
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.model import tiny_gemma
 
@@ -1144,6 +1144,20 @@ def test_error_of_a_process_is_one_line(tmp_path, trained):
     result = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == "" and tree(tmp_path) == before
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: bad.tsv line 3")
+
+
+def test_a_signal_in_a_callback_of_the_collector_comes_again(monkeypatch):
+    sent, came = [], threading.Event()
+    monkeypatch.setattr(cli.os, "kill", lambda *call: (sent.append(call), came.set()))
+
+    class Dying:
+        def __del__(self):
+            cli._terminated(signal.SIGTERM, sys._getframe())  # raised here, it would be lost
+
+    Dying()
+    assert came.wait(10) and sent == [(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(SystemExit):
+        cli._terminated(signal.SIGTERM, sys._getframe())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -124,6 +124,7 @@ def test_shapes_compiled_side_by_side_are_not_compiled_again(tiny, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(listen)
     monkeypatch.setattr(training, "choose_buckets", lambda *_: (16, 40))
     settings = dict(preset=tiny, lora_rank=3, epochs=1, batch_size=2, learning_rate=0.01)
+    settings["target_layers"] = ["query", "value"]
     monkeypatch.setattr(training, "_cores", lambda: 16)
     ahead = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
     steps = [name for name in compiled if "with_base" in name]
@@ -152,7 +153,9 @@ def test_probabilities_are_those_of_one_by_one_scoring(words, tiny):
     comments = [*COMMENTS, *(f"{comment}{i % 3}!" for i, comment in enumerate(COMMENTS * 6)), *COMMENTS[:3]]
     together = clf.predict_proba(comments)
     base = load_base(tiny)
-    scorer = base.scorer(rank=4)
+    scorer = base.scorer(clf.adapter_.targets, 4)
+    with pytest.raises(ValueError, match="the scorer has LoRA on query, value"):
+        training.score_labels(base.scorer(rank=4), clf.adapter_, [], clf.words_)
     prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
     known: dict[str, np.ndarray] = {}
     for comment, prompt in zip(comments, prompts, strict=True):

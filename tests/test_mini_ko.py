@@ -118,7 +118,7 @@ def test_small_sets_train_without_diverging():
     for n in (16, 50, 100):
         rows = pd.concat([group.head(n // 2) for _, group in train.groupby("label")])
         clf = GemmaLoraClassifier(verbose=0).fit(rows.comment, rows.label)
-        assert np.isfinite(clf.history_.loss).all() and clf.score(test.comment[:200], test.label[:200]) > 0.7, n
+        assert np.isfinite(clf.history_.loss).all() and clf.score(test.comment[:200], test.label[:200]) > 0.82, n
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +147,11 @@ def test_quickstart_leaves_figures_and_a_submission(quickstart):
 
 
 def test_cross_validation_on_real_comments(shared_data, tmp_path):
-    """Ten folds with default settings, with the baseline in the same file; 0.927 was measured."""
+    """Ten folds with default settings, with the baseline in the same file; 0.970 was measured."""
     result = shell("cross-validate", shared_data / "tarr_train.txt", "--folds", 10, "--out", tmp_path / "cv")
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "cv" / "cv.json").read_text())
-    assert metrics["n"] == 300 and metrics["accuracy"] >= 0.92
+    assert metrics["n"] == 300 and metrics["accuracy"] >= 0.95
     assert 0.88 <= metrics["baseline_accuracy"] <= 0.93
     oof = pd.read_csv(tmp_path / "cv" / "oof.tsv", sep="\t", dtype=str, quoting=3)
     expected = ["id", "comment", "label", "prediction", "baseline_prediction", "fold", "p_0", "p_1"]

@@ -492,7 +492,7 @@ def test_int8_beside_float16_computes_its_products_in_float32(tiny):
     """Keras refuses int8 in float16, whose range the scales leave."""
     base, wide = load_base(tiny, "float16", "int8"), load_base(tiny, "float32", "int8")
     dense = [layer for layer in base.backbone._flatten_layers() if isinstance(layer, room._DENSE)]
-    assert {layer.dtype_policy.name for layer in dense} == {"int8_from_float32"}
+    assert {(layer.quantization_mode, layer.compute_dtype) for layer in dense} == {("int8", "float32")}
     assert str(base.backbone.token_embedding.embeddings.dtype) == "float16" and base.nbytes < wide.nbytes
     adapter, history, _ = fit(base, Recipe(lora_rank=4, learning_rate=0.02, epochs=12, batch_size=4))
     assert history.loss.iloc[-1] < history.loss.iloc[0] - 0.5

@@ -16,7 +16,7 @@ OF_LABEL = {"from_37_minutes": 2}  # of each label
 SHORTER = {  # what a slice writes otherwise than the page: text of a cell -> what stands there instead
     "from_37_minutes": {"512": "128"},
     "your_own_labels": {
-        '"target_layers": [LAYERS], "learning_rate": [3e-3], "epochs": [6], "batch_size": [4]': '"epochs": [1]'
+        '"learning_rate": [3e-3], "epochs": [6], "batch_size": [4]': '"epochs": [1]'
     },
 }
 
