@@ -21,6 +21,7 @@ from .backend import ModelError, choose_dtype, device_bytes  # isort: skip
 from gemma_lora_sentiment.model import (  # isort: skip
     _BASES,
     _BASES_LOCK,
+    _DENSE,
     Base,
     _backbones,
     _enable_lora,
@@ -125,9 +126,9 @@ def planned_base(
     def scorer(targets: Sequence[str] = ("query", "value"), rank: int = 4) -> SimpleNamespace:
         return SimpleNamespace(trainable_variables=_shapes(family, text, rank, tuple(targets)).trainable_variables)
 
-    backbone, dense = _shapes(family, text), (keras.layers.Dense, keras.layers.EinsumDense)
+    backbone = _shapes(family, text)
     total = sum(math.prod(variable.shape) for variable in backbone.variables)
-    layers = [layer for layer in backbone._flatten_layers(include_self=False) if isinstance(layer, dense)]
+    layers = [layer for layer in backbone._flatten_layers(include_self=False) if isinstance(layer, _DENSE)]
     kernels = sum(math.prod(layer.kernel.shape) for layer in layers) if quantization else 0
     nbytes = int((total - kernels) * _BYTES[dtype] + kernels * _BYTES[quantization or dtype])
     return SimpleNamespace(
