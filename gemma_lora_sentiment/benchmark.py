@@ -361,7 +361,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
 
     def score(part: str, batch_size: int) -> np.ndarray:
         prompts = [np.array(prompt, np.int32) for prompt in rows[part]]
-        return score_labels(scorer, adapter, prompts, words, buckets, batch_size)
+        return score_labels(scorer, adapter, prompts, words, batch_size=batch_size)
 
     _log_scoring(log, rows, lambda part: score(part, _scoring_batch_size()))  # the batch that `predict_proba` takes
     log(predict_peak_bytes=_peak_bytes())

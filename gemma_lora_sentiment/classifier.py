@@ -382,7 +382,7 @@ class _Prediction:
         scorer = base.scorer(self.adapter_.targets, self.adapter_.rank)
         batch_size = 8 if len(prompts) <= 8 else _scoring_batch_size()
         with base.lock:
-            return score_labels(scorer, self.adapter_, prompts, self.words_, self.buckets_, batch_size)
+            return score_labels(scorer, self.adapter_, prompts, self.words_, batch_size=batch_size)
 
     def predict(
         self,

@@ -5,7 +5,7 @@
 # %% ../nbs/02a_memory.ipynb #d3d69f52
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 # First: it chooses Keras's backend before keras is imported.
 from .model import Base  # isort: skip
@@ -21,9 +21,9 @@ def memory_estimate(
     base: Base,
     rank: int,  # of LoRA
     targets: Sequence[str] = ("query", "value"),  # names of the layers with LoRA
-    batch_size: int = 16,  # rows
-    length: int = 128,  # tokens
-    positions: int = 2,  # positions of a row at which logits are computed
+    batch_size: int = 16,  # lines; rows where a line has one
+    length: int = 128,  # tokens of a line
+    positions: int = 2,  # positions of a line at which logits are computed
     rematerialize: bool = False,  # decoder blocks are computed twice
 ) -> dict[str, int]:  # bytes: base, adapter, optimizer, activations, total
     "Bytes that a training step needs."
@@ -76,8 +76,7 @@ def fitting_batch(
     rank: int,  # of LoRA
     targets: Sequence[str],  # names of the layers with LoRA
     batch_size: int,  # wanted, rows
-    length: int,  # of the longest row, tokens
-    positions: int,  # at which logits are computed
+    shape_of: Callable[[int], tuple[int, int, int]],  # rows a step -> lines, their tokens, their positions with logits
     available: int | None,  # bytes, see device_bytes
 ) -> tuple[int, bool]:  # rows a step, and whether blocks are rematerialized
     "The largest batch, halving from `batch_size`, whose estimate is below nine tenths of the memory; at least 1."
@@ -85,7 +84,7 @@ def fitting_batch(
         return batch_size, False
 
     def fits(rows: int, rematerialize: bool) -> bool:
-        parts = memory_estimate(base, rank, targets, rows, length, positions, rematerialize)
+        parts = memory_estimate(base, rank, targets, *shape_of(rows), rematerialize)
         return parts["total"] <= 0.9 * available
 
     if fits(batch_size, False):

@@ -299,6 +299,21 @@ def _rematerialize_if_asked(
 
     object.__setattr__(block, "call", call)
 
+
+def _keep_rows_apart(
+    block: keras.layers.Layer,  # a decoder block
+) -> None:
+    "Let `padding_mask` number the rows that share a line: a token sees the earlier ones of its own row."
+    usual = block._compute_attention_mask
+
+    def mask(hidden, padding_mask, *others):  # the last two of the others: cache, cache_update_index
+        if padding_mask is None or others[-2] is not None:
+            return usual(hidden, padding_mask, *others)
+        same_row = keras.ops.equal(padding_mask[:, :, None], padding_mask[:, None, :])
+        return keras.ops.logical_and(usual(hidden, None, *others), same_row)
+
+    object.__setattr__(block, "_compute_attention_mask", mask)
+
 # %% ../nbs/02_model.ipynb #08beee9c
 def _text_inputs(
     backbone: keras.Model,
@@ -345,6 +360,7 @@ class LabelScorer(keras.Model):
                 _compute_beside(layer)
         self.rematerialize, self._train_functions = False, {}
         for block in backbone.transformer_layers:
+            _keep_rows_apart(block)
             _rematerialize_if_asked(block, self)
         object.__setattr__(self, "compiler_options", _compiler_options(backbone))
         options = {"compiler_options": self.compiler_options}
@@ -365,9 +381,10 @@ class LabelScorer(keras.Model):
 # %% ../nbs/02_model.ipynb #7ecb6f03
 def _label_logits(
     self: LabelScorer,
-    inputs: dict[str, Any],  # token_ids, padding_mask (b, l); positions (b, 1); label_ids int32 (labels,)
-) -> Any:  # float32 (b, labels)
-    hidden = keras.ops.cast(self.hidden_states(inputs)[:, 0], "float32")
+    inputs: dict[str, Any],  # token_ids, padding_mask (b, l); positions (b, p); label_ids int32 (labels,)
+) -> Any:  # float32 (b * p, labels)
+    hidden = keras.ops.cast(self.hidden_states(inputs), "float32")
+    hidden = keras.ops.reshape(hidden, (-1, hidden.shape[-1]))
     embedding = self.backbone.token_embedding
     if embedding.tie_weights and embedding.quantization_mode is None:
         rows = keras.ops.take(embedding.embeddings, inputs["label_ids"], axis=0)
@@ -380,11 +397,13 @@ def _label_logits(
 
 def _sequence_log_probability(
     self: LabelScorer,
-    inputs: dict[str, Any],  # token_ids, padding_mask (b, l); positions, targets, weights (b, p)
-) -> Any:  # float32 (b,), sum of the log-probabilities of the targets
+    inputs: dict[str, Any],  # token_ids, padding_mask (b, l); positions (b, r * p); targets, weights (b, r, p)
+) -> Any:  # float32 (b * r,), sum of the log-probabilities of the targets; (b,) for one row a line, r left out
     log_probability = keras.ops.log_softmax(self.call(inputs), axis=-1)
-    of_targets = keras.ops.take_along_axis(log_probability, inputs["targets"][..., None], axis=-1)[..., 0]
-    return keras.ops.sum(of_targets * inputs["weights"], axis=-1)
+    targets = keras.ops.reshape(inputs["targets"], inputs["positions"].shape)
+    of_targets = keras.ops.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0]
+    of_targets = keras.ops.reshape(of_targets, inputs["weights"].shape)
+    return keras.ops.reshape(keras.ops.sum(of_targets * inputs["weights"], axis=-1), (-1,))
 
 
 def _with_state(
@@ -438,7 +457,7 @@ def _score(
     adapter: dict[str, np.ndarray],  # LoRA arrays by variable path; they are lent for this call
     arrays: dict[str, np.ndarray],  # one batch as scoring_arrays makes it
     label_ids: np.ndarray | None = None,  # int32 (labels,) when every word is one token
-) -> jax.Array:  # float32 (batch, labels), or (batch,) without label_ids
+) -> jax.Array:  # float32 (positions of all lines, labels), or (rows of all lines,) without label_ids
     "Scores of one batch; nothing of the model changes."
     base = [variable.value for variable in self.non_trainable_variables]
     values = self.placed({variable.path: adapter[variable.path] for variable in self.trainable_variables})

@@ -36,7 +36,7 @@ from .checkpoint import difference, hold
 from .classifier import GemmaLoraClassifier
 from .data import DataError, fold_whitespace, whole_file, write_table
 from .prompt import PromptTemplate, TextTokenizer, encode_prompts
-from .training import _scoring_batch_size, choose_buckets, log_softmax, score_labels
+from .training import _scoring_batch_size, log_softmax, score_labels
 
 # %% auto #0
 __all__ = ['Chunk', 'read_chunks', 'predict_file', 'ray_workers']
@@ -406,7 +406,7 @@ class _Journal:
     @property
     def is_worth_keeping(self) -> bool:
         "A part is finished, and there is more than one to come."
-        return bool(self.parts()) and self.settings["buckets"] is not None
+        return bool(self.parts()) and self.settings["several"]
 
     def parts(self) -> list[tuple[int, str]]:  # rows and digest of each
         with _storage(self.folder):
@@ -435,8 +435,8 @@ class _Journal:
 class _ChunkScorer:
     "Probabilities of one chunk after another."
 
-    def __init__(self, clf: GemmaLoraClassifier, batch_size: int, buckets: Sequence[int] | None):
-        self.clf, self.buckets, self.base = clf, buckets, clf._loaded_base()
+    def __init__(self, clf: GemmaLoraClassifier, batch_size: int):
+        self.clf, self.base = clf, clf._loaded_base()
         self.batch_size = batch_size  # rows a step on each device
         self.scorer = self.base.scorer(clf.adapter_.targets, clf.adapter_.rank)
         self.tokenizer, self.template = TextTokenizer(self.base.tokenizer_proto), PromptTemplate(clf.template)
@@ -449,25 +449,13 @@ class _ChunkScorer:
         self.truncated += int(times[encoded.truncated].sum())
         return encoded.token_ids
 
-    def choose(self, comments: Sequence[str]) -> None:
-        "Lengths that suit these comments, and a few more up to the longest there can be."
-        words, longest, truncated = self.clf.words_, self.clf.recipe_.max_length, self.truncated
-        prompts = self.encode(comments, np.ones(len(comments), int))
-        self.truncated = truncated  # they will be counted when they are scored
-        more = 0 if words.single_token else max(len(ids) for ids in words.scored_ids)
-        chosen = list(choose_buckets(np.array([len(prompt) + more for prompt in prompts]), passes=16, at_most=6))
-        while chosen[-1] < longest + more:
-            chosen.append(min(-(-(longest + more) // 8) * 8, -(-chosen[-1] * 3 // 16) * 8))
-        self.buckets = tuple(chosen)
-
     def __call__(self, comments: Sequence[str]) -> np.ndarray:  # float32 (n, classes)
         distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
         prompts = self.encode(distinct.tolist(), times)
         with self.base.lock:
             scores = score_labels(
-                self.scorer, self.clf.adapter_, prompts, self.clf.words_, self.buckets,
-                self.batch_size * self.base.replicas,
-            )  # fmt: skip
+                self.scorer, self.clf.adapter_, prompts, self.clf.words_, batch_size=self.batch_size
+            )
         return np.exp(log_softmax(scores)).astype(np.float32)[back]
 
 # %% ../nbs/08_scale.ipynb #944ee5bb
@@ -544,7 +532,7 @@ def _opened_journal(folder: Path, settings: dict[str, Any], resume: bool) -> _Jo
                 journal.close()
                 problem = f"{folder} holds {done:,} finished rows of an earlier run."
                 raise RunError(f"{problem} Go on with --resume (resume=True), or remove the folder.")
-            if differs := difference(journal.settings, {**settings, "buckets": journal.settings["buckets"]}):
+            if differs := difference(journal.settings, {**settings, "several": journal.settings["several"]}):
                 journal.close()
                 remedy = "Use its input, run and options, or remove the folder to start anew."
                 raise RunError(f"{folder} is of another prediction: {differs}. {remedy}")
@@ -658,18 +646,16 @@ def _predict_parts(
         _compare(chunk, finished, parts[-1])
         rows += len(chunk.table)
         clock.start(rows, chunk.fraction)
-    scorer = _ChunkScorer(clf, settings["batch_size"], journal.settings["buckets"] if done else None)
+    scorer = _ChunkScorer(clf, settings["batch_size"])
     ahead = list(islice(chunks, 1 if done else 2))
     if not done and len(ahead) == 1:
         say(f"scoring {len(ahead[0].table)} comments")
         results = iter([(ahead[0], clf.predict_proba(ahead[0].table["comment"].tolist()))])
     else:
         say(f"scoring the comments of {path.name}" + (f" after the first {rows:,}" if done else ""))
-        if not done:
-            scorer.choose(ahead[0].table["comment"].tolist())
         results = score(scorer, chain(ahead, chunks))
     if not done:
-        journal.begin({**settings, "buckets": scorer.buckets})
+        journal.begin({**settings, "several": len(ahead) > 1})
     for number, (chunk, probabilities) in enumerate(results, start=len(parts)):
         parts.append(folder / f"part-{number:06}{suffix}")
         _check_ids(chunk, journal, path)
@@ -742,8 +728,8 @@ class _Clock:
 class _RayWorker:
     "A classifier in a process of its own."
 
-    def __init__(self, clf: GemmaLoraClassifier, batch_size: int, buckets: Sequence[int]):
-        self.scorer = _ChunkScorer(clf, batch_size, buckets)
+    def __init__(self, clf: GemmaLoraClassifier, batch_size: int):
+        self.scorer = _ChunkScorer(clf, batch_size)
 
     def score(self, comments: list[str]) -> tuple[np.ndarray, int]:  # probabilities, comments that were too long
         before = self.scorer.truncated
@@ -783,9 +769,7 @@ def _scored_by_ray(ray: Any, workers: int | None, scorer: _ChunkScorer, chunks: 
     needs = on_gpu if gpus else {"num_cpus": 1}
     remote = ray.remote(max_restarts=8, max_task_retries=8, **needs)(_RayWorker)
     clf = ray.put(scorer.clf)
-    pool = [
-        remote.remote(clf, scorer.batch_size, tuple(scorer.buckets)) for _ in range(workers or gpus or max(1, cpus))
-    ]
+    pool = [remote.remote(clf, scorer.batch_size) for _ in range(workers or gpus or max(1, cpus))]
     waiting = deque()
     for number, chunk in enumerate(chunks):
         if len(waiting) == 2 * len(pool):  # enough for every worker, and no more in memory

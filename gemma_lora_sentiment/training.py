@@ -31,12 +31,21 @@ from sklearn.utils.class_weight import compute_class_weight
 from .adapter import Adapter, RunError, new_adapter
 from .checkpoint import fit_name, hold, load_checkpoint, on_first_process, save_checkpoint
 from .memory import fitting_batch, memory_estimate, memory_text
-from .prompt import LabelWords, assign_buckets, length_buckets, scoring_arrays, training_arrays
+from gemma_lora_sentiment.prompt import (
+    LabelWords,
+    assign_buckets,
+    fill_lines,
+    length_buckets,
+    pack_arrays,
+    scoring_arrays,
+    spread_rows,
+    training_arrays,
+)
 
 # %% auto #0
-__all__ = ['RECIPES', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'BatchSequence',
-           'AdjustableAdamW', 'score_labels', 'log_softmax', 'OutOfMemory', 'fit_to_device', 'train_adapter',
-           'print_progress']
+__all__ = ['RECIPES', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'Packing',
+           'balanced_batches', 'choose_shapes', 'BatchSequence', 'AdjustableAdamW', 'score_labels', 'log_softmax',
+           'OutOfMemory', 'fit_to_device', 'step_shape', 'train_adapter', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #ddc0b463
 @dataclass(frozen=True)
@@ -145,16 +154,89 @@ def choose_buckets(
     compile_tokens: int | None = None,  # tokens the device could compute while it compiles one shape
     at_most: int = 4,  # lengths
 ) -> tuple[int, ...]:  # lengths, ascending
-    "The lengths that make compilation and computation together cheapest."
-    if compile_tokens is None:
-        # measured: 3 s at 4,500 tokens/s on two CPU cores with mini_ko; 11 s at 40,000 on an H200 with Gemma 2B
-        compile_tokens = 15_000 if jax.default_backend() == "cpu" else 400_000
+    "The lengths that make compilation and computation together cheapest, with one row a line."
+    price = _compile_tokens() if compile_tokens is None else compile_tokens
+    candidates = (length_buckets(lengths, n) for n in range(1, at_most + 1))
+    return min(candidates, key=lambda buckets: _padded(lengths, buckets) * passes + price * len(buckets))
 
-    def cost(buckets: tuple[int, ...]) -> int:
-        padded = np.asarray(buckets)[assign_buckets(lengths, buckets)].sum()
-        return int(padded) * passes + compile_tokens * len(buckets)
 
-    return min((length_buckets(lengths, n) for n in range(1, at_most + 1)), key=cost)
+def _compile_tokens() -> int:
+    # measured: 10 s at 2,000 tokens/s on two CPU cores with mini_ko; 11 s at 40,000 on an H200 with Gemma 2B
+    return 20_000 if jax.default_backend() == "cpu" else 400_000
+
+
+def _padded(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:  # tokens
+    return int(np.asarray(buckets)[assign_buckets(lengths, buckets)].sum())
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Lines into which the rows of a step are packed."""
+
+    lines: int
+    length: int  # tokens of each line
+    rows: int  # in a line at most
+
+    @classmethod
+    def of(
+        cls,
+        lengths: np.ndarray,  # int (n,), tokens of each row
+        batch_size: int,  # rows a step
+        epochs: int,
+        seed: int = 0,  # of the batches
+        replicas: int = 1,  # lines must divide into so many parts
+    ) -> Packing:
+        "The lines with the fewest tokens that hold every batch of every epoch."
+        most = min(batch_size, len(lengths))
+        sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+        candidates = {min(n, -(-most // replicas)) * replicas for n in sizes}
+        found = [cls._longest(lengths, batch_size, 1, seed, lines) for lines in sorted(candidates)]
+        # A token costs more in a longer line, where its row's neighbours are computed and thrown away.
+        best = min(found, key=lambda packing: packing.lines * packing.length * (1 + packing.length / 1024))
+        return cls._longest(lengths, batch_size, epochs, seed, best.lines)
+
+    @classmethod
+    def _longest(cls, lengths, batch_size, epochs, seed, lines):
+        most = min(batch_size, len(lengths))
+        rows = most if lines == 1 else -(-most // lines) + 1
+        longest = 0
+        for epoch in range(epochs):
+            for batch in balanced_batches(lengths, batch_size, np.random.default_rng([seed, epoch])):
+                spread = spread_rows(lengths[batch], lines, rows)
+                longest = max(longest, *(int(lengths[batch[line]].sum()) for line in spread))
+        return cls(lines, -(-longest // 16) * 16, rows)
+
+
+def balanced_batches(
+    lengths: np.ndarray,  # int (n,), tokens of each row
+    batch_size: int,  # rows a batch at most
+    rng: np.random.Generator,
+) -> list[np.ndarray]:  # rows of each batch
+    "Batches at random, but each with its share of the long rows and of the short ones."
+    n_batches = -(-len(lengths) // batch_size)
+    order = np.lexsort((rng.random(len(lengths)), -np.asarray(lengths)))
+    shares = [rng.permutation(n_batches) for _ in range(0, len(order), n_batches)]
+    batch_of = np.concatenate(shares)[: len(order)]
+    sizes = np.bincount(batch_of, minlength=n_batches)
+    return np.split(order[np.argsort(batch_of, kind="stable")], np.cumsum(sizes)[:-1])
+
+
+def choose_shapes(
+    rows: Rows,
+    recipe: Recipe,
+    seed: int = 0,
+    replicas: int = 1,
+) -> tuple[tuple[int, ...], Packing | None]:  # lengths to pad to, ascending; lines, or None for one row a line
+    "Whatever is cheaper: several lengths with one row a line, or one shape with packed rows."
+    passes, lengths = max(1, recipe.epochs), rows.lengths
+    buckets = choose_buckets(lengths, passes)
+    if recipe.loss_on != "response" or min(recipe.batch_size, len(rows)) == 1:
+        return buckets, None
+    packing = Packing.of(lengths, recipe.batch_size, passes, seed, replicas)
+    tokens = -(-len(rows) // recipe.batch_size) * packing.lines * packing.length
+    one_a_line = _padded(lengths, buckets) * passes + _compile_tokens() * len(buckets)
+    packed = tokens * passes + _compile_tokens()
+    return ((packing.length,), packing) if packed <= one_a_line else (buckets, None)
 
 # %% ../nbs/04_training.ipynb #b779fd78
 class BatchSequence(keras.utils.PyDataset):
@@ -169,10 +251,12 @@ class BatchSequence(keras.utils.PyDataset):
         seed: int = 0,
         replicas: int = 1,  # batches are filled up, with rows of weight 0, until they divide into so many parts
         processes: int = 1,  # that feed one batch together; this one gives its part of the rows
+        packing: Packing | None = None,  # lines for the rows of a batch; then there is one bucket, their length
     ):
         super().__init__()
         self.seed, self.epoch, self.first, self.batch_size = seed, 0, 0, batch_size
-        self.filled_size = -(-batch_size // replicas) * replicas
+        self.packing, self.lengths = packing, rows.lengths
+        self.filled_size = packing.lines if packing else -(-batch_size // replicas) * replicas
         share = self.filled_size // processes
         first = jax.process_index() * share if processes > 1 else 0
         self.part = slice(first, first + share)
@@ -188,6 +272,20 @@ class BatchSequence(keras.utils.PyDataset):
             )
         self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}
 
+    @property
+    def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:  # of each bucket that has rows
+        "Arrays of a step, as this process gives them: token_ids, padding_mask, positions, targets, weights."
+        share = self.part.stop - self.part.start
+        sizes = {}
+        if self.packing:
+            places = self.packing.rows * self.arrays[0]["positions"].shape[1]
+            sizes = {name: (share, places) for name in ("positions", "targets", "weights")}
+        return [
+            {name: jax.ShapeDtypeStruct(sizes.get(name, (share, *array.shape[1:])), array.dtype)
+             for name, array in arrays.items()}
+            for arrays in self.arrays if len(arrays["token_ids"])
+        ]  # fmt: skip
+
     def __len__(self) -> int:
         return sum(-(-len(members) // self.batch_size) for members in self.members) - self.first
 
@@ -197,6 +295,8 @@ class BatchSequence(keras.utils.PyDataset):
     ) -> list[tuple[int, np.ndarray]]:  # (bucket, rows within it) of each batch, in order
         "The batches of an epoch, drawn from the seed and the epoch's number alone."
         rng = np.random.default_rng([self.seed, epoch])
+        if self.packing:
+            return [(0, rows) for rows in balanced_batches(self.lengths, self.batch_size, rng)]
         batches = []
         for bucket, members in enumerate(self.members):
             order = rng.permutation(len(members))
@@ -207,11 +307,20 @@ class BatchSequence(keras.utils.PyDataset):
         if self.epoch not in self._plans:
             self._plans = {self.epoch: self.plan(self.epoch)}
         bucket, rows = self._plans[self.epoch][self.first + index]
+        if self.packing:
+            return self._packed(rows)
         filled = np.concatenate([rows, np.zeros(self.filled_size - len(rows), int)])
         batch = {name: array[filled] for name, array in self.arrays[bucket].items()}
         targets, weights = batch.pop("targets"), batch.pop("weights")
         weights[len(rows) :] = 0
         return {name: array[self.part] for name, array in batch.items()}, targets[self.part], weights[self.part]
+
+    def _packed(self, rows):
+        lines = spread_rows(self.lengths[rows], self.packing.lines, self.packing.rows)[self.part]
+        arrays = {name: array[rows] for name, array in self.arrays[0].items()}
+        batch = pack_arrays(arrays, lines, self.packing.length, self.packing.rows)
+        targets, weights = (batch.pop(name).reshape(len(lines), -1) for name in ("targets", "weights"))
+        return batch, targets, weights
 
 # %% ../nbs/04_training.ipynb #83782f6b
 class AdjustableAdamW(keras.optimizers.AdamW):
@@ -302,8 +411,8 @@ def score_labels(
     adapter: Adapter,
     prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
     words: LabelWords,
-    buckets: Sequence[int] = (),  # lengths compiled already
-    batch_size: int = 32,  # prompts a step on each device
+    buckets: Sequence[int] = (),  # tokens of a line, ascending; longer rows get longer lines. By default 128
+    batch_size: int = 32,  # a step on each device takes as many tokens as so many prompts of mean length have
     progress: Callable[[int, int], None] | None = None,  # called with rows done and rows in all
 ) -> np.ndarray:  # float32 (n, labels), log-scores up to a constant a row
     "Score every label for every prompt; the shared model stays as it is. `ValueError` for a scorer of other layers."
@@ -312,90 +421,73 @@ def score_labels(
             f"The adapter is for {', '.join(adapter.targets)}, the scorer has LoRA on {', '.join(scorer.targets)}. "
             "Take base.scorer(adapter.targets, adapter.rank)."
         )
-    n, n_labels = len(prompts), len(words.labels)
-    scores = np.zeros((n, n_labels), np.float32)
+    n, n_labels, single = len(prompts), len(words.labels), words.single_token
     if n == 0:
-        return scores
-    longest_word = 0 if words.single_token else max(len(ids) for ids in words.scored_ids)
-    lengths = np.array([len(prompt) for prompt in prompts]) + longest_word
-    buckets = _scoring_buckets(_with_longer(buckets, lengths), lengths)
-    bucket_of = assign_buckets(lengths, buckets)
-    label_ids = np.array([ids[0] for ids in words.scored_ids], np.int32) if words.single_token else None
-    per_step = batch_size if words.single_token else max(1, batch_size // n_labels)
+        return np.zeros((n, n_labels), np.float32)
+    of_prompts = np.array([len(prompt) for prompt in prompts])
+    rows_each = 1 if single else n_labels  # rows of a prompt
+    lengths = of_prompts if single else np.add.outer(of_prompts, [len(ids) for ids in words.scored_ids]).ravel()
+    label_ids = np.array([ids[0] for ids in words.scored_ids], np.int32) if single else None
     parts = 1 if scorer.distribution is None else scorer.distribution.num_model_replicas
-    per_step *= parts
     arrays = scorer.placed({path: jax.device_put(array) for path, array in adapter.arrays.items()})
     scorer.lora_alpha.assign(adapter.alpha)
-    waiting: deque[tuple[np.ndarray, jax.Array]] = deque()
+    values = np.zeros((len(lengths), n_labels) if single else len(lengths), np.float32)
+    waiting: deque[tuple[list[list[int]], int, jax.Array]] = deque()
+    done = 0
 
     def collect(at_most: int) -> None:
+        nonlocal done
         while len(waiting) > at_most:
-            rows, result = waiting.popleft()
-            scores[rows] = np.asarray(result).reshape(per_step, n_labels)[: len(rows)]
+            lines, places, result = waiting.popleft()
+            rows = [row for line in lines for row in line]
+            at = [line * places + place for line, members in enumerate(lines) for place in range(len(members))]
+            values[rows] = np.asarray(result)[at]
+            done += len(rows)
             if progress is not None:
-                progress(n - unsent - sum(len(later) for later, _ in waiting), n)
+                progress(done // rows_each, n)
 
-    unsent = n
-    for bucket, rows in _scoring_steps(bucket_of, len(buckets), per_step):
-        filled = [prompts[i] for i in rows] + [prompts[rows[0]]] * (per_step - len(rows))
-        waiting.append((rows, scorer.score(arrays, scoring_arrays(filled, words, buckets[bucket]), label_ids)))
-        unsent -= len(rows)
+    for length, places, lines in _scoring_steps(lengths, buckets, batch_size, parts, 1 if single else 2):
+        rows = [row for line in lines for row in line]
+        numbered = iter(range(len(rows)))
+        local = [[next(numbered) for _ in line] for line in lines]
+        batch = scoring_arrays(prompts, words, int(lengths[rows].max()), rows)
+        waiting.append((lines, places, scorer.score(arrays, pack_arrays(batch, local, length, places), label_ids)))
         collect(_STEPS_AHEAD)
     collect(0)
-    return scores
+    return values.reshape(n, n_labels)
 
 
 def _scoring_batch_size() -> int:  # prompts a step on each device
-    "On two CPU cores with mini_ko 32 scored 364 rows a second, 16 scored 308 and 64 scored 291; not measured on GPUs."
     return 32 if jax.default_backend() == "cpu" else 64
 
 
 _STEPS_AHEAD = 4  # steps given to the device before the first one's result is fetched
+_LINE_TOKENS, _ROW_TOKENS = 128, 32  # of a line for scoring; of a row, in the mean
 
 
 def _scoring_steps(
-    bucket_of: np.ndarray,  # int (n,), the shortest length that holds each row
-    n_buckets: int,
-    per_step: int,  # rows
-) -> list[tuple[int, np.ndarray]]:  # (bucket, rows) of each step, the longest first
-    "Rows by length; places that the last step of a length leaves free, shorter rows take."
-    members = [np.flatnonzero(bucket_of == bucket) for bucket in range(n_buckets)]
-    steps = []
-    for bucket in range(n_buckets - 1, -1, -1):
-        for shorter in range(bucket - 1, -1, -1):
-            free = -len(members[bucket]) % per_step
-            members[bucket] = np.concatenate([members[bucket], members[shorter][:free]])
-            members[shorter] = members[shorter][free:]
-        rows = members[bucket]
-        steps += [(bucket, rows[start : start + per_step]) for start in range(0, len(rows), per_step)]
-    return steps
-
-
-def _scoring_buckets(
-    buckets: tuple[int, ...],  # that hold every row
-    lengths: np.ndarray,  # int (n,)
-    compile_tokens: int | None = None,  # tokens the device could score while it compiles one shape
-) -> tuple[int, ...]:  # the same, or with more lengths where a long file pays for their compilation
-    if compile_tokens is None:
-        # a forward pass costs a third of a training step's, its compilation about half
-        compile_tokens = 25_000 if jax.default_backend() == "cpu" else 600_000
-    candidates = [set(buckets), *(set(buckets) | set(length_buckets(lengths, n, multiple=8)) for n in (2, 3, 4))]
-
-    def cost(sizes: set[int]) -> int:
-        padded = np.asarray(sorted(sizes))[assign_buckets(lengths, sorted(sizes))].sum()
-        return int(padded) + compile_tokens * len(sizes - set(buckets))
-
-    return tuple(sorted(min(candidates, key=cost)))
-
-
-def _with_longer(
-    buckets: Sequence[int],
-    lengths: np.ndarray,  # int (n,)
-) -> tuple[int, ...]:  # the buckets, and the few more that longer rows need
-    longer = lengths[lengths > max(buckets, default=0)]
-    if len(longer) == 0:
-        return tuple(buckets)
-    return (*buckets, *(size for size in length_buckets(longer, 4, multiple=16) if size > max(buckets, default=0)))
+    lengths: np.ndarray,  # int (n,), tokens of each row
+    buckets: Sequence[int] = (),  # tokens of a line; longer ones follow where they are needed
+    batch_size: int = 32,  # rows of mean length
+    parts: int = 1,  # of a step, one for each device
+    spacious: int = 1,  # how many times longer than 8 tokens a row is at least, in the mean of a line
+) -> Iterator[tuple[int, int, list[list[int]]]]:  # tokens and places of a line, rows of each line of the step
+    "Steps of few shapes, the longest lines first; what these leave free, shorter rows take."
+    sizes = list(buckets) or [_LINE_TOKENS]
+    while sizes[-1] < lengths.max():  # halfway to the double, then the double: 128, 192, 256, 384, ...
+        sizes.append(sizes[-1] * 4 // 3 if bin(sizes[-1]).count("1") == 2 else sizes[-1] * 3 // 2)
+    left = np.arange(len(lengths))
+    for below, length in zip(reversed([0, *sizes[:-1]]), reversed(sizes), strict=True):
+        if not len(left) or lengths[left].max() <= below:
+            continue
+        lines_a_step = parts * max(1, batch_size * _ROW_TOKENS // length)
+        places = max(1, length // (8 * spacious))
+        lines, left_over = fill_lines(lengths[left], length, places, below, lines_a_step)
+        rows_of = [left[line].tolist() for line in lines]
+        left = left[left_over]
+        for start in range(0, len(lines), lines_a_step):
+            if any(step := rows_of[start : start + lines_a_step]):
+                yield length, places, step
 
 
 def log_softmax(
@@ -440,7 +532,7 @@ class _Bookkeeping(keras.callbacks.Callback):
 
     def _validate(self, arrays):
         adapter = replace(self.adapter, arrays=arrays)
-        scores = score_labels(self.model, adapter, self.validation.prompts, self.words, self.buckets)
+        scores = score_labels(self.model, adapter, self.validation.prompts, self.words)
         expected = self.validation.label_index
         losses = -log_softmax(scores)[np.arange(len(scores)), expected]
         weights = self.validation.weights
@@ -495,7 +587,12 @@ class OutOfMemory(RunError, MemoryError):
 
 
 @contextmanager
-def _memory_explained(base: Base, start: Adapter, recipe: Recipe, length: int) -> Iterator[None]:
+def _memory_explained(
+    base: Base,
+    start: Adapter,
+    batch_size: int,  # rows a step
+    shape: tuple[int, int, int],  # lines, tokens of a line, positions of a line
+) -> Iterator[None]:
     "Turn JAX's RESOURCE_EXHAUSTED into `OutOfMemory`."
     try:
         yield
@@ -506,14 +603,14 @@ def _memory_explained(base: Base, start: Adapter, recipe: Recipe, length: int) -
             link = link.__cause__ or link.__context__
         if isinstance(error, OutOfMemory) or "RESOURCE_EXHAUSTED" not in chain:
             raise
-        positions = 2 if recipe.loss_on == "response" else length - 1
-        parts = memory_estimate(base, start.rank, start.targets, recipe.batch_size, length, positions)
+        lines, length, _ = shape
+        parts = memory_estimate(base, start.rank, start.targets, *shape)
         asked = re.search(r"allocat\w*\s+(?:of\s+)?(\d[\d.,]*)\s*(bytes|[KMGT]?i?B)?", chain)
         failed = f" (an allocation of {asked[1]} {asked[2] or 'bytes'} failed)" if asked else ""
-        lower = ["batch_size"] * (recipe.batch_size > 1) + ["max_length"]
+        lower = ["batch_size"] * (batch_size > 1) + ["max_length"]
         smaller = "" if base.quantization else ", or use quantization='int8'"
         raise OutOfMemory(
-            f"Out of memory at batch_size={recipe.batch_size} and {length} tokens in {base.dtype}{failed}. Needed, "
+            f"Out of memory at batch_size={batch_size}, {lines} x {length} tokens in {base.dtype}{failed}. Needed, "
             f"estimated: {memory_text(parts)}. Lower {' or '.join(lower)}{smaller}."
         ) from None
 
@@ -662,7 +759,7 @@ def _depends_on(
     start: Adapter,
     rows: Rows,
     validation: Rows | None,
-    buckets: Sequence[int],
+    shapes: Sequence[Sequence[int]],  # lines and tokens of the steps
     recipe: Recipe,
     more: Mapping[str, Any],  # what the caller adds
 ) -> dict[str, Any]:  # as JSON can hold it
@@ -675,7 +772,7 @@ def _depends_on(
             responses = [np.asarray(response, np.int32) for response in part.responses]
             settings[f"{name}_digest"] = _digest(*part.prompts, *responses, part.label_index, part.weights)
     start_digest = _digest(*(start.arrays[path] for path in sorted(start.arrays)))
-    numbers = {"buckets": [int(bucket) for bucket in buckets], "start_digest": start_digest}
+    numbers = {"shapes": [list(map(int, shape)) for shape in shapes], "start_digest": start_digest}
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
     return plain | numbers
 
@@ -686,13 +783,7 @@ def _steps_of(
 ) -> dict[Any, Callable[[], Any]]:  # as `_compile_side_by_side` takes them
     "The training step of each bucket that has rows."
     wanted = {}
-    for arrays in batches.arrays:
-        if not len(arrays["token_ids"]):
-            continue
-        shapes = {
-            name: jax.ShapeDtypeStruct((batches.batch_size, *array.shape[1:]), array.dtype)
-            for name, array in arrays.items()
-        }
+    for shapes in batches.shapes:
         targets, weights = shapes.pop("targets"), shapes.pop("weights")
         name = ("train", scorer.rematerialize, shapes["token_ids"].shape, targets.shape)
         wanted[name] = lambda batch=(shapes, targets, weights): scorer.lower_step(batch)
@@ -708,14 +799,31 @@ def fit_to_device(
     available: int | None = None,  # bytes; by default what the device says
 ) -> tuple[Recipe, bool, dict[str, int]]:  # recipe, whether to rematerialize, the estimate in bytes
     "Compute blocks twice, then lower the rows a step, where memory is known and would not do."
-    length = -(-int(rows.lengths.max()) // 8) * 8
-    positions = max(map(len, rows.responses)) if recipe.loss_on == "response" else length - 1
+
+
+    def shape_of(batch_size: int) -> tuple[int, int, int]:
+        once = replace(recipe, batch_size=batch_size, epochs=1)
+        return step_shape(rows, once, *choose_shapes(rows, once, replicas=base.replicas))
+
     needs = (base, start.rank, start.targets)
     available = device_bytes() if available is None else available
-    batch_size, rematerialize = fitting_batch(*needs, recipe.batch_size, length, positions, available)
+    batch_size, rematerialize = fitting_batch(*needs, recipe.batch_size, shape_of, available)
     batch_size = recipe.batch_size if keep_batch else batch_size
-    estimate = memory_estimate(*needs, batch_size, length, positions, rematerialize)
+    estimate = memory_estimate(*needs, *shape_of(batch_size), rematerialize)
     return replace(recipe, batch_size=batch_size), rematerialize, estimate
+
+
+def step_shape(
+    rows: Rows,
+    recipe: Recipe,
+    buckets: Sequence[int],
+    packing: Packing | None,
+) -> tuple[int, int, int]:  # lines, tokens of a line, positions of a line at which logits are computed
+    "The largest step of a fit."
+    positions = max(map(len, rows.responses))
+    if packing:
+        return packing.lines, packing.length, packing.rows * positions
+    return recipe.batch_size, max(buckets), positions if recipe.loss_on == "response" else max(buckets) - 1
 
 # %% ../nbs/04_training.ipynb #f63b1aea
 def _train(
@@ -793,17 +901,20 @@ def train_adapter(
     Raises `RunError` when the loss is not finite, the adapter does not move, memory is short, or a checkpoint is
     damaged; `OSError` when one cannot be written.
     """
-    everything = rows.lengths if validation is None else np.concatenate([rows.lengths, validation.lengths])
-    buckets = choose_buckets(everything, recipe.epochs)
-    batches = BatchSequence(rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas, base.processes)
+    buckets, packing = choose_shapes(rows, recipe, seed, base.replicas)
+    batches = BatchSequence(
+        rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas, base.processes, packing
+    )  # fmt: skip
+    shape = step_shape(rows, recipe, buckets, packing)
     bookkeeping = _Bookkeeping(batches, start, words, validation, buckets, patience, progress)
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
     more |= {"rematerialize": True} if rematerialize else {}
-    with base.lock, base.scope(), _memory_explained(base, start, recipe, max(buckets)):
+    with base.lock, base.scope(), _memory_explained(base, start, recipe.batch_size, shape):
         if checkpoint_dir is None:
             return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, None, rematerialize)
-        identity = _depends_on(base, start, rows, validation, buckets, recipe, more)
+        shapes = [(batches.filled_size, length) for length in buckets]
+        identity = _depends_on(base, start, rows, validation, shapes, recipe, more)
         folder = Path(checkpoint_dir) / fit_name(identity)
         with ExitStack() as held:  # by the first process, where several compute one fit
 

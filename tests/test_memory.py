@@ -89,7 +89,7 @@ def test_training_with_blocks_computed_twice_ends_where_it_would(tiny, base):
 
 
 def test_fitting_batch_keeps_the_recipe_where_it_can(base):
-    needs = (base, 4, ("query", "value"), 16, 64, 2)
+    needs = (base, 4, ("query", "value"), 16, lambda rows: (rows, 64, 2))
     once = memory_estimate(base, 4, batch_size=16, length=64)["total"]
     twice = memory_estimate(base, 4, batch_size=16, length=64, rematerialize=True)["total"]
     assert twice < once
@@ -122,7 +122,7 @@ def test_shapes_compiled_side_by_side_are_not_compiled_again(tiny, monkeypatch):
             compiled.append(more.get("fun_name", ""))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    monkeypatch.setattr(training, "choose_buckets", lambda *_: (16, 40))
+    monkeypatch.setattr(training, "choose_shapes", lambda *_, **__: ((16, 40), None))
     settings = dict(preset=tiny, lora_rank=3, epochs=1, batch_size=2, learning_rate=0.01)
     settings["target_layers"] = ["query", "value"]
     monkeypatch.setattr(training, "_cores", lambda: 16)
