@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -153,12 +155,39 @@ def _untouched_random_state() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+def _policies_of(
+    backbone: keras.Model,
+) -> dict[str, str]:  # path of each quantized layer -> the name of its dtype policy; nothing for a float backbone
+    "What `get_config` forgets: the format that a quantized layer was quantized from, in which it computes."
+    found = {}
+    for layer in backbone._flatten_layers(include_self=False):
+        policy = layer.dtype_policy
+        if isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy):
+            block = f"/{policy.block_size}" if hasattr(policy, "block_size") else ""
+            found[layer.path] = f"{policy.quantization_mode}{block}_from_{layer.compute_dtype}"
+    return found
+
+
+def _config_of(
+    backbone: keras.Model,
+    policies: Mapping[str, str] | None = None,  # of quantized layers; by default the backbone's own
+) -> dict[str, Any]:  # of which `from_config` makes a backbone of the same number formats
+    named = _policies_of(backbone) if policies is None else policies
+    config = backbone.get_config()
+    if not named:
+        return config
+    get = keras.dtype_policies.get
+    default = get(backbone.token_embedding.compute_dtype)
+    table = keras.dtype_policies.DTypePolicyMap(default, {path: get(name) for path, name in named.items()})
+    return {**config, "dtype": table}
+
+
 def _share_weights(
     original: keras.Model,
     fused_attention: bool = True,  # where the device has it
 ) -> keras.Model:  # a new backbone whose variables hold the original's arrays; text alone
     with without_tensorflow(), _without_allocation():
-        config = original.get_config()
+        config = _config_of(original)
         config |= {name: None for name in ("vision_encoder", "audio_encoder") if name in config}
         twin = type(original).from_config(config)
     values = {variable.path: variable.value for variable in original.variables}
@@ -179,18 +208,36 @@ _DRAWN = tuple(
 
 
 @contextlib.contextmanager
+def _in_parts() -> Iterator[None]:
+    "Arrays that are read inside go to each device in its part, where Keras would send each to the first one whole."
+    variable_class = keras.Variable
+    usual = variable_class._convert_to_tensor
+
+    def convert(variable, value, dtype=None):
+        divided = getattr(variable, "_layout", None) is not None and jax.process_count() == 1
+        if not divided or not isinstance(value, np.ndarray):
+            return usual(variable, value, dtype)
+        return value.astype(jax.numpy.dtype(dtype or variable._dtype), copy=False)
+
+    variable_class._convert_to_tensor = convert
+    try:
+        yield
+    finally:
+        variable_class._convert_to_tensor = usual
+
+
+@contextlib.contextmanager
 def _without_drawing() -> Iterator[None]:
     "Variables made inside, by this thread, that would be random or zero are zero, without a compiled program."
     variable_class, thread = keras.Variable, threading.get_ident()
     usual = variable_class._initialize_with_initializer
 
     def initialize(variable, initializer):
-        # A distribution draws on its devices; but several processes would each draw their own.
-        whole = keras.distribution.distribution() is None or jax.process_count() > 1
-        ours = threading.get_ident() == thread and whole
-        if not ours or not isinstance(initializer, _DRAWN):
+        if threading.get_ident() != thread or not isinstance(initializer, _DRAWN):
             return usual(variable, initializer)
-        variable._initialize(jax.device_put(np.zeros(variable._shape, jax.numpy.dtype(variable._dtype))))
+        zeros = np.zeros(variable._shape, jax.numpy.dtype(variable._dtype))
+        divided = keras.distribution.distribution() is not None and jax.process_count() == 1
+        variable._initialize(zeros if divided else jax.device_put(zeros))  # NumPy's goes to each device in its part
 
     variable_class._initialize_with_initializer = initialize
     try:
@@ -811,6 +858,7 @@ def distribution_for(
 
 # %% ../nbs/02_model.ipynb #ebe6b6b0
 _DENSE = (keras.layers.Dense, keras.layers.EinsumDense)
+_THREADS = 8  # each holds the temporary arrays of one layer, 0.6 GB for the widest of Gemma 2B
 
 
 def _quantize_dense(
@@ -818,11 +866,21 @@ def _quantize_dense(
     mode: str,  # "int8" or "int4"
 ) -> None:
     "Quantize the kernels of the blocks; not the embedding, whose rounding no gradient comes through."
-    for layer in backbone._flatten_layers():
-        if isinstance(layer, _DENSE):
+    distribution = keras.distribution.distribution()  # Keras has one for each thread
+
+    def quantize(layer):
+        with contextlib.nullcontext() if distribution is None else distribution.scope():
             if mode == "int8" and layer.compute_dtype == "float16":  # which the scales of int8 products overflow
                 layer.dtype_policy = "float32"
             layer.quantize(mode)
+
+    gc.collect()
+    gc.freeze()  # Keras collects garbage after each layer, a quarter of a second where much is imported
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:  # Keras quantizes in NumPy, a layer on one core
+            list(pool.map(quantize, [layer for layer in backbone._flatten_layers() if isinstance(layer, _DENSE)]))
+    finally:
+        gc.unfreeze()
 
 
 def _quantized(
@@ -832,25 +890,24 @@ def _quantized(
     mode: str,  # "int8" or "int4"
 ) -> keras.Model:  # a backbone whose dense layers are quantized; the one that was given is used up
     "Quantize, or read what an earlier process quantized."
-    name = f"{Base(preset, backbone, b'', dtype).fingerprint[:32]}-{dtype}-{mode}-keras{keras.__version__}"
+    name = f"{Base(preset, backbone, b'', dtype).fingerprint[:32]}-{dtype}-{mode}-keras{keras.__version__}-2"
     kept = kept_arrays(name)
     if kept is not None and (twin := _filled(backbone, *kept)) is not None:
         return twin
     floats = {variable.path for variable in backbone.variables if not variable.path.endswith("kernel")}
     _quantize_dense(backbone, mode)
     new = {v.path: np.asarray(v.value) for v in backbone.variables if v.path not in floats}
-    with without_tensorflow():
-        keep_arrays(name, new, backbone.get_config()["dtype"])
+    keep_arrays(name, new, _policies_of(backbone))
     return backbone
 
 
 def _filled(
     backbone: keras.Model,  # in a float format
     arrays: Mapping[str, np.ndarray],  # by variable path
-    policy: dict[str, Any],  # dtype policy of the quantized backbone, serialized
+    policies: dict[str, str],  # of the quantized layers
 ) -> keras.Model | None:  # the quantized backbone, or None where the arrays do not fit
     with _untouched_random_state(), without_tensorflow(), _without_allocation():
-        twin = type(backbone).from_config({**backbone.get_config(), "dtype": policy})
+        twin = type(backbone).from_config(_config_of(backbone, policies))
     floats = {variable.path: variable.value for variable in backbone.variables}
     for variable in twin.variables:
         value = arrays.get(variable.path, floats.get(variable.path))
@@ -906,7 +963,7 @@ def _load(
 ) -> Base:
     scope = contextlib.nullcontext() if distribution is None else distribution.scope()
     try:
-        with without_tensorflow(), scope, _without_drawing():
+        with without_tensorflow(), scope, _without_drawing(), _in_parts():
             backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error

@@ -232,11 +232,14 @@ def choose_shapes(
     buckets = choose_buckets(lengths, passes)
     if recipe.loss_on != "response" or min(recipe.batch_size, len(rows)) == 1:
         return buckets, None
-    packing = Packing.of(lengths, recipe.batch_size, passes, seed, replicas)
+    packing = Packing.of(lengths, recipe.batch_size, passes, seed)  # the choice is the same on any number of devices
     tokens = -(-len(rows) // recipe.batch_size) * packing.lines * packing.length
     one_a_line = _padded(lengths, buckets) * passes + _compile_tokens() * len(buckets)
     packed = tokens * passes + _compile_tokens()
-    return ((packing.length,), packing) if packed <= one_a_line else (buckets, None)
+    if packed > one_a_line:
+        return buckets, None
+    packing = packing if replicas == 1 else Packing.of(lengths, recipe.batch_size, passes, seed, replicas)
+    return (packing.length,), packing
 
 # %% ../nbs/04_training.ipynb #b779fd78
 class BatchSequence(keras.utils.PyDataset):
@@ -759,7 +762,7 @@ def _depends_on(
     start: Adapter,
     rows: Rows,
     validation: Rows | None,
-    shapes: Sequence[Sequence[int]],  # lines and tokens of the steps
+    buckets: Sequence[int],  # none where rows share lines, which may be others on other devices
     recipe: Recipe,
     more: Mapping[str, Any],  # what the caller adds
 ) -> dict[str, Any]:  # as JSON can hold it
@@ -772,7 +775,7 @@ def _depends_on(
             responses = [np.asarray(response, np.int32) for response in part.responses]
             settings[f"{name}_digest"] = _digest(*part.prompts, *responses, part.label_index, part.weights)
     start_digest = _digest(*(start.arrays[path] for path in sorted(start.arrays)))
-    numbers = {"shapes": [list(map(int, shape)) for shape in shapes], "start_digest": start_digest}
+    numbers = {"buckets": [int(bucket) for bucket in buckets], "start_digest": start_digest}
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
     return plain | numbers
 
@@ -913,8 +916,7 @@ def train_adapter(
     with base.lock, base.scope(), _memory_explained(base, start, recipe.batch_size, shape):
         if checkpoint_dir is None:
             return _train(base, start, recipe, bookkeeping, callbacks, lora_dropout, seed, None, rematerialize)
-        shapes = [(batches.filled_size, length) for length in buckets]
-        identity = _depends_on(base, start, rows, validation, shapes, recipe, more)
+        identity = _depends_on(base, start, rows, validation, () if packing else buckets, recipe, more)
         folder = Path(checkpoint_dir) / fit_name(identity)
         with ExitStack() as held:  # by the first process, where several compute one fit
 

@@ -131,17 +131,19 @@ def test_arrays_that_cannot_be_written_are_not_kept(tmp_path, monkeypatch):
     assert cache.kept_arrays("x") is None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_kept_quantized_base_has_the_bits_of_a_fresh_one(mode, tmp_path, monkeypatch):
-    from gemma_lora_sentiment.model import keras, load_base, release_bases, tiny_gemma
+def test_a_kept_quantized_base_has_the_bits_of_a_fresh_one(mode, dtype, tmp_path, monkeypatch):
+    from gemma_lora_sentiment import model
+    from gemma_lora_sentiment.model import load_base, release_bases, tiny_gemma
 
     monkeypatch.setenv("GEMMA_LORA_SENTIMENT_CACHE", str(tmp_path / "cache"))
     preset = tiny_gemma(tmp_path / "base")
     release_bases()
-    fresh = load_base(preset, quantization=mode)
+    fresh = load_base(preset, dtype, mode)
     release_bases()
-    monkeypatch.setattr(keras.Model, "quantize", None)  # it is read, not made
-    kept = load_base(preset, quantization=mode)
+    monkeypatch.setattr(model, "_quantize_dense", None)  # it is read, not made
+    kept = load_base(preset, dtype, mode)
     assert kept is not fresh and kept.fingerprint == fresh.fingerprint and kept.nbytes == fresh.nbytes
     for ours, theirs in zip(kept.backbone.variables, fresh.backbone.variables, strict=True):
         assert (ours.path, ours.dtype) == (theirs.path, theirs.dtype)

@@ -488,6 +488,18 @@ def test_quantized_bases_train_and_predict(quantization, tiny):
     assert base.fingerprint != plain.fingerprint
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_scorer_computes_in_the_formats_of_its_base(dtype, quantization, tiny):
+    """`get_config` of a quantized Keras model forgets them, and Keras's default is float32."""
+    base = load_base(tiny, dtype, quantization)
+    formats = [
+        [(layer.path, layer.compute_dtype, layer.quantization_mode) for layer in backbone._flatten_layers(False)]
+        for backbone in (base.backbone, base.scorer(rank=4).backbone)
+    ]
+    assert formats[0] == formats[1] and any(found[1] == dtype for found in formats[1])
+
+
 def test_int8_beside_float16_computes_its_products_in_float32(tiny):
     """Keras refuses int8 in float16, whose range the scales leave."""
     base, wide = load_base(tiny, "float16", "int8"), load_base(tiny, "float32", "int8")

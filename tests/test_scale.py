@@ -307,8 +307,8 @@ def test_few_shapes_and_no_comment_twice(tmp_path, clf, monkeypatch):
     scored = []
     real = scale.score_labels
 
-    def counting(scorer, adapter, prompts, *rest):
-        result = real(scorer, adapter, prompts, *rest)
+    def counting(scorer, adapter, prompts, *rest, **named):
+        result = real(scorer, adapter, prompts, *rest, **named)
         scored.append((len(prompts), scorer._label_step._cache_size() + scorer._sequence_step._cache_size()))
         return result
 
@@ -318,7 +318,7 @@ def test_few_shapes_and_no_comment_twice(tmp_path, clf, monkeypatch):
     predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=100)
     assert [n for n, _ in scored] == [50] * 8
     shapes = [count for _, count in scored]
-    assert shapes[-1] == shapes[3] and shapes[0] <= 7, shapes
+    assert shapes[-1] == shapes[0] <= 2, shapes
 
 
 def test_ids_that_come_twice_in_different_chunks(tmp_path, clf):
