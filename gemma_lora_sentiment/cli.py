@@ -206,7 +206,7 @@ def _judge(
     baseline: dict[str, Any] | None,  # fitted baselines by name, or None when their training rows are not there
     history: Any | None = None,  # of training, for the curves; without rows where nothing was trained
     comments: bool = True,  # whether files may hold comments
-) -> tuple[dict[str, Any], dict[str, Any] | None]:  # metrics of ours, metrics of the baseline
+) -> tuple[dict[str, Any], dict[str, Any] | None, Any]:  # metrics of ours, of the baseline, answers of ours (n,)
     from gemma_lora_sentiment import evaluation
 
     classes = clf.classes_
@@ -224,7 +224,7 @@ def _judge(
         folder / "figures", rows.label, probabilities, classes,
         history if history is not None and len(history) else None, theirs.get("baseline"),
     )  # fmt: skip
-    return metrics, metrics["baseline"]
+    return metrics, metrics["baseline"], classes[probabilities.argmax(axis=1)]
 
 
 def _fitted_baseline(rows: Any, seed: int) -> dict[str, Any]:
@@ -618,7 +618,7 @@ def train(
         clf.set_params(checkpoint_dir=checkpoints)
         _say(quiet, f"fitting on {len(kept)} rows, {len(held_out)} held out")
         clf.fit(kept.comment, kept.label)
-        metrics, baseline = _judge(folder, held_out, clf, _fitted_baseline(kept, clf.seed), clf.history_, comments)
+        metrics, baseline, _ = _judge(folder, held_out, clf, _fitted_baseline(kept, clf.seed), clf.history_, comments)
         judged, history = clf, clf.history_
         if refit:
             _say(quiet, f"fitting on all {len(rows)} rows for {clf.best_epoch_} epochs")
@@ -792,7 +792,7 @@ def evaluate(
     if why_not:
         more["no_baseline"] = "the rows of its training are not there, or have changed"
     with _folder(out, obsolete=("influence.tsv",)) as folder:
-        metrics, baseline = _judge(folder, rows, clf, baseline_clf, comments=comments)
+        metrics, baseline, _ = _judge(folder, rows, clf, baseline_clf, comments=comments)
         if explain:
             _write_influence(folder, rows, clf, explain)
         metrics |= _run_description("evaluate", file, rows, clf, more)
@@ -1099,10 +1099,9 @@ def quickstart(
     with _folder(out) as folder:
         _say(quiet, f"fine-tuning mini_ko on {len(rows)} of the sample's rows")
         clf.fit(rows.comment, rows.label)
-        metrics, baseline = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_, comments)
+        metrics, baseline, answers = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_, comments)
         clf.save(folder)
         clf.history_.to_csv(folder / "history.csv", index=False)
-        answers = clf.predict(test.comment)
         if comments:
             write_submission(answers, test[["id", "comment", "label"]], folder / "submission.txt")
         else:
