@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import glob
+import importlib
 import json
 import os
 import platform
@@ -225,6 +226,13 @@ def _judge(
         history if history is not None and len(history) else None, theirs.get("baseline"),
     )  # fmt: skip
     return metrics, metrics["baseline"], classes[probabilities.argmax(axis=1)]
+
+
+def _import_what_follows() -> None:
+    "What comes after training, in a thread of its own while XLA compiles, which leaves Python free."
+    for name in ("evaluation", "analysis", "figures", "report", "submission"):
+        importlib.import_module(f"gemma_lora_sentiment.{name}")
+    importlib.import_module("matplotlib.pyplot")
 
 
 def _fitted_baseline(rows: Any, seed: int) -> dict[str, Any]:
@@ -1098,6 +1106,7 @@ def quickstart(
     _say(quiet, describe_comments(rows, test).to_string(header=False))
     with _folder(out) as folder:
         _say(quiet, f"fine-tuning mini_ko on {len(rows)} of the sample's rows")
+        threading.Thread(target=_import_what_follows, daemon=True).start()
         clf.fit(rows.comment, rows.label)
         metrics, baseline, answers = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_, comments)
         clf.save(folder)

@@ -378,9 +378,11 @@ def _compiler_options(
     backbone: keras.Model,
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> dict[str, Any] | None:
-    "For a small base on a GPU: XLA shall not try kernels out; among those of such products one is illegal on Hopper."
+    "What XLA shall not try on a GPU: Triton's kernels; any kernels for a small base, one of them is illegal on Hopper."
+    if (platform or jax.default_backend()) != "gpu":
+        return None
     small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
-    return {"xla_gpu_autotune_level": 0} if small and (platform or jax.default_backend()) == "gpu" else None
+    return {"xla_gpu_enable_triton_gemm": False, **({"xla_gpu_autotune_level": 0} if small else {})}
 
 
 class LabelScorer(keras.Model):
@@ -676,7 +678,8 @@ def _set_weights(self: LabelScorer, weights: list[np.ndarray]) -> None:
 def _read(
     self: LabelScorer,
 ) -> dict[str, np.ndarray]:  # float32 arrays by variable path, copies
-    return {variable.path: np.array(variable.value, dtype=np.float32) for variable in self.trainable_variables}
+    values = jax.device_get([variable.value for variable in self.trainable_variables])  # all on their way at once
+    return {v.path: np.array(value, np.float32) for v, value in zip(self.trainable_variables, values, strict=True)}
 
 
 def _generate(
@@ -983,6 +986,7 @@ def _load(
     if quantization:
         if distribution is None:
             backbone = _quantized(preset, backbone, dtype, quantization)
+            gc.collect()  # the float kernels, which Keras's layers hold in cycles
         else:
             with distribution.scope():
                 _quantize_dense(backbone, quantization)
