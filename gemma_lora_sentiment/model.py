@@ -378,11 +378,13 @@ def _compiler_options(
     backbone: keras.Model,
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> dict[str, Any] | None:
-    "What XLA shall not try on a GPU: Triton's kernels; any kernels for a small base, one of them is illegal on Hopper."
+    "What XLA shall not try on a GPU: Triton's kernels for a float base; any for a small one, one is illegal on Hopper."
     if (platform or jax.default_backend()) != "gpu":
         return None
     small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
-    return {"xla_gpu_enable_triton_gemm": False, **({"xla_gpu_autotune_level": 0} if small else {})}
+    options = {"xla_gpu_autotune_level": 0} if small else {}
+    # Triton's kernels read int8 weights as they are; without them a step holds the weights in 16 bits too.
+    return options if _policies_of(backbone) else {**options, "xla_gpu_enable_triton_gemm": False}
 
 
 class LabelScorer(keras.Model):
