@@ -378,13 +378,9 @@ def _compiler_options(
     backbone: keras.Model,
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> dict[str, Any] | None:
-    "What XLA shall not try on a GPU: Triton's kernels for a float base; any for a small one, one is illegal on Hopper."
-    if (platform or jax.default_backend()) != "gpu":
-        return None
+    "For a small base on a GPU: XLA shall not try kernels out; among those of such products one is illegal on Hopper."
     small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
-    options = {"xla_gpu_autotune_level": 0} if small else {}
-    # Triton's kernels read int8 weights as they are; without them a step holds the weights in 16 bits too.
-    return options if _policies_of(backbone) else {**options, "xla_gpu_enable_triton_gemm": False}
+    return {"xla_gpu_autotune_level": 0} if small and (platform or jax.default_backend()) == "gpu" else None
 
 
 class LabelScorer(keras.Model):

@@ -518,7 +518,7 @@ def test_kernels_are_not_tried_out_for_a_small_base_on_a_gpu(base):
     doubled = jax.jit(lambda x: 2 * x, compiler_options=options)  # XLA knows every name
     assert float(doubled(1.0)) == 2.0
     large = types.SimpleNamespace(variables=[types.SimpleNamespace(shape=(1000, 100_000))])
-    assert room._compiler_options(large, "gpu") == {"xla_gpu_enable_triton_gemm": False}  # it needs the search
+    assert room._compiler_options(large, "gpu") is None
 
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
