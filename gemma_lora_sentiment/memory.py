@@ -33,11 +33,13 @@ def memory_estimate(
     tokens = batch_size * length
     wide, item = (2.5, 4) if base.dtype == "float32" else (1.6, 2)
     if base.quantization == "int8" and base.dtype == "float16":  # its products are computed in float32
-        item = 5.1
+        item = 4
     block = tokens * (4.25 * model.hidden_dim + wide * model.intermediate_dim + 2 * heads * length)
     kept = layers * tokens * model.hidden_dim + block if rematerialize else layers * block
     kept += 1.5 * tokens * heads * length  # of the block that is being computed
     activations = int(item * kept) + 3 * 4 * batch_size * positions * model.vocabulary_size
+    if base.dtype != "float32" and (base.quantization == "int4" or (base.quantization, item) == ("int8", 2)):
+        activations += item * (base.parameter_count - model.vocabulary_size * model.hidden_dim)  # kernels, unpacked
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}
     return {**parts, "total": sum(parts.values())}
 
