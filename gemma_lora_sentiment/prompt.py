@@ -398,7 +398,7 @@ def assign_buckets(
 # %% ../nbs/01_prompt.ipynb #999a8f43
 def spread_rows(
     lengths: np.ndarray,  # int (n,), tokens of each row
-    n_lines: int,
+    n_lines: int,  # to make, empty ones included
     rows_a_line: int,  # at most; n_lines * rows_a_line must be n or more
 ) -> list[list[int]]:  # rows of each line
     "Lines of about as many tokens each."

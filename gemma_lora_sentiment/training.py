@@ -45,7 +45,7 @@ from gemma_lora_sentiment.prompt import (
 # %% auto #0
 __all__ = ['RECIPES', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'Packing',
            'balanced_batches', 'choose_shapes', 'BatchSequence', 'AdjustableAdamW', 'score_labels', 'log_softmax',
-           'OutOfMemory', 'fit_to_device', 'step_shape', 'train_adapter', 'print_progress']
+           'OutOfMemory', 'fit_to_device', 'train_adapter', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #ddc0b463
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Packing:
         cls,
         lengths: np.ndarray,  # int (n,), tokens of each row
         batch_size: int,  # rows a step
-        epochs: int,
+        epochs: int,  # whose batches must fit
         seed: int = 0,  # of the batches
         replicas: int = 1,  # lines must divide into so many parts
     ) -> Packing:
@@ -210,7 +210,7 @@ class Packing:
 def balanced_batches(
     lengths: np.ndarray,  # int (n,), tokens of each row
     batch_size: int,  # rows a batch at most
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # draws which row of a share goes to which batch
 ) -> list[np.ndarray]:  # rows of each batch
     "Batches at random, but each with its share of the long rows and of the short ones."
     n_batches = -(-len(lengths) // batch_size)
@@ -224,8 +224,8 @@ def balanced_batches(
 def choose_shapes(
     rows: Rows,
     recipe: Recipe,
-    seed: int = 0,
-    replicas: int = 1,
+    seed: int = 0,  # of the batches
+    replicas: int = 1,  # parts that a batch is divided into
 ) -> tuple[tuple[int, ...], Packing | None]:  # lengths to pad to, ascending; lines, or None for one row a line
     "Whatever is cheaper: several lengths with one row a line, or one shape with packed rows."
     passes, lengths = max(1, recipe.epochs), rows.lengths
@@ -806,7 +806,7 @@ def fit_to_device(
 
     def shape_of(batch_size: int) -> tuple[int, int, int]:
         once = replace(recipe, batch_size=batch_size, epochs=1)
-        return step_shape(rows, once, *choose_shapes(rows, once, replicas=base.replicas))
+        return _step_shape(rows, once, *choose_shapes(rows, once, replicas=base.replicas))
 
     needs = (base, start.rank, start.targets)
     available = device_bytes() if available is None else available
@@ -816,7 +816,7 @@ def fit_to_device(
     return replace(recipe, batch_size=batch_size), rematerialize, estimate
 
 
-def step_shape(
+def _step_shape(
     rows: Rows,
     recipe: Recipe,
     buckets: Sequence[int],
@@ -908,7 +908,7 @@ def train_adapter(
     batches = BatchSequence(
         rows, buckets, recipe.batch_size, recipe.loss_on, seed, base.replicas, base.processes, packing
     )  # fmt: skip
-    shape = step_shape(rows, recipe, buckets, packing)
+    shape = _step_shape(rows, recipe, buckets, packing)
     bookkeeping = _Bookkeeping(batches, start, words, validation, buckets, patience, progress)
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
