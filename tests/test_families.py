@@ -1,8 +1,11 @@
-"""Gemma 4 through the code of the others, and what is refused of Gemma 3n."""
+"""Every family's rows in shared lines; Gemma 4 through the code of the others, and what is refused of Gemma 3n."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from gemma_lora_sentiment.adapter import new_adapter
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.model import (
     ModelError,
@@ -12,6 +15,8 @@ from gemma_lora_sentiment.model import (
     tiny_gemma,
     without_tensorflow,
 )
+from gemma_lora_sentiment.prompt import LabelWords, training_arrays
+from gemma_lora_sentiment.training import BatchSequence, Packing, Rows, _prepare, log_softmax, score_labels
 
 with without_tensorflow():
     import keras_nlp
@@ -109,3 +114,35 @@ def test_what_cannot_continue_a_text_is_refused(tmp_path):
         backbone.save_to_preset(str(tmp_path))
     with pytest.raises(ModelError, match="embeds texts"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "gemma4"])
+def test_rows_that_share_a_line_are_computed_as_if_alone(family, tmp_path):
+    """Longer than the sliding window of 16, so a mask or a position that is off by a row shows."""
+    base = load_base(tiny_gemma(tmp_path / family, family, seed=5), dtype="float32")
+    rng = np.random.default_rng(0)
+    prompts = [np.array([2, *rng.integers(4, 200, n)], np.int32) for n in rng.integers(3, 40, 30)]
+    index = rng.integers(0, 2, 30)
+    scorer = base.scorer(rank=4)
+    start = new_adapter(scorer, seed=0)
+    arrays = {path: rng.normal(0, 0.1, array.shape).astype(np.float32) for path, array in start.arrays.items()}
+    adapter = replace(start, arrays=arrays)
+    for words in (LabelWords((0, 1), ("a", "b"), ((20,), (21,)), (1,)),
+                  LabelWords((0, 1), ("a b", "c d"), ((20, 22), (21, 23)), (1,))):  # fmt: skip
+        together = log_softmax(score_labels(scorer, adapter, prompts, words))[:10]
+        alone = [score_labels(scorer, adapter, [prompt], words, (48,), 1) for prompt in prompts[:10]]
+        np.testing.assert_allclose(together, log_softmax(np.concatenate(alone)), atol=2e-5)
+        assert np.ptp(together[:, 0]) > 1e-3, "rows must differ for this to mean anything"
+    rows = Rows(prompts, [words.trained_ids[i] for i in index], index, np.linspace(0.5, 1.5, 30, dtype=np.float32))
+    packing = Packing.of(rows.lengths, 8, 1)
+    batches = BatchSequence(rows, (packing.length,), 8, packing=packing)
+    _prepare(scorer, "float32")
+    scorer.assign(arrays)
+    chosen, (inputs, targets, weights) = batches.plan(0)[0][1], batches[0]
+    assert len(targets) == packing.lines < len(chosen)
+    packed = scorer.test_on_batch(inputs, targets, sample_weight=weights)
+    part = rows.take(chosen)
+    one = training_arrays(part.prompts, part.responses, 48, 4, "response", part.weights)
+    targets, weights = one.pop("targets"), one.pop("weights")
+    scorer.reset_metrics()
+    np.testing.assert_allclose(packed, scorer.test_on_batch(one, targets, sample_weight=weights), atol=1e-5)

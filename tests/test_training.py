@@ -13,14 +13,17 @@ import pytest
 from gemma_lora_sentiment import training as room
 from gemma_lora_sentiment.adapter import RunError, new_adapter
 from gemma_lora_sentiment.model import load_base, tiny_gemma
-from gemma_lora_sentiment.prompt import LabelWords, assign_buckets
+from gemma_lora_sentiment.prompt import LabelWords, assign_buckets, spread_rows
 from gemma_lora_sentiment.training import (
     RECIPES,
     AdjustableAdamW,
     BatchSequence,
+    Packing,
     Recipe,
     Rows,
+    balanced_batches,
     choose_buckets,
+    choose_shapes,
     class_weights,
     log_softmax,
     print_progress,
@@ -430,3 +433,49 @@ def test_log_softmax_is_a_distribution_even_for_extreme_scores():
     rows = np.exp(log_softmax(np.array([[1e30, 0], [-1e30, 1e30], [3, 3], [88, -88]], np.float32)))
     np.testing.assert_allclose(rows.sum(axis=1), 1)
     assert np.isfinite(rows).all() and rows[2].tolist() == [0.5, 0.5]
+
+
+def test_every_batch_fits_its_lines_and_every_row_comes_once_an_epoch():
+    lengths = np.clip(np.random.default_rng(1).gamma(3, 9, 301).astype(int) + 5, 6, 200)
+    for batch_size, replicas in ((16, 1), (16, 4), (3, 2), (500, 1)):
+        packing = Packing.of(lengths, batch_size, 3, seed=7, replicas=replicas)
+        assert packing.lines % replicas == 0 and packing.length % 16 == 0
+        for epoch in range(3):
+            batches = balanced_batches(lengths, batch_size, np.random.default_rng([7, epoch]))
+            assert sorted(np.concatenate(batches).tolist()) == list(range(301))
+            assert max(map(len, batches)) <= batch_size and np.ptp([len(batch) for batch in batches]) <= 1
+            for batch in batches:
+                lines = spread_rows(lengths[batch], packing.lines, packing.rows)
+                assert max(lengths[batch[line]].sum() for line in lines) <= packing.length
+                assert max(map(len, lines)) <= packing.rows
+    orders = [np.concatenate(balanced_batches(lengths, 16, np.random.default_rng([7, e]))).tolist() for e in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_shapes_are_chosen_by_what_they_cost():
+    rng = np.random.default_rng(2)
+    prompts = [np.full(n, 5, np.int32) for n in rng.integers(5, 60, 200)]
+    rows = Rows(prompts, [(20, 1)] * 200, np.zeros(200, int), np.ones(200, np.float32))
+    recipe = replace(RECIPE, batch_size=16)
+    buckets, packing = choose_shapes(rows, recipe)
+    assert buckets == (packing.length,)
+    assert 13 * packing.lines * packing.length < 1.3 * rows.lengths.sum()  # 13 steps; one row a line: 1.8
+    assert choose_shapes(rows, recipe, replicas=4)[1].lines % 4 == 0
+    for other in (replace(recipe, loss_on="text"), replace(recipe, batch_size=1)):
+        assert choose_shapes(rows, other)[1] is None
+
+
+def test_scoring_shapes_do_not_depend_on_the_rows():
+    rng = np.random.default_rng(3)
+    for lengths in (rng.integers(4, 128, 700), np.array([9]), np.full(90, 128)):
+        steps = list(room._scoring_steps(lengths))
+        assert {(length, places) for length, places, _ in steps} == {(128, 16)}
+        assert {len(lines) for _, _, lines in steps} == {8}
+    lengths = np.concatenate([rng.integers(4, 128, 300), [129, 200, 900]])
+    steps = list(room._scoring_steps(lengths))
+    assert sorted(row for _, _, lines in steps for line in lines for row in line) == list(range(303))
+    assert all(lengths[line].sum() <= length for length, _, lines in steps for line in lines)
+    assert [length for length, _, _ in steps] == sorted((length for length, _, _ in steps), reverse=True)
+    of_long = [(length, lines) for length, _, lines in steps if length > 128]
+    used = sum(lengths[line].sum() for _, lines in of_long for line in lines)
+    assert used > 0.9 * sum(length * len(lines) for length, lines in of_long), "short rows take what long ones leave"
