@@ -445,7 +445,7 @@ def fill_lines(
 
 
 def pack_arrays(
-    arrays: Mapping[str, np.ndarray],  # one row a line, as `training_arrays` or `scoring_arrays` make them
+    arrays: Mapping[str, np.ndarray],  # one row a line, as training_arrays or scoring_arrays make them
     lines: Sequence[Sequence[int]],  # rows that share a line
     length: int,  # tokens of a line
     rows_a_line: int,  # r, places for rows in a line
