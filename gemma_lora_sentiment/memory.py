@@ -38,8 +38,8 @@ def memory_estimate(
     kept = layers * tokens * model.hidden_dim + block if rematerialize else layers * block
     kept += 1.5 * tokens * heads * length  # of the block that is being computed
     activations = int(item * kept) + 3 * 4 * batch_size * positions * model.vocabulary_size
-    if base.dtype != "float32" and (base.quantization == "int4" or (base.quantization, item) == ("int8", 2)):
-        activations += item * (base.parameter_count - model.vocabulary_size * model.hidden_dim)  # kernels, unpacked
+    if base.quantization and item == 2:  # kernels, unpacked for products in 16 bits
+        activations += item * (base.parameter_count - model.vocabulary_size * model.hidden_dim)
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}
     return {**parts, "total": sum(parts.values())}
 

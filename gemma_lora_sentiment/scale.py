@@ -585,7 +585,7 @@ def predict_file(
     decision: Mapping[str, Any] | None = None,  # from choose_decision: calibrated probabilities, and `abstains`
     resume: bool = False,  # go on where a killed run stopped
     chunk_rows: int = 8192,  # rows read, scored and committed together
-    batch_size: int | None = None,  # rows a step on each device; None: 32 on a CPU, 64 elsewhere
+    batch_size: int | None = None,  # see score_labels; None: 32 on a CPU, 64 elsewhere
     progress: Callable[[str], None] | None = None,  # called with a line every five seconds
     score: Callable | None = None,  # what scores the chunks: ray_workers; None: this process
 ) -> int:  # rows written

@@ -803,7 +803,6 @@ def fit_to_device(
 ) -> tuple[Recipe, bool, dict[str, int]]:  # recipe, whether to rematerialize, the estimate in bytes
     "Compute blocks twice, then lower the rows a step, where memory is known and would not do."
 
-
     def shape_of(batch_size: int) -> tuple[int, int, int]:
         once = replace(recipe, batch_size=batch_size, epochs=1)
         return _step_shape(rows, once, *choose_shapes(rows, once, replicas=base.replicas))
