@@ -406,7 +406,7 @@ class _Journal:
     @property
     def is_worth_keeping(self) -> bool:
         "A part is finished, and there is more than one to come."
-        return bool(self.parts()) and self.settings["several"]
+        return bool(self.parts()) and self.settings.get("several", False)
 
     def parts(self) -> list[tuple[int, str]]:  # rows and digest of each
         with _storage(self.folder):
@@ -532,7 +532,7 @@ def _opened_journal(folder: Path, settings: dict[str, Any], resume: bool) -> _Jo
                 journal.close()
                 problem = f"{folder} holds {done:,} finished rows of an earlier run."
                 raise RunError(f"{problem} Go on with --resume (resume=True), or remove the folder.")
-            if differs := difference(journal.settings, {**settings, "several": journal.settings["several"]}):
+            if differs := difference(journal.settings, {**settings, "several": journal.settings.get("several")}):
                 journal.close()
                 remedy = "Use its input, run and options, or remove the folder to start anew."
                 raise RunError(f"{folder} is of another prediction: {differs}. {remedy}")
