@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import sentencepiece
 
 from .backend import ModelError, check_backend, choose_dtype, device_bytes, without_tensorflow
+from .blocks import prepare_blocks
 from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
 
@@ -308,59 +309,6 @@ def _enable_lora(
             layer.enable_lora(rank[layer.path][0])
             layer.lora_rank = rank[layer.path][1]  # Keras divides alpha by it, and needs it for nothing else
 
-# %% ../nbs/02_model.ipynb #4e5b5ea2
-def _compute_beside(
-    layer: keras.layers.Layer,  # Dense or EinsumDense with LoRA
-) -> None:
-    "Make a float layer compute xW + (xA)B instead of x(W + AB); quantized layers do so already."
-    equation = getattr(layer, "equation", None) or "...x,xy->...y"
-    operands, output = equation.split("->")
-    inputs, kernel = operands.split(",")
-    if not output.endswith(kernel[-1]):
-        return  # B could not follow as one product; no layer of Gemma is like that
-    to_rank = f"{inputs},{kernel[:-1]}z->{output[:-1]}z"
-
-    def call(inputs, training=None):
-        dtype, ops = layer.compute_dtype, keras.ops
-        low = ops.einsum(to_rank, inputs, ops.cast(layer.lora_kernel_a, dtype))
-        b = ops.cast(layer.lora_kernel_b * (layer.lora_alpha / layer.lora_rank), dtype)
-        outputs = ops.einsum(equation, inputs, ops.cast(layer._kernel, dtype)) + ops.matmul(low, b)
-        outputs = outputs if layer.bias is None else outputs + ops.cast(layer.bias, dtype)
-        return outputs if layer.activation is None else layer.activation(outputs)
-
-    if layer.quantization_mode is None:
-        object.__setattr__(layer, "call", call)
-
-# %% ../nbs/02_model.ipynb #3c6a321d
-def _rematerialize_if_asked(
-    block: keras.layers.Layer,  # a decoder block
-    scorer: Any,  # whose `rematerialize` is read when a step is traced
-) -> None:
-    "Let a block keep nothing but its input for the backward pass while `scorer.rematerialize` is true."
-    usual = block.call
-
-    def call(inputs, *args, **kwargs):
-        if not scorer.rematerialize:
-            return usual(inputs, *args, **kwargs)
-        return jax.checkpoint(lambda hidden: usual(hidden, *args, **kwargs))(inputs)
-
-    object.__setattr__(block, "call", call)
-
-
-def _keep_rows_apart(
-    block: keras.layers.Layer,  # a decoder block
-) -> None:
-    "Let `padding_mask` number the rows that share a line: a token sees the earlier ones of its own row."
-    usual = block._compute_attention_mask
-
-    def mask(hidden, padding_mask, *others):  # the last two of the others: cache, cache_update_index
-        if padding_mask is None or others[-2] is not None:
-            return usual(hidden, padding_mask, *others)
-        same_row = keras.ops.equal(padding_mask[:, :, None], padding_mask[:, None, :])
-        return keras.ops.logical_and(usual(hidden, None, *others), same_row)
-
-    object.__setattr__(block, "_compute_attention_mask", mask)
-
 # %% ../nbs/02_model.ipynb #08beee9c
 def _text_inputs(
     backbone: keras.Model,
@@ -379,8 +327,10 @@ def _compiler_options(
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> dict[str, Any] | None:
     "For a small base on a GPU: XLA shall not try kernels out; among those of such products one is illegal on Hopper."
+    if (platform or jax.default_backend()) != "gpu":
+        return None
     small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
-    return {"xla_gpu_autotune_level": 0} if small and (platform or jax.default_backend()) == "gpu" else None
+    return {"xla_gpu_autotune_level": 0} if small else None
 
 
 class LabelScorer(keras.Model):
@@ -400,25 +350,35 @@ class LabelScorer(keras.Model):
         self.lora_alpha = keras.Variable(alpha, trainable=False, dtype="float32", name="lora_alpha")
         self.dropout_rate = keras.Variable(0.0, trainable=False, dtype="float32", name="dropout_rate")
         self.dropout_seed = keras.Variable(0, trainable=False, dtype="int32", name="dropout_seed")
-        for layer in backbone._flatten_layers(include_self=False):
-            if getattr(layer, "lora_enabled", False):
-                # The layer reads it; this model alone tracks it, so each layer's own bookkeeping is bypassed.
-                object.__setattr__(layer, "lora_alpha", self.lora_alpha)
-                _compute_beside(layer)
-        self.rematerialize, self._train_functions = False, {}
-        for block in backbone.transformer_layers:
-            _keep_rows_apart(block)
-            _rematerialize_if_asked(block, self)
+        self.rematerialize, self.positions, self._train_functions = False, None, {}
+        prepare_blocks(backbone, self)
+        # Keras looks through all layers for them whenever they are asked for, several times a step.
+        object.__setattr__(self, "_variables_found", (self.trainable_variables, self.non_trainable_variables))
         object.__setattr__(self, "compiler_options", _compiler_options(backbone))
         options = {"compiler_options": self.compiler_options}
         self._label_step = jax.jit(self._with_state(self._label_logits), **options)
         self._sequence_step = jax.jit(self._with_state(self._sequence_log_probability), **options)
         self._generate_tokens = None  # made by the first `generate`
 
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        "The adapter's."
+        return list(self._variables_found[0]) if "_variables_found" in vars(self) else super().trainable_variables
+
+    @property
+    def non_trainable_variables(self) -> list[keras.Variable]:
+        "The base's, and the numbers that may change between fits."
+        return list(self._variables_found[1]) if "_variables_found" in vars(self) else super().non_trainable_variables
+
     def hidden_states(self, inputs: dict[str, Any]) -> Any:  # float (batch, positions, hidden)
         "Hidden states of the last layer at `inputs['positions']`."
-        hidden = self.backbone(_text_inputs(self.backbone, inputs["token_ids"], inputs["padding_mask"]))
-        return keras.ops.take_along_axis(hidden, inputs["positions"][..., None], axis=1)
+        few = 2 * inputs["positions"].shape[1] <= inputs["token_ids"].shape[1]
+        object.__setattr__(self, "positions", inputs["positions"] if few else None)  # a tracer: not for Keras to track
+        try:
+            hidden = self.backbone(_text_inputs(self.backbone, inputs["token_ids"], inputs["padding_mask"]))
+        finally:
+            object.__setattr__(self, "positions", None)
+        return hidden if few else keras.ops.take_along_axis(hidden, inputs["positions"][..., None], axis=1)
 
     def call(self, inputs: dict[str, Any]) -> Any:  # token_ids, padding_mask int32 (b, l); positions int32 (b, p)
         "Logits over the vocabulary at `positions`, float32 (b, p, vocabulary)."
@@ -514,7 +474,25 @@ def _score(
     return _on_every_process(self._label_step(values, base, {**arrays, **self.placed({"label_ids": label_ids})}))
 
 
+@partial(jax.jit, static_argnums=1)
+def _cut(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(jax.numpy.split(flat, ends[:-1]), shapes, strict=True)]
+
+
+def _lend(
+    self: LabelScorer,
+    adapter: Mapping[str, np.ndarray],  # LoRA arrays, float32, by variable path
+) -> dict[str, jax.Array]:  # the same, where the base's devices need them
+    "Send an adapter to the device: in one piece where there is one device, since each piece costs as much."
+    if self.distribution is not None:
+        return self.placed(jax.device_put(dict(adapter)))
+    flat = np.concatenate([array.ravel() for array in adapter.values()])
+    return dict(zip(adapter, _cut(flat, tuple(array.shape for array in adapter.values())), strict=True))
+
+
 LabelScorer.placed = _placed
+LabelScorer.lend = _lend
 LabelScorer.score = _score
 
 # %% ../nbs/02_model.ipynb #ed9f6039
@@ -612,18 +590,18 @@ def _drop_rows_of_a(
     adapter: list[Any],  # values of the trainable variables
     step: Any,  # int32 (), the optimizer's step
 ) -> list[Any]:
-    "LoRA dropout: rows of A are zeroed, the others scaled up."
+    "LoRA dropout: rows of A are zeroed, the others scaled up. One draw serves all, which is less to compile."
     key = jax.random.fold_in(jax.random.key(self.dropout_seed.value.astype("uint32")), step)
     rate = self.dropout_rate.value
+    of_a = [variable.path.endswith("lora_kernel_a") for variable in self.trainable_variables]
+    rows = [int(np.prod(value.shape[:-1])) for value, is_a in zip(adapter, of_a, strict=True) if is_a]
+    kept = (jax.random.uniform(key, (sum(rows),)) >= rate) / (1 - rate)
+    parts = iter(jax.numpy.split(kept, np.cumsum(rows)[:-1]))
 
-    def drop(index, variable, value):
-        if not variable.path.endswith("lora_kernel_a"):
-            return value
-        kept = jax.random.uniform(jax.random.fold_in(key, index), value.shape[:-1]) >= rate
-        return value * (kept / (1 - rate))[..., None].astype(value.dtype)
+    def drop(value):
+        return value * next(parts).reshape(*value.shape[:-1], 1).astype(value.dtype)
 
-    named = enumerate(zip(self.trainable_variables, adapter, strict=True))
-    return [drop(index, variable, value) for index, (variable, value) in named]
+    return [drop(value) if is_a else value for value, is_a in zip(adapter, of_a, strict=True)]
 
 
 def _compute_loss_and_updates(
@@ -871,7 +849,7 @@ def _quantize_dense(
 
     def quantize(layer):
         with contextlib.nullcontext() if distribution is None else distribution.scope():
-            if mode == "int8" and layer.compute_dtype == "float16":  # which the scales of int8 products overflow
+            if mode == "int8" and layer.compute_dtype == "float16":  # which Keras refuses; see `compute_beside`
                 layer.dtype_policy = "float32"
             layer.quantize(mode)
 
