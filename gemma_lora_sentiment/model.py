@@ -326,9 +326,11 @@ def _compiler_options(
     backbone: keras.Model,
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> dict[str, Any] | None:
-    "For a small base on a GPU: XLA shall not try kernels out; among those of such products one is illegal on Hopper."
+    "For small and for quantized bases on a GPU: XLA shall not try kernels out; some are illegal on Hopper."
     if (platform or jax.default_backend()) != "gpu":
         return None
+    if any(str(variable.dtype) == "int8" for variable in backbone.variables):  # int4 is packed into it
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # cuBLAS chooses by itself
     small = sum(int(np.prod(variable.shape)) for variable in backbone.variables) < 100_000_000
     return {"xla_gpu_autotune_level": 0} if small else None
 

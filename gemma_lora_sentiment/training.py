@@ -327,7 +327,7 @@ class BatchSequence(keras.utils.PyDataset):
 
 # %% ../nbs/04_training.ipynb #83782f6b
 class AdjustableAdamW(keras.optimizers.AdamW):
-    """AdamW whose numbers can change without a new compilation, and which updates all variables as one vector."""
+    """AdamW whose learning rate, weight decay and schedule can change without a new compilation."""
 
     def __init__(self):
         super().__init__(learning_rate=1e-3, weight_decay=0.0)
@@ -342,29 +342,18 @@ class AdjustableAdamW(keras.optimizers.AdamW):
         "With the update."
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        "AdamW as Keras has it, in one piece: a program with an update for each of 72 variables compiles for longer."
-        ops, at = keras.ops, [self._get_variable_index(variable) for variable in trainable_variables]
-        slots = [[slot[i] for i in at] for slot in (self._momentums, self._velocities)]
-        gradient, value, m, v = (
-            ops.concatenate([ops.reshape(ops.cast(array, "float32"), (-1,)) for array in arrays])
-            for arrays in (grads, trainable_variables, *slots)
-        )
+        "AdamW as Keras has it, but what is the same for all variables is computed once, and not fused into each."
+        ops = keras.ops
         rate, step = ops.cast(learning_rate, "float32"), ops.cast(self.iterations + 1, "float32")
-        decayed = value - value * self._decayed(trainable_variables) * rate
-        m = m + (gradient - m) * (1 - self.beta_1)
-        v = v + (ops.square(gradient) - v) * (1 - self.beta_2)
         alpha = rate * ops.sqrt(1 - ops.power(self.beta_2, step)) / (1 - ops.power(self.beta_1, step))
-        new = (decayed - m * alpha / (ops.sqrt(v) + self.epsilon), m, v)
-        ends = np.cumsum([int(np.prod(variable.shape)) for variable in trainable_variables])[:-1].tolist()
-        for variables, flat in zip((trainable_variables, *slots), new, strict=True):
-            for variable, part in zip(variables, ops.split(flat, ends), strict=True):
-                variable.assign(ops.reshape(part, variable.shape))
-
-    def _decayed(self, variables):  # weight decay of each number, or one for all
-        used = [self._use_weight_decay(variable) for variable in variables]
-        if all(used):
-            return self.decay
-        return self.decay * np.repeat(np.float32(used), [int(np.prod(variable.shape)) for variable in variables])
+        alpha, decay = jax.lax.optimization_barrier((alpha, rate * self.decay))
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            index = self._get_variable_index(variable)
+            m, v = self._momentums[index], self._velocities[index]
+            m.assign(m + (gradient - m) * (1 - self.beta_1))
+            v.assign(v + (ops.square(gradient) - v) * (1 - self.beta_2))
+            decayed = variable - variable * decay if self._use_weight_decay(variable) else variable
+            variable.assign(decayed - m * alpha / (ops.sqrt(v) + self.epsilon))
 
     def _get_current_learning_rate(self):
         "Linear warm-up, then linear decay to zero at `total_steps`; constant when `total_steps` is 0."
