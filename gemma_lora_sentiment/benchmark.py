@@ -221,7 +221,8 @@ def random_base(
     **needs: int,  # rank, batch_size, length: what a step must hold, for "auto"
 ) -> Any:  # Base with a tokenizer that is empty
     "A base of this shape, its weights drawn on the device. Raises `ModelError` for an unknown dtype."
-    from gemma_lora_sentiment.model import Base, _quantize_dense, _untouched_random_state, _without_allocation
+    from gemma_lora_sentiment.model import Base, _on_host, _quantize_dense, _to_device
+    from gemma_lora_sentiment.model import _untouched_random_state, _without_allocation
     from gemma_lora_sentiment.model import choose_dtype, jax, keras_nlp, without_tensorflow
     from gemma_lora_sentiment.precision import choose_quantization
 
@@ -236,9 +237,14 @@ def random_base(
         sizes = tuple(variable.shape)
         fan_in = sizes[-1] if variable.path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
         key = jax.random.key(number, impl="rbg")
-        variable._value, variable._initializer = draw(key, sizes, variable.dtype, fan_in), None
-    if quantization:
-        _quantize_dense(backbone, quantization)  # as `load_base` does
+        value = draw(key, sizes, variable.dtype, fan_in)
+        variable._value, variable._initializer = np.asarray(value) if quantization else value, None
+    if quantization:  # as `load_base` does
+        with _on_host(quantization):
+            for variable in backbone.variables:
+                variable._value = jax.numpy.asarray(variable._value)
+            _quantize_dense(backbone, quantization)
+        _to_device(backbone)
     return Base(f"random {shape}", backbone, b"", dtype, quantization)
 
 

@@ -847,10 +847,12 @@ def _quantize_dense(
     mode: str,  # "int8" or "int4"
 ) -> None:
     "Quantize the kernels of the blocks; not the embedding, whose rounding no gradient comes through."
-    distribution = keras.distribution.distribution()  # Keras has one for each thread
+    distribution = keras.distribution.distribution()  # Keras has one for each thread, and so has
+    device = jax.config.jax_default_device  # JAX
 
     def quantize(layer):
-        with contextlib.nullcontext() if distribution is None else distribution.scope():
+        scope = contextlib.nullcontext() if distribution is None else distribution.scope()
+        with scope, jax.default_device(device):
             if mode == "int8" and layer.compute_dtype == "float16":  # which Keras refuses; see `compute_beside`
                 layer.dtype_policy = "float32"
             layer.quantize(mode)
@@ -862,6 +864,17 @@ def _quantize_dense(
             list(pool.map(quantize, [layer for layer in backbone._flatten_layers() if isinstance(layer, _DENSE)]))
     finally:
         gc.unfreeze()
+
+
+def _on_host(quantization: str | None) -> contextlib.AbstractContextManager:
+    "Where a base is to be quantized: inside, arrays are made in the host's memory, so the device never holds floats."
+    return jax.default_device(jax.devices("cpu")[0]) if quantization else contextlib.nullcontext()
+
+
+def _to_device(backbone: keras.Model) -> None:
+    "From the host's memory, in which `_on_host` made them."
+    for variable in backbone.variables:  # by NumPy: an array that is told its device makes JAX compile a step again
+        variable._value = jax.device_put(np.asarray(variable.value))
 
 
 def _quantized(
@@ -944,7 +957,8 @@ def _load(
 ) -> Base:
     scope = contextlib.nullcontext() if distribution is None else distribution.scope()
     try:
-        with without_tensorflow(), scope, _without_drawing(), _in_parts():
+        on_host = _on_host(quantization if distribution is None else None)
+        with without_tensorflow(), scope, on_host, _without_drawing(), _in_parts():
             backbone = keras_nlp.models.Backbone.from_preset(path, dtype=dtype)
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(preset, error) from error
@@ -963,7 +977,9 @@ def _load(
         backbone = _share_weights(backbone)  # comments have no pictures
     if quantization:
         if distribution is None:
-            backbone = _quantized(preset, backbone, dtype, quantization)
+            with _on_host(quantization):
+                backbone = _quantized(preset, backbone, dtype, quantization)
+            _to_device(backbone)
             gc.collect()  # the float kernels, which Keras's layers hold in cycles
         else:
             with distribution.scope():
