@@ -30,16 +30,15 @@ def memory_estimate(
     model = base.backbone
     adapter = 4 * sum(int(np.prod(variable.shape)) for variable in base.scorer(targets, rank).trainable_variables)
     heads, layers = model.num_query_heads, model.num_layers
-    tokens = batch_size * length
-    wide, item = (2.5, 4) if base.dtype == "float32" else (1.6, 2)
-    if base.quantization == "int8" and base.dtype == "float16":  # its products are computed in float32
-        item = 4
-    block = tokens * (4.25 * model.hidden_dim + wide * model.intermediate_dim + 2 * heads * length)
-    kept = layers * tokens * model.hidden_dim + block if rematerialize else layers * block
-    kept += 1.5 * tokens * heads * length  # of the block that is being computed
-    activations = int(item * kept) + 3 * 4 * batch_size * positions * model.vocabulary_size
-    if base.quantization and item == 2:  # kernels, unpacked for products in 16 bits
-        activations += item * (base.parameter_count - model.vocabulary_size * model.hidden_dim)
+    tokens, hidden, wide = batch_size * length, model.hidden_dim, model.intermediate_dim
+    if base.dtype == "float32":
+        item, block = 4, tokens * (3.4 * hidden + 1.6 * wide + 2.6 * heads * length)
+        now = tokens * (3.4 * hidden + 4 * heads * length)  # for the block that is being computed
+    else:
+        item, block, now = 2, tokens * (4.5 * hidden + wide), tokens * 2.4 * wide
+    kept = layers * tokens * hidden + block if rematerialize else (layers - 1) * block
+    unpacked = hidden * wide // 2 if base.quantization else 0  # numbers of the largest kernel
+    activations = int(item * (kept + now + unpacked)) + 3 * 4 * batch_size * positions * model.vocabulary_size
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}
     return {**parts, "total": sum(parts.values())}
 
