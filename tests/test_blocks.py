@@ -1,0 +1,175 @@
+"""What is changed on KerasHub's decoder blocks, held against the blocks as KerasHub computes them."""
+
+import jax
+import keras
+import keras_nlp
+import numpy as np
+import pytest
+
+from gemma_lora_sentiment import blocks
+from gemma_lora_sentiment.adapter import new_adapter
+from gemma_lora_sentiment.model import load_base, tiny_gemma, without_tensorflow
+
+FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return tiny_gemma(tmp_path_factory.mktemp(request.param), request.param, seed=5)
+
+
+def inputs_of(length=24, positions=((3, 20), (23, 0))):  # longer than the sliding window of 16
+    rng = np.random.default_rng(0)
+    ids = np.concatenate([np.full((2, 1), 2), rng.integers(4, 200, (2, length - 1))], axis=1).astype(np.int32)
+    return {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": np.array(positions, np.int32)}
+
+
+def state_of(scorer, seed=1):
+    """The adapter with both factors away from zero, and the frozen arrays."""
+    rng, start = np.random.default_rng(seed), new_adapter(scorer).arrays
+    adapter = [start[v.path] + rng.normal(0, 0.1, v.shape).astype(np.float32) for v in scorer.trainable_variables]
+    return adapter, [variable.value for variable in scorer.non_trainable_variables]
+
+
+def hidden_of(scorer, adapter, frozen, inputs):
+    return np.asarray(jax.jit(scorer._with_state(scorer.hidden_states))(adapter, frozen, inputs), np.float32)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_the_last_block_at_few_positions_is_the_whole_one_there(folder, quantization):
+    if quantization and "gemma4" in folder:
+        pytest.skip("KerasHub's Gemma 4 multiplies with packed kernels and cannot be quantized")
+    base = load_base(folder, quantization=quantization)
+    targets = tuple(name for name in ("query", "key", "value", "attention_output", "ffw_gating", "ffw_linear"))
+    scorer = base.scorer(targets[:4] if "gemma4" in folder else targets, 3)
+    state, few = state_of(scorer), inputs_of()
+    every = {**few, "positions": np.tile(np.arange(24, dtype=np.int32), (2, 1))}
+    seen = []
+    usual = scorer.backbone.transformer_layers[-1].call
+
+    def watch(hidden, **inputs):
+        outputs = usual(hidden, **inputs)
+        seen.append((outputs[0] if isinstance(outputs, tuple) else outputs).shape[1])
+        return outputs
+
+    object.__setattr__(scorer.backbone.transformer_layers[-1], "call", watch)
+    try:
+        at_few, at_all = hidden_of(scorer, *state, few), hidden_of(scorer, *state, every)
+    finally:
+        object.__setattr__(scorer.backbone.transformer_layers[-1], "call", usual)
+    assert seen == [2, 24], "else nothing was left out, and this says nothing"
+    np.testing.assert_allclose(at_few, np.take_along_axis(at_all, few["positions"][..., None], axis=1), atol=2e-5)
+
+
+def gradients(scorer, adapter, frozen, inputs):
+    def loss(adapter):
+        return (scorer._with_state(scorer.hidden_states)(adapter, frozen, inputs) ** 2).mean()
+
+    return jax.jit(jax.grad(loss))(adapter)
+
+
+def test_gradients_are_those_of_the_whole_last_block(folder):
+    scorer = load_base(folder).scorer(rank=3)
+    (adapter, frozen), few = state_of(scorer), inputs_of()
+
+    def loss_of_all(adapter):
+        every = {**few, "positions": np.tile(np.arange(24, dtype=np.int32), (2, 1))}
+        hidden = scorer._with_state(scorer.hidden_states)(adapter, frozen, every)
+        return (jax.numpy.take_along_axis(hidden, few["positions"][..., None], axis=1) ** 2).mean()
+
+    whole = jax.jit(jax.grad(loss_of_all))(adapter)
+    for ours, expected in zip(gradients(scorer, adapter, frozen, few), whole, strict=True):
+        assert np.abs(np.asarray(expected)).max() > 0
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(expected), rtol=1e-3, atol=1e-6)
+
+
+def test_each_kind_of_block_is_traced_once(tmp_path, monkeypatch):
+    counts = []
+    for family, kinds in (("gemma", 1), ("gemma2", 2), ("gemma3", 2), ("gemma4", 4)):
+        made = []
+        monkeypatch.setattr(
+            blocks, "_program", lambda block, shared, made=made, usual=blocks._program: made.append(block) or usual(block, shared)
+        )  # fmt: skip
+        base = load_base(tiny_gemma(tmp_path / family, family))
+        base.scorer(rank=2)
+        monkeypatch.undo()
+        counts.append((family, len(made) <= kinds, len(made)))
+    assert all(ok for _, ok, _ in counts), counts
+    assert dict((family, n) for family, _, n in counts)["gemma"] == 1
+
+
+def test_blocks_of_one_kind_compute_with_their_own_weights(tmp_path):
+    """One trace for both blocks of the tiny Gemma, and logits as KerasHub has them."""
+    folder = tiny_gemma(tmp_path)
+    scorer = load_base(folder).scorer(rank=2)
+    kinds = [blocks._kind_of(block) for block in scorer.backbone.transformer_layers]
+    assert len(kinds) == 2 and len(set(kinds)) == 1
+    inputs = inputs_of()
+    adapter = [0 * value for value in state_of(scorer)[0]]
+    ours = jax.jit(scorer._with_state(scorer.call))(adapter, state_of(scorer)[1], inputs)
+    with without_tensorflow():
+        causal_lm = keras_nlp.models.GemmaCausalLM.from_preset(folder, dtype="float32", preprocessor=None)
+    reference = np.asarray(causal_lm({name: inputs[name] for name in ("token_ids", "padding_mask")}))
+    reference = np.take_along_axis(reference, inputs["positions"][..., None], axis=1)
+    np.testing.assert_allclose(np.asarray(ours), reference, atol=2e-5)
+
+
+def test_a_rank_of_its_own_makes_another_kind(tmp_path):
+    base = load_base(tiny_gemma(tmp_path))
+    paths = [layer.path for layer in base.scorer(rank=2).backbone._flatten_layers() if getattr(layer, "lora_enabled", 0)]
+    scorer = base.scorer(rank={path: (1 + i, 1.0) for i, path in enumerate(paths)})
+    kinds = [blocks._kind_of(block) for block in scorer.backbone.transformer_layers]
+    assert len(set(kinds)) == 2
+
+
+def test_the_activation_is_not_kept_for_the_backward_pass():
+    """Of the residuals of a block, those as wide as the feed-forward part are gate and value alone."""
+    backbone = keras_nlp.models.GemmaBackbone(50, 1, 2, 1, 16, 208, 8)  # feed-forward part of 104
+    plain = keras_nlp.models.GemmaBackbone(50, 1, 2, 1, 16, 208, 8)
+    blocks._activate_again(backbone.transformer_layers[0])
+    hidden = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+
+    def wide(block):
+        _, residuals = jax.vjp(lambda hidden: block(hidden, padding_mask=np.ones((2, 6), np.int32)), hidden)
+        return [leaf.shape for leaf in jax.tree.leaves(residuals) if leaf.shape == (2, 6, 104)]
+
+    ours, theirs = wide(backbone.transformer_layers[0]), wide(plain.transformer_layers[0])
+    assert len(theirs) > len(ours) == 2
+    for variable, other in zip(plain.variables, backbone.variables, strict=True):
+        variable.assign(other.value)
+    outputs = [np.asarray(b.transformer_layers[0](hidden)) for b in (backbone, plain)]
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("equation, shape, output", [("btd,ndh->btnh", (2, 3, 8), (4, 5)), (None, (2, 8), (6,))])
+def test_an_int8_kernel_is_multiplied_in_the_format_of_the_base(equation, shape, output, dtype):
+    layer = (
+        keras.layers.EinsumDense(equation, output_shape=(None, *output))
+        if equation
+        else keras.layers.Dense(*output, use_bias=False)
+    )
+    layer.build(shape)
+    kernel, x = np.asarray(layer.kernel), np.random.default_rng(0).normal(size=shape)
+    layer.quantize("int8")
+    exact = np.einsum(equation or "bd,df->bf", x, kernel)
+    their_error = np.abs(np.asarray(layer(x.astype(np.float32))) - exact).max()
+    blocks.compute_beside(layer, dtype)
+    ours = layer(jax.numpy.asarray(x, dtype))
+    assert str(ours.dtype) == dtype
+    error = np.abs(np.asarray(ours, np.float64) - exact).max()
+    if dtype == "float32":
+        assert error < their_error  # whose inputs are rounded too
+    assert error < {"float32": 0.02, "float16": 0.02, "bfloat16": 0.06}[dtype]
+
+
+def test_a_quantized_kernel_is_unpacked_in_the_backward_pass_too(tmp_path):
+    """Nothing as large as a float kernel is carried from the forward to the backward pass."""
+    base = load_base(tiny_gemma(tmp_path), quantization="int8")
+    scorer = base.scorer(rank=2)
+    adapter, frozen = state_of(scorer)
+    inputs = inputs_of()
+    _, residuals = jax.vjp(lambda adapter: scorer._with_state(scorer.hidden_states)(adapter, frozen, inputs), adapter)
+    kernels = {tuple(v.shape) for v in base.backbone.variables if str(v.dtype) == "int8"}
+    floats = [leaf.shape for leaf in jax.tree.leaves(residuals) if leaf.dtype != "int8" and leaf.shape in kernels]
+    assert not floats
