@@ -177,13 +177,15 @@ def choose_quantization(
     if found is None:
         return None, "the preset does not say its shapes before it is loaded"
     dtype = choose_dtype(dtype)[0]
-    for quantization in (None, "int8", "int4"):
+    modes = (None,) if found[0] == "Gemma4" else (None, "int8", "int4")  # see `load_base`
+    for quantization in modes:
         planned = planned_base(found[1], dtype, quantization, found[0])
         needed = memory_estimate(planned, rank, batch_size=batch_size, length=length)["total"]
         if needed < 0.9 * limit:
             return quantization, f"estimated at {needed / 1e9:.4g} GB of the device's {limit / 1e9:.4g} GB"
     raise ModelError(
-        f"{preset} needs {needed / 1e9:.4g} GB even in int4, estimated, and the device has {limit / 1e9:.4g} GB. "
+        f"{preset} needs {needed / 1e9:.4g} GB{' even in int4' if modes[1:] else ''}, estimated, and the device has "
+        f"{limit / 1e9:.4g} GB. "
         "Choose a smaller preset, or lower batch_size or max_length."
     )
 

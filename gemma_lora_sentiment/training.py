@@ -80,7 +80,7 @@ RECIPES = {
     # Gemma of 270M parameters and more; from the LoRA paper's and Unsloth's usual range, not tuned here
     "gemma": Recipe(),
     # the bundled base; chosen among eight on held-out comments of our own and a public set of 300, see Pretraining
-    "mini_ko": Recipe(lora_rank=8, learning_rate=3e-3, epochs=2, target_layers="all"),
+    "mini_ko": Recipe(lora_rank=8, learning_rate=2.5e-3, epochs=3, target_layers="all"),
 }  # fmt: skip
 
 
