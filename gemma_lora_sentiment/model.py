@@ -977,7 +977,7 @@ def _load(
         backbone = _share_weights(backbone)  # comments have no pictures
     if quantization and type(backbone).__name__ == "Gemma4Backbone":
         problem = "KerasHub multiplies the kernels of a Gemma 4 without their scales, so it cannot be quantized"
-        raise ModelError(f"quantization={quantization!r} of {preset!r}: {problem}. Leave it out, or take a Gemma 1 to 3.")
+        raise ModelError(f"quantization={quantization!r} of {preset!r}: {problem}. Leave it out, or take Gemma 1 to 3.")
     if quantization:
         if distribution is None:
             with _on_host(quantization):

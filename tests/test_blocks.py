@@ -1,14 +1,11 @@
 """What is changed on KerasHub's decoder blocks, held against the blocks as KerasHub computes them."""
 
-import jax
-import keras
-import keras_nlp
 import numpy as np
 import pytest
 
 from gemma_lora_sentiment import blocks
 from gemma_lora_sentiment.adapter import new_adapter
-from gemma_lora_sentiment.model import ModelError, load_base, tiny_gemma, without_tensorflow
+from gemma_lora_sentiment.model import ModelError, jax, keras, keras_nlp, load_base, tiny_gemma, without_tensorflow
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
 
@@ -89,10 +86,8 @@ def test_gradients_are_those_of_the_whole_last_block(folder):
 def test_each_kind_of_block_is_traced_once(tmp_path, monkeypatch):
     counts = []
     for family, kinds in (("gemma", 1), ("gemma2", 2), ("gemma3", 2), ("gemma4", 4)):
-        made = []
-        monkeypatch.setattr(
-            blocks, "_program", lambda block, shared, made=made, usual=blocks._program: made.append(block) or usual(block, shared)
-        )  # fmt: skip
+        made, usual = [], blocks._program
+        monkeypatch.setattr(blocks, "_program", lambda *of, made=made, usual=usual: made.append(of) or usual(*of))
         base = load_base(tiny_gemma(tmp_path / family, family))
         base.scorer(rank=2)
         monkeypatch.undo()
@@ -119,7 +114,8 @@ def test_blocks_of_one_kind_compute_with_their_own_weights(tmp_path):
 
 def test_a_rank_of_its_own_makes_another_kind(tmp_path):
     base = load_base(tiny_gemma(tmp_path))
-    paths = [layer.path for layer in base.scorer(rank=2).backbone._flatten_layers() if getattr(layer, "lora_enabled", 0)]
+    layers = base.scorer(rank=2).backbone._flatten_layers()
+    paths = [layer.path for layer in layers if getattr(layer, "lora_enabled", False)]
     scorer = base.scorer(rank={path: (1 + i, 1.0) for i, path in enumerate(paths)})
     kinds = [blocks._kind_of(block) for block in scorer.backbone.transformer_layers]
     assert len(set(kinds)) == 2
@@ -127,8 +123,8 @@ def test_a_rank_of_its_own_makes_another_kind(tmp_path):
 
 def test_the_activation_is_not_kept_for_the_backward_pass():
     """Of the residuals of a block, those as wide as the feed-forward part are gate and value alone."""
-    backbone = keras_nlp.models.GemmaBackbone(50, 1, 2, 1, 16, 208, 8)  # feed-forward part of 104
-    plain = keras_nlp.models.GemmaBackbone(50, 1, 2, 1, 16, 208, 8)
+    with without_tensorflow():  # feed-forward part of 104
+        backbone, plain = (keras_nlp.models.GemmaBackbone(50, 1, 2, 1, 16, 208, 8) for _ in range(2))
     blocks._activate_again(backbone.transformer_layers[0])
     hidden = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
 
