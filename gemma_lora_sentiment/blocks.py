@@ -18,6 +18,7 @@ __all__ = ['compute_beside', 'prepare_blocks']
 with without_tensorflow():
     import jax
     import keras
+    from keras.src.backend.common import global_state
 
 # %% ../nbs/01c_blocks.ipynb #c4f2a5cc
 def _kernel_of(
@@ -174,12 +175,12 @@ def _program(
     block: keras.layers.Layer,  # one of its kind
     shared: Sequence[keras.Variable],  # what it reads beside its own variables
 ) -> Callable[..., Any]:
-    "The block as a function of (values, hidden, places, other inputs, whether to rematerialize)."
+    "The block as a function of (values, hidden, places, other inputs, whether to rematerialize, Keras's `training`)."
     call = _call_at(block)
     _activate_again(block)
     variables = (*block.variables, *shared)
 
-    def program(values, hidden, places, inputs, rematerialize):
+    def program(values, hidden, places, inputs, rematerialize, training):  # Keras reads the last one elsewhere
         def compute(hidden, places, inputs):
             return call(hidden, places, **inputs)
 
@@ -187,7 +188,7 @@ def _program(
         with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
             return compute(hidden, places, inputs)
 
-    return jax.jit(program, static_argnums=4)
+    return jax.jit(program, static_argnums=(4, 5))
 
 
 def prepare_blocks(
@@ -215,6 +216,8 @@ def prepare_blocks(
             if inputs.get("cache") is not None:  # the text is being continued
                 return usual(hidden, **inputs)
             values = [variable.value for variable in (*block.variables, *shared)]
-            return program(values, hidden, scorer.positions if is_last else None, inputs, scorer.rematerialize)
+            training = getattr(global_state.get_global_attribute("current_call_ctx"), "training", None)
+            places = scorer.positions if is_last else None
+            return program(values, hidden, places, inputs, scorer.rematerialize, training)
 
         object.__setattr__(block, "call", call)

@@ -25,20 +25,23 @@ def memory_estimate(
     length: int = 128,  # tokens of a line
     positions: int = 2,  # positions of a line at which logits are computed
     rematerialize: bool = False,  # decoder blocks are computed twice
+    fused_attention: bool | None = None,  # attention is one kernel, which keeps no pairs; None: if it is so here
 ) -> dict[str, int]:  # bytes: base, adapter, optimizer, activations, total
     "Bytes that a training step needs."
     model = base.backbone
     adapter = 4 * sum(int(np.prod(variable.shape)) for variable in base.scorer(targets, rank).trainable_variables)
-    heads, layers = model.num_query_heads, model.num_layers
-    tokens, hidden, wide = batch_size * length, model.hidden_dim, model.intermediate_dim
-    if base.dtype == "float32":
-        item, block = 4, tokens * (3.4 * hidden + 1.6 * wide + 2.6 * heads * length)
-        now = tokens * (3.4 * hidden + 4 * heads * length)  # for the block that is being computed
-    else:
-        item, block, now = 2, tokens * (4.5 * hidden + wide), tokens * 2.4 * wide
-    kept = layers * tokens * hidden + block if rematerialize else (layers - 1) * block
-    unpacked = hidden * wide // 2 if base.quantization else 0  # numbers of the largest kernel
-    activations = int(item * (kept + now + unpacked)) + 3 * 4 * batch_size * positions * model.vocabulary_size
+    tokens, hidden, blocks = batch_size * length, model.hidden_dim, model.transformer_layers
+    wides = [2 * int(block.gating_ffw._kernel.shape[-1]) for block in blocks]  # gate and value together
+    fused = blocks[0].attention._use_fused_attention_op() if fused_attention is None else fused_attention
+    pairs = 0 if fused else model.num_query_heads * length  # of head and token attended to, for each token
+    again = hasattr(blocks[0], "layer_scalar")  # Gemma 4's blocks keep what the activation makes
+    item, narrow, per_wide = (4, 3.4, 1.6) if base.dtype == "float32" else (2, 4.5, 1.0)
+    each = [narrow * hidden + (per_wide + 0.5 * again) * wide + 2.6 * pairs for wide in wides]
+    now = narrow * hidden + 4 * pairs if base.dtype == "float32" else 2.4 * max(wides) + 4 * pairs
+    kept = len(blocks) * hidden + max(each) if rematerialize else sum(each[:-1])
+    unpacked = hidden * max(wides) // 2 if base.quantization else 0  # numbers of the largest kernel
+    activations = int(item * (tokens * (kept + now) + unpacked))
+    activations += 3 * 4 * batch_size * positions * model.vocabulary_size
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}
     return {**parts, "total": sum(parts.values())}
 

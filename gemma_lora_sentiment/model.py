@@ -868,7 +868,12 @@ def _quantize_dense(
 
 def _on_host(quantization: str | None) -> contextlib.AbstractContextManager:
     "Where a base is to be quantized: inside, arrays are made in the host's memory, so the device never holds floats."
-    return jax.default_device(jax.devices("cpu")[0]) if quantization else contextlib.nullcontext()
+    if not quantization:
+        return contextlib.nullcontext()
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was told to know no CPU
+        return contextlib.nullcontext()
 
 
 def _to_device(backbone: keras.Model) -> None:

@@ -42,19 +42,21 @@ import numpy as np
 __all__ = ['overflows', 'fall_back', 'planned_base', 'preset_config', 'choose_quantization', 'base_for_device']
 
 # %% ../nbs/02c_precision.ipynb #37dd0938
-def _finite_check(base: Base) -> Any:  # compiled function of (base arrays, token_ids, padding_mask) -> bool ()
+def _finite_check(base: Base) -> Any:  # function of (arrays, token_ids, padding_mask) -> bool (), and the variables
+    backbone = base.scorer(rank=1).backbone  # an adapter is zero at first, and int8 is multiplied as it will be
+
     def finite(values, token_ids, padding_mask):
-        mapping = zip(base.backbone.variables, values, strict=True)
+        mapping = zip(backbone.variables, values, strict=True)
         with keras.StatelessScope(state_mapping=list(mapping)):
-            hidden = base.backbone(_text_inputs(base.backbone, token_ids, padding_mask))
+            hidden = backbone(_text_inputs(backbone, token_ids, padding_mask))
             before_last = padding_mask.sum(axis=1) - 2
             at = jnp.take_along_axis(hidden, before_last[:, None, None], axis=1)
-            logits = base.backbone.token_embedding(at, reverse=True)[:, 0].astype("float32")
+            logits = backbone.token_embedding(at, reverse=True)[:, 0].astype("float32")
         last = jnp.take_along_axis(token_ids, before_last[:, None] + 1, axis=1)
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), last, axis=1)
         return (jnp.isfinite(hidden).all(axis=-1) | (padding_mask == 0)).all() & jnp.isfinite(loss).all()
 
-    return jax.jit(finite)
+    return jax.jit(finite), backbone.variables
 
 
 def overflows(
@@ -71,7 +73,8 @@ def overflows(
     with base.lock:
         if getattr(base, "finite_check", None) is None:
             base.finite_check = _finite_check(base)
-        return not base.finite_check([variable.value for variable in base.backbone.variables], token_ids, padding_mask)
+        finite, variables = base.finite_check
+        return not finite([variable.value for variable in variables], token_ids, padding_mask)
 
 # %% ../nbs/02c_precision.ipynb #5448ed26
 _OVERFLOWED: dict[str, str] = {}  # address of a base -> the format that is safe for it

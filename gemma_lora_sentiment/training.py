@@ -628,7 +628,8 @@ def _memory_explained(
         asked = re.search(r"allocat\w*\s+(?:of\s+)?(\d[\d.,]*)\s*(bytes|[KMGT]?i?B)?", chain)
         failed = f" (an allocation of {asked[1]} {asked[2] or 'bytes'} failed)" if asked else ""
         lower = ["batch_size"] * (batch_size > 1) + ["max_length"]
-        smaller = "" if base.quantization else ", or use quantization='int8'"
+        can_be = not base.quantization and type(base.backbone).__name__ != "Gemma4Backbone"
+        smaller = ", or use quantization='int8'" if can_be else ""
         raise OutOfMemory(
             f"Out of memory at batch_size={batch_size}, {lines} x {length} tokens in {base.dtype}{failed}. Needed, "
             f"estimated: {memory_text(parts)}. Lower {' or '.join(lower)}{smaller}."
@@ -785,6 +786,7 @@ def _depends_on(
 ) -> dict[str, Any]:  # as JSON can hold it
     "Everything that decides the bits of a fit."
     settings = {"base": base.fingerprint, "dtype": base.dtype, "quantization": base.quantization, **more}
+    settings["arithmetic"] = 2  # raised when a version computes other bits: what an earlier one began is not gone on with
     settings |= {**vars(recipe), "target_layers": list(start.targets), "lora_alpha": start.alpha}
     for name, part in (("rows", rows), ("validation_rows", validation)):
         settings[name] = 0 if part is None else len(part)

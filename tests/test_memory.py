@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment import training
+from gemma_lora_sentiment import model, training
 from gemma_lora_sentiment.adapter import new_adapter
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.memory import fitting_batch, memory_estimate
@@ -60,6 +60,16 @@ def test_blocks_computed_twice_keep_less_and_give_the_same_gradients(base):
     for a, b in zip(once, twice, strict=True):
         assert np.abs(np.asarray(a)).max() > 0
         np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4"])
+def test_the_estimate_holds_for_every_family(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(model._TINY, "intermediate_dim", 512)  # KerasHub halves it in Gemma 1 and 2 alone
+    base = load_base(tiny_gemma(tmp_path, family))
+    scorer = base.scorer(rank=4)
+    _prepare(scorer, base.dtype)
+    planned = scorer.lower_step(step(base, 8, 64, 2)).compile().memory_analysis().temp_size_in_bytes
+    assert 0.75 < memory_estimate(base, 4, batch_size=8, length=64)["activations"] / planned < 1.4
 
 
 @pytest.mark.parametrize("batch_size, length, positions", [(4, 32, 2), (16, 64, 2), (8, 128, 2), (4, 64, 63)])

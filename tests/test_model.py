@@ -500,8 +500,8 @@ def test_the_scorer_computes_in_the_formats_of_its_base(dtype, quantization, tin
     assert formats[0] == formats[1] and any(found[1] == dtype for found in formats[1])
 
 
-def test_int8_beside_float16_computes_its_products_in_float32(tiny):
-    """Keras refuses int8 in float16, whose range the scales leave."""
+def test_int8_beside_float16_is_like_int8_in_float32(tiny):
+    """Keras refuses int8 in float16, so its layers keep a policy of float32; the scorer multiplies in float16."""
     base, wide = load_base(tiny, "float16", "int8"), load_base(tiny, "float32", "int8")
     dense = [layer for layer in base.backbone._flatten_layers() if isinstance(layer, room._DENSE)]
     assert {(layer.quantization_mode, layer.compute_dtype) for layer in dense} == {("int8", "float32")}

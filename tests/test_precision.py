@@ -81,6 +81,8 @@ def test_only_float16_overflows(tiny, large):
     assert overflows(load_base(large, "float16"), rows)
     assert not overflows(load_base(large, "bfloat16"), rows) and not overflows(load_base(large, "float32"), rows)
     assert not overflows(load_base(tiny, "float16"), rows)
+    assert overflows(load_base(large, "float16", "int8"), rows)  # int8 is multiplied in float16 too
+    assert not overflows(load_base(tiny, "float16", "int8"), rows)
 
 
 def test_float16_that_is_safe_is_kept(tiny, t4):
