@@ -786,7 +786,7 @@ def _depends_on(
 ) -> dict[str, Any]:  # as JSON can hold it
     "Everything that decides the bits of a fit."
     settings = {"base": base.fingerprint, "dtype": base.dtype, "quantization": base.quantization, **more}
-    settings["arithmetic"] = 2  # raised when a version computes other bits, which must not be mixed with those of before
+    settings["arithmetic"] = 2  # raised when a version computes other bits, which must not mix with those of before
     settings |= {**vars(recipe), "target_layers": list(start.targets), "lora_alpha": start.alpha}
     for name, part in (("rows", rows), ("validation_rows", validation)):
         settings[name] = 0 if part is None else len(part)
