@@ -517,8 +517,12 @@ def test_kernels_are_not_tried_out_for_a_small_base_on_a_gpu(base):
     assert options["xla_gpu_autotune_level"] == 0 and room._compiler_options(base.backbone, "cpu") is None
     doubled = jax.jit(lambda x: 2 * x, compiler_options=options)  # XLA knows every name
     assert float(doubled(1.0)) == 2.0
-    large = types.SimpleNamespace(variables=[types.SimpleNamespace(shape=(1000, 100_000))])
-    assert room._compiler_options(large, "gpu") is None
+    kernel = types.SimpleNamespace(shape=(1000, 100_000), dtype="bfloat16")
+    assert room._compiler_options(types.SimpleNamespace(variables=[kernel]), "gpu") is None
+    kernel.dtype = "int8"
+    options = room._compiler_options(types.SimpleNamespace(variables=[kernel]), "gpu")
+    assert options == {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    assert float(jax.jit(lambda x: 2 * x, compiler_options=options)(1.0)) == 2.0
 
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
