@@ -21,6 +21,10 @@ with without_tensorflow():
     from keras.src.backend.common import global_state
 
 # %% ../nbs/01c_blocks.ipynb #c4f2a5cc
+def _called(layer: keras.layers.Layer) -> str:  # what Keras calls when the layer is called
+    return "call" if layer.quantization_mode is None else "quantized_call"
+
+
 def _kernel_of(
     layer: keras.layers.Layer,  # Dense or EinsumDense, in a float format or int8
     dtype: str,  # float format
@@ -58,7 +62,7 @@ def compute_beside(
         return outputs if layer.activation is None else layer.activation(outputs)
 
     layer.autocast = False  # Keras would cast the inputs to the layer's own format
-    object.__setattr__(layer, "call" if layer.quantization_mode is None else "quantized_call", call)
+    object.__setattr__(layer, _called(layer), call)
 
 # %% ../nbs/01c_blocks.ipynb #1b8b9dee
 def _keep_rows_apart(
@@ -82,8 +86,7 @@ def _call_at(
     "The block's call, with its hidden states at `places` alone, (b, p, d); keys and values are those of all tokens."
     usual, usual_mask, usual_attention = block.call, block._compute_attention_mask, block.attention.call
     output = block.attention.output_dense
-    projection = "call" if output.quantization_mode is None else "quantized_call"
-    project = getattr(output, projection)
+    project = getattr(output, _called(output))
     whole = chosen = None  # hidden states and places of the call that is being traced
 
     def pick(array):  # (b, l, ...) -> (b, p, ...)
@@ -115,7 +118,7 @@ def _call_at(
 
     object.__setattr__(block, "_compute_attention_mask", mask)
     object.__setattr__(block.attention, "call", attention)
-    object.__setattr__(output, projection, projected)
+    object.__setattr__(output, _called(output), projected)
     return call
 
 # %% ../nbs/01c_blocks.ipynb #e71f4ddd
@@ -138,8 +141,7 @@ def _activate_again(
     seen: dict[str, Any] = {}  # gate and value of the call that is being traced
 
     def wrap(layer, before=lambda inputs: inputs, name=None):
-        attribute = "call" if layer.quantization_mode is None else "quantized_call"
-        usual = getattr(layer, attribute)
+        usual = getattr(layer, _called(layer))
 
         def call(inputs, **kwargs):
             outputs = usual(before(inputs), **kwargs)
@@ -147,7 +149,7 @@ def _activate_again(
                 seen[name] = outputs
             return outputs
 
-        object.__setattr__(layer, attribute, call)
+        object.__setattr__(layer, _called(layer), call)
 
     @jax.checkpoint
     def activation(gate, value):
@@ -176,6 +178,7 @@ def _program(
     shared: Sequence[keras.Variable],  # what it reads beside its own variables
 ) -> Callable[..., Any]:
     "The block as a function of (values, hidden, places, other inputs, whether to rematerialize, Keras's `training`)."
+    _keep_rows_apart(block)
     call = _call_at(block)
     _activate_again(block)
     variables = (*block.variables, *shared)
@@ -208,7 +211,6 @@ def prepare_blocks(
     shared, programs = (scorer.lora_alpha,), {}
     for block in backbone.transformer_layers:
         usual, kind, is_last = block.call, _kind_of(block), block is backbone.transformer_layers[-1]
-        _keep_rows_apart(block)
         if kind not in programs:
             programs[kind] = _program(block, shared)
 
