@@ -79,7 +79,7 @@ RECIPES = {
     ),
     # Gemma of 270M parameters and more; from the LoRA paper's and Unsloth's usual range, not tuned here
     "gemma": Recipe(),
-    # the bundled base; chosen twice, among eight and among six settings near those, on held-out comments; see Pretraining
+    # the bundled base; chosen among eight settings, then among six near these, on held-out comments; see Pretraining
     "mini_ko": Recipe(lora_rank=8, learning_rate=2.5e-3, epochs=3, target_layers="all"),
 }  # fmt: skip
 
