@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .model import Base, LabelScorer, LayerRanks
+from .gemma import LORA_LAYERS, GemmaConfig, array_name, array_shapes
+from .model import Base, LayerRanks, lora_shapes
 
 # %% auto #0
-__all__ = ['RunError', 'Adapter', 'new_adapter', 'to_peft', 'from_peft', 'from_textbook', 'to_textbook', 'write_atomically',
-           'save_files', 'check_files', 'adapter_files', 'save_adapter', 'load_adapter']
+__all__ = ['RunError', 'Adapter', 'new_adapter', 'stacked_lora', 'unstacked_lora', 'lora_scales', 'to_peft', 'from_peft',
+           'from_textbook', 'to_textbook', 'write_atomically', 'save_files', 'check_files', 'adapter_files',
+           'save_adapter', 'load_adapter']
 
 # %% ../nbs/03_adapter.ipynb #03a48d85
 class RunError(RuntimeError):
@@ -49,17 +51,99 @@ class Adapter:
 
 # %% ../nbs/03_adapter.ipynb #8fc97c22
 def new_adapter(
-    scorer: LabelScorer,  # the shared model it is made for
+    base: Base,  # that it is made for
+    rank: LayerRanks = 4,  # of LoRA
+    targets: Sequence[str] = ("query", "value"),  # names of the layers that carry it
     alpha: float | None = None,  # by default the rank, so that the product AB is not scaled
     seed: int = 0,
 ) -> Adapter:
-    "An untrained adapter: A uniform within sqrt(6 / fan-in) ([He et al. 2015](https://arxiv.org/abs/1502.01852)), B 0."
+    """An untrained adapter: A uniform within sqrt(6 / fan-in), B 0 ([He 2015](https://arxiv.org/abs/1502.01852)).
+
+    Raises `ModelError` for layers that the base has not, or a rank that trains nothing.
+    """
     rng = np.random.default_rng(seed)
     arrays = {}
-    for variable in scorer.trainable_variables:
-        limit = np.sqrt(6 / np.prod(variable.shape[:-1])) if variable.path.endswith("lora_kernel_a") else 0.0
-        arrays[variable.path] = rng.uniform(-limit, limit, variable.shape).astype(np.float32)
-    return Adapter(arrays, scorer.rank, float(scorer.rank if alpha is None else alpha), scorer.targets)
+    for path, shape in lora_shapes(base.config, rank, targets).items():
+        limit = np.sqrt(6 / np.prod(shape[:-1])) if path.endswith("lora_kernel_a") else 0.0
+        arrays[path] = rng.uniform(-limit, limit, shape).astype(np.float32)
+    usual = 1.0 if isinstance(rank, Mapping) else rank
+    return Adapter(arrays, rank, float(usual if alpha is None else alpha), tuple(targets))
+
+# %% ../nbs/03_adapter.ipynb #5ca1e002
+def stacked_lora(
+    adapter: Adapter,
+    config: GemmaConfig,  # of the base
+) -> list[dict[str, dict[str, np.ndarray]]]:  # for each group: layer -> a (layers, ..., r), b (layers, r, outputs)
+    "The arrays of an adapter, laid out as the base's."
+    groups = []
+    for (first, end), targets in _targets_of_groups(adapter, config):
+        pairs = {}
+        for name, path in targets.items():
+            shape = array_shapes(config)[f"decoder_block_{first}/{path}/kernel"]
+            found = [_pair_at(adapter, f"decoder_block_{i}/{path}") for i in range(first, end)]
+            rank = max(pair[0].shape[-1] for pair in found if pair)
+            a = np.zeros((end - first, *shape[:-1], rank), np.float32)
+            b = np.zeros((end - first, rank, shape[-1]), np.float32)
+            for i, pair in enumerate(found):
+                if pair:
+                    a[i, ..., : pair[0].shape[-1]], b[i, : pair[1].shape[0]] = pair
+            pairs[name] = {"a": a, "b": b}
+        groups.append(pairs)
+    return groups
+
+
+def unstacked_lora(
+    stacked: Sequence[Mapping[str, Mapping[str, np.ndarray]]],  # as `stacked_lora` gives them
+    like: Adapter,  # whose paths, shapes and order the arrays get
+    config: GemmaConfig,
+) -> dict[str, np.ndarray]:  # float32 arrays by path, copies
+    "The inverse of `stacked_lora`."
+    arrays = {}
+    for ((first, end), targets), group in zip(_targets_of_groups(like, config), stacked, strict=True):
+        for name, path in targets.items():
+            for i in range(first, end):
+                if pair := _pair_at(like, f"decoder_block_{i}/{path}"):
+                    rank, at = pair[1].shape[0], f"decoder_block_{i}/{path}/lora_kernel_"
+                    arrays[f"{at}a"] = np.array(group[name]["a"][i - first, ..., :rank], np.float32)
+                    arrays[f"{at}b"] = np.array(group[name]["b"][i - first, :rank], np.float32)
+    return {path: arrays[path] for path in like.arrays}
+
+
+def lora_scales(
+    adapter: Adapter,
+    config: GemmaConfig,
+) -> list[dict[str, np.ndarray]]:  # for each group of blocks: layer -> float32 (layers,)
+    "What the product AB of each layer is multiplied by."
+    groups = []
+    for (first, end), targets in _targets_of_groups(adapter, config):
+        scales = {}
+        for name, path in targets.items():
+            layers = [f"decoder_block_{i}/{path}" for i in range(first, end)]
+            of_rank = adapter.rank if isinstance(adapter.rank, Mapping) else {}
+            divisors = [of_rank.get(layer, (0, 1.0))[1] if of_rank else adapter.rank for layer in layers]
+            scales[name] = np.array([adapter.alpha / divisor for divisor in divisors], np.float32)
+        groups.append(scales)
+    return groups
+
+
+def _pair_at(adapter: Adapter, path: str) -> tuple[np.ndarray, np.ndarray] | None:  # A and B of a layer
+    a = adapter.arrays.get(f"{path}/lora_kernel_a")
+    return None if a is None else (a, adapter.arrays[f"{path}/lora_kernel_b"])
+
+
+def _targets_of_groups(
+    adapter: Adapter, config: GemmaConfig
+) -> list[tuple[tuple[int, int], dict[str, str]]]:  # blocks, and layer -> its path within a block
+    "Which layers of each group carry LoRA in one of its blocks at least."
+    there: dict[int, set[str]] = {}
+    for path in adapter.arrays:
+        block, rest = path.split("/", 1)
+        there.setdefault(int(block.rsplit("_", 1)[1]), set()).add(rest.rsplit("/", 1)[0])
+    found = []
+    for first, end in config.groups:
+        paths = set().union(*(there.get(i, ()) for i in range(first, end)))
+        found.append(((first, end), {array_name(path): path for path in sorted(paths)}))
+    return found
 
 # %% ../nbs/03_adapter.ipynb #a8333bc8
 _PEFT_MODULES = {  # Keras layer -> module of the transformers checkpoint
@@ -382,12 +466,11 @@ def _lora_layers(
     base: Base,
 ) -> dict[str, tuple[str, str, tuple[int, ...]]]:  # PEFT's module -> path of the Keras layer, its name, kernel's shape
     found = {}
-    for layer in base.backbone._flatten_layers(include_self=False):
-        if layer.name in _PEFT_MODULES and layer.path.startswith("decoder_block_"):
-            block = int(layer.path.split("/")[0].rsplit("_", 1)[1])
-            shape = getattr(layer, "original_kernel_shape", None) or layer._kernel.shape  # int4 packs the kernel
-            order = (block, list(_PEFT_MODULES).index(layer.name))
-            found[order] = (f"layers.{block}.{_PEFT_MODULES[layer.name]}", (layer.path, layer.name, tuple(shape)))
+    for path, shape in array_shapes(base.config).items():
+        if (name := array_name(path)) in LORA_LAYERS:
+            block = int(path.split("/")[0].rsplit("_", 1)[1])
+            order = (block, list(_PEFT_MODULES).index(name))
+            found[order] = (f"layers.{block}.{_PEFT_MODULES[name]}", (path.removesuffix("/kernel"), name, shape))
     return dict(found[order] for order in sorted(found))
 
 

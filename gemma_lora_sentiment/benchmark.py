@@ -221,31 +221,24 @@ def random_base(
     **needs: int,  # rank, batch_size, length: what a step must hold, for "auto"
 ) -> Any:  # Base with a tokenizer that is empty
     "A base of this shape, its weights drawn on the device. Raises `ModelError` for an unknown dtype."
-    from gemma_lora_sentiment.model import Base, _on_host, _quantize_dense, _to_device
-    from gemma_lora_sentiment.model import _untouched_random_state, _without_allocation
-    from gemma_lora_sentiment.model import choose_dtype, jax, keras_nlp, without_tensorflow
+    from gemma_lora_sentiment.backend import choose_dtype, jax
+    from gemma_lora_sentiment.gemma import LORA_LAYERS, array_name, array_shapes, gemma_config, stacked
+    from gemma_lora_sentiment.model import Base, complete_arguments, quantized_kernel
     from gemma_lora_sentiment.precision import choose_quantization
 
     dtype = choose_dtype(dtype)[0]
     if quantization == "auto":
         found = ("Gemma", SHAPES[shape])
         quantization = choose_quantization(f"Shape {shape}", dtype, found=found, **needs)[0]
-    with _untouched_random_state(), without_tensorflow(), _without_allocation():
-        backbone = keras_nlp.models.GemmaBackbone(**SHAPES[shape], dtype=dtype)
+    arguments = complete_arguments("Gemma", SHAPES[shape])
+    config, arrays = gemma_config("Gemma", arguments), {}
     draw = jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
-    for number, variable in enumerate(backbone.variables):
-        sizes = tuple(variable.shape)
-        fan_in = sizes[-1] if variable.path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
-        key = jax.random.key(number, impl="rbg")
-        value = draw(key, sizes, variable.dtype, fan_in)
-        variable._value, variable._initializer = np.asarray(value) if quantization else value, None
-    if quantization:  # as `load_base` does
-        with _on_host(quantization):
-            for variable in backbone.variables:
-                variable._value = jax.numpy.asarray(variable._value)
-            _quantize_dense(backbone, quantization)
-        _to_device(backbone)
-    return Base(f"random {shape}", backbone, b"", dtype, quantization)
+    for number, (path, sizes) in enumerate(array_shapes(config).items()):
+        fan_in = sizes[-1] if path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
+        value = np.asarray(draw(jax.random.key(number, impl="rbg"), sizes, dtype, fan_in))
+        is_kernel = quantization and array_name(path) in LORA_LAYERS
+        arrays[path] = quantized_kernel(path, value, quantization)[0] if is_kernel else value
+    return Base(f"random {shape}", config, stacked(arrays, config), b"", dtype, shape, arguments, quantization)
 
 
 def _base_of(settings: BenchmarkSettings) -> Any:  # Base
@@ -328,7 +321,8 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.model import jax
-    from gemma_lora_sentiment.training import Recipe, _scoring_batch_size, score_labels, train_adapter
+    from gemma_lora_sentiment.scoring import score_labels, scoring_batch_size
+    from gemma_lora_sentiment.training import Recipe, train_adapter
 
     settings = BenchmarkSettings(**spec["settings"])
     use_compile_cache()  # as `load_base` does
@@ -336,7 +330,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     log(import_seconds=log.elapsed())
     started = time.perf_counter()
     base = _base_of(settings)
-    jax.block_until_ready([variable.value for variable in base.backbone.variables])
+    jax.block_until_ready(base.arrays)
     log(base_seconds=time.perf_counter() - started, base_bytes=base.nbytes, base_peak_bytes=_peak_bytes())
     log(dtype=base.dtype, quantization=base.quantization, batch_size=settings.batch_size)
     log(**{f"base_{name}": n for name, n in compiled.items()})
@@ -346,7 +340,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     )
 
     def fit() -> tuple[Any, tuple[int, ...]]:
-        start = new_adapter(base.scorer(("query", "value"), settings.lora_rank), seed=settings.seed)
+        start = new_adapter(base, settings.lora_rank, seed=settings.seed)
         adapter, _, buckets = train_adapter(
             base, start, train, words, recipe, callbacks=[_stop_after_epoch(log)],
             progress=lambda numbers: log(epochs=[numbers["seconds"]]),
@@ -363,13 +357,12 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     started = time.perf_counter()
     fit()
     log(refit_seconds=time.perf_counter() - started)
-    scorer = base.scorer(("query", "value"), settings.lora_rank)
 
     def score(part: str, batch_size: int) -> np.ndarray:
         prompts = [np.array(prompt, np.int32) for prompt in rows[part]]
-        return score_labels(scorer, adapter, prompts, words, batch_size=batch_size)
+        return score_labels(base, adapter, prompts, words, batch_size=batch_size)
 
-    _log_scoring(log, rows, lambda part: score(part, _scoring_batch_size()))  # the batch that `predict_proba` takes
+    _log_scoring(log, rows, lambda part: score(part, scoring_batch_size()))  # the batch that `predict_proba` takes
     log(predict_peak_bytes=_peak_bytes())
 
 
@@ -638,7 +631,7 @@ def _run_sweep(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> N
     settings, kind = BenchmarkSettings(**spec["settings"]), spec["kind"]
     base = _base_of(settings)
     log(quantization=base.quantization)
-    start = new_adapter(base.scorer(("query", "value"), settings.lora_rank))
+    start = new_adapter(base, settings.lora_rank)
     epochs, per_token = 2 if kind == "rows" else 3, 0.0
     for size in spec["sizes"]:
         lengths, batch_size = _sweep_lengths(kind, size, settings.batch_size, settings.seed)

@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from .data import cache_dir, whole_file
+from .upstream import use_program_store
 
 # %% auto #0
 __all__ = ['PROGRAM_BYTES', 'ARRAY_BYTES', 'use_compile_cache', 'keep_arrays', 'kept_arrays']
@@ -108,14 +109,14 @@ def use_compile_cache(
         chosen = jax.config.jax_compilation_cache_dir
         if chosen is not None and chosen != str(_STATE["folder"]):  # the user's own
             if _STATE["folder"] is not None:  # chosen after ours
-                _replace_store(None)
+                use_program_store(None)
                 _STATE["folder"] = None
             return None
         if wanted and jax.config.jax_enable_compilation_cache and _STATE["folder"] is None:
             _STATE["folder"] = _open_compile_cache(cache_dir() / "compiled" / _machine())
         elif not wanted and _STATE["folder"] is not None:
             jax.config.update("jax_compilation_cache_dir", None)
-            _replace_store(None)
+            use_program_store(None)
             _STATE["folder"] = None
         return _STATE["folder"]
 
@@ -137,18 +138,8 @@ def _open_compile_cache(folder: Path) -> Path | None:
     for name, value in settings.items():
         with contextlib.suppress(AttributeError, ValueError):  # another version of JAX
             jax.config.update(name, value)
-    _replace_store(_Programs(folder))
+    use_program_store(_Programs(folder))
     return folder
-
-
-def _replace_store(store: _Programs | None) -> None:
-    "Put `store` in the place of JAX's own, or nothing."
-    with contextlib.suppress(ImportError, AttributeError):
-        from jax._src import compilation_cache
-
-        compilation_cache.reset_cache()
-        if store is not None and hasattr(compilation_cache, "_cache"):
-            compilation_cache._cache, compilation_cache._cache_initialized = store, True
 
 # %% ../nbs/01a_cache.ipynb #77b24eed
 ARRAY_BYTES = 20_000_000_000  # quantized bases kept; Gemma 2B takes 2 GB at 8 bits

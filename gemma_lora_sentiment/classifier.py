@@ -42,17 +42,15 @@ from gemma_lora_sentiment.prompt import (
     encode_prompts,
     label_words,
 )
+from .scoring import generate, label_probabilities, log_softmax, score_labels
 from gemma_lora_sentiment.training import (
     RECIPES,
     Recipe,
     Rows,
-    _scoring_batch_size,
     class_weights,
     fit_to_device,
-    log_softmax,
     print_progress,
     recipe_for,
-    score_labels,
     train_adapter,
 )
 
@@ -313,7 +311,7 @@ class _Fitting:
         base = self._chosen_base()
         recipe_name, recipe = self._resolved_recipe(base)
         alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
-        start = new_adapter(base.scorer(recipe.targets(base), recipe.lora_rank), alpha, self.seed)
+        start = new_adapter(base, recipe.lora_rank, recipe.targets(base), alpha, self.seed)
         words = label_words([_plain(c) for c in classes], _tokenizer(base.tokenizer_proto), template, self.label_words)
         self._encode([], base, words, recipe)  # is there room for a comment?
         return base, recipe_name, recipe, words, start
@@ -365,24 +363,7 @@ class _Prediction:
         base = self._loaded_base()
         distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
         prompts = self._encode(distinct.tolist(), base, self.words_, self.recipe_, times)
-        scores = self._scores(base, prompts)
-        if not np.isfinite(scores).all():
-            lost = int(times[~np.isfinite(scores).all(axis=1)].sum())
-            raise RunError(
-                f"The scores of {lost} of {len(comments)} comments are not finite in {base.dtype}. Fit again with "
-                "dtype='bfloat16', whose range is that of float32."
-            )
-        return np.exp(log_softmax(scores)).astype(np.float32)[back]
-
-    def _scores(
-        self,
-        base: Base,
-        prompts: Sequence[np.ndarray],
-    ) -> np.ndarray:  # float32 (n, n_classes)
-        scorer = base.scorer(self.adapter_.targets, self.adapter_.rank)
-        batch_size = 8 if len(prompts) <= 8 else _scoring_batch_size()
-        with base.lock:
-            return score_labels(scorer, self.adapter_, prompts, self.words_, batch_size=batch_size)
+        return label_probabilities(base, self.adapter_, prompts, self.words_, times)[back]
 
     def predict(
         self,
@@ -412,15 +393,8 @@ class _Explanation:
             del base
             base = fall_back(self.preset, quantization, devices=self.devices, strategy=self.strategy)
         length = -(-(len(prompt) + max_new_tokens) // 32) * 32  # few shapes, so few compilations
-        with base.lock:
-            if fitted:
-                adapter, scorer = self.adapter_, base.scorer(self.adapter_.targets, self.adapter_.rank)
-            else:
-                scorer = base.scorer(rank=recipe.lora_rank)
-                adapter = new_adapter(scorer)
-            scorer.assign(adapter.arrays)
-            scorer.lora_alpha.assign(adapter.alpha)
-            written = scorer.generate(prompt, length, (tokenizer.eos_id,))
+        adapter = self.adapter_ if fitted else new_adapter(base, recipe.lora_rank)
+        written = generate(base, adapter, prompt, length, (tokenizer.eos_id,))
         return tokenizer.decode(written[:max_new_tokens])
 
     def token_influence(
@@ -434,7 +408,7 @@ class _Explanation:
         prompt = self._encode(_check_comments([comment]), base, self.words_, self.recipe_)[0]
         before, after = (len(ids) for ids in tokenizer.encode([template.prefix, template.middle]))
         positions = range(1 + before, len(prompt) - after)
-        scores = self._scores(base, [prompt, *(np.delete(prompt, i) for i in positions)])
+        scores = score_labels(base, self.adapter_, [prompt, *(np.delete(prompt, i) for i in positions)], self.words_)
         log_probability = log_softmax(scores)[:, scores[0].argmax()]
         log_odds = log_probability - np.log(-np.expm1(np.minimum(log_probability, -1e-12)))
         return pd.DataFrame(

@@ -10,6 +10,7 @@ import functools
 import glob
 import importlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -1058,7 +1059,8 @@ def info(
     from gemma_lora_sentiment.credentials import check_access
     from gemma_lora_sentiment.data import cache_dir
     from gemma_lora_sentiment.memory import memory_estimate, memory_text
-    from gemma_lora_sentiment.model import choose_dtype, resolve_preset
+    from gemma_lora_sentiment.backend import choose_dtype
+    from gemma_lora_sentiment.model import lora_shapes, resolve_preset
 
     clf, device = _classifier(True, {"preset": preset, "dtype": dtype, "quantization": quantization}), _device()
     chosen, why = choose_dtype(dtype)
@@ -1071,7 +1073,7 @@ def info(
     name, recipe = clf._resolved_recipe(base)
     targets = recipe.targets(base)
     estimate = memory_estimate(base, recipe.lora_rank, targets, recipe.batch_size, length=64)
-    trainable = sum(v.value.size for v in base.scorer(targets, recipe.lora_rank).trainable_variables)
+    trainable = sum(math.prod(shape) for shape in lora_shapes(base.config, recipe.lora_rank, targets).values())
     print(f"base: {preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}")
     numbers = {**vars(recipe), "target_layers": " ".join(targets)}
     print(f"recipe: {name}, " + ", ".join(f"{key} {value}" for key, value in numbers.items()))

@@ -16,14 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import safetensors.numpy
 import sentencepiece
 
 from . import __version__
-from .adapter import _PEFT_MODULES, _PER_HEAD, Adapter, RunError
-from .model import BUNDLED_PRESETS, Base, ModelError, _share_weights, keras_nlp
+from .adapter import _PEFT_MODULES, _PER_HEAD, Adapter, RunError, lora_scales, stacked_lora
+from .gemma import hidden_at, logits_of, stacked, with_scales
+from .model import BUNDLED_PRESETS, Base, ModelError
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'transformers_config', 'merged_tensors', 'check_extra', 'export_checkpoint']
@@ -33,27 +33,23 @@ def _refuse(what: str) -> ModelError:
     return ModelError(f"This base cannot be exported: {what}. Transformers' Gemma has no such model.")
 
 
-def _model_type(backbone: keras.Model) -> str:
+def _model_type(base: Base) -> str:
     "Transformers' name of the architecture. Raises `ModelError` when it has none."
-    if not isinstance(backbone, (keras_nlp.models.GemmaBackbone, keras_nlp.models.Gemma3Backbone)):
-        raise _refuse(f"it is a {type(backbone).__name__}")
-    if not backbone.token_embedding.tie_weights:
-        raise _refuse("its output embedding is not its input embedding")
-    if backbone.use_post_ffw_norm != backbone.use_post_attention_norm:
+    config = base.config
+    if config.family not in ("Gemma", "Gemma3"):
+        raise _refuse(f"it is a {config.family}")
+    if config.post_ffw_norm != config.post_attention_norm:
         raise _refuse("it normalizes after one of attention and feed-forward, not after both")
-    if isinstance(backbone, keras_nlp.models.Gemma3Backbone):
-        config = backbone.get_config()
-        if backbone.vision_encoder is not None or config.get("is_embedding_model"):
-            raise _refuse("it is no causal language model of text alone")
-        if config.get("use_bidirectional_attention") or not config["use_query_key_norm"]:
-            raise _refuse("its attention looks forward, or does not normalize queries and keys")
-        if not backbone.use_post_ffw_norm or config["local_rope_scaling_factor"] != 1:
+    if config.family == "Gemma3":
+        if not config.key_norm:
+            raise _refuse("it does not normalize queries and keys")
+        if not config.post_ffw_norm or base.arguments["local_rope_scaling_factor"] != 1:
             raise _refuse("it lacks normalization after its layers, or scales its local rotary embedding")
         return "gemma3_text"
-    if backbone.use_post_ffw_norm:
+    if config.post_ffw_norm:
         return "gemma2"
-    capped = backbone.attention_logit_soft_cap or backbone.final_logit_soft_cap
-    if capped or backbone.use_sliding_window_attention or not backbone.query_head_dim_normalize:
+    capped, windows = config.attention_cap or config.logit_cap, any(layer.window for layer in config.layers)
+    if capped or windows or not base.arguments["query_head_dim_normalize"]:
         raise _refuse("it has soft caps, sliding windows or another attention scale, but no norms after its layers")
     return "gemma"
 
@@ -66,23 +62,23 @@ def transformers_config(
     dtype: str = "float32",  # of the checkpoint
 ) -> dict[str, Any]:  # config.json
     "Settings of Transformers' model. Raises `ModelError` for a base that it has no model for."
-    backbone, model_type = base.backbone, _model_type(base.backbone)
+    model, model_type, layer = base.config, _model_type(base), base.config.layers[0]
     processor = sentencepiece.SentencePieceProcessor(model_proto=base.tokenizer_proto)
     positions = 32_768 if model_type == "gemma3_text" else 8_192
     config = {
         "architectures": [_CLASSES[model_type]],
         "model_type": model_type,
-        "vocab_size": backbone.vocabulary_size,
-        "hidden_size": backbone.hidden_dim,
-        "intermediate_size": backbone.transformer_layers[0].gating_ffw._kernel.shape[-1],
-        "num_hidden_layers": backbone.num_layers,
-        "num_attention_heads": backbone.num_query_heads,
-        "num_key_value_heads": backbone.num_key_value_heads,
-        "head_dim": backbone.head_dim,
+        "vocab_size": model.vocabulary_size,
+        "hidden_size": model.hidden_dim,
+        "intermediate_size": layer.ffw_dim,
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": layer.heads,
+        "num_key_value_heads": layer.key_heads,
+        "head_dim": layer.head_dim,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": positions,
-        "rms_norm_eps": backbone.layer_norm_epsilon,
+        "rms_norm_eps": model.norm_epsilon,
         "rope_theta": 10_000.0,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -94,26 +90,24 @@ def transformers_config(
         "torch_dtype": dtype,
     }
     if model_type != "gemma":
-        by_heads = backbone.hidden_dim // backbone.num_query_heads
-        windows = backbone.use_sliding_window_attention
+        windows = [layer.window for layer in model.layers if layer.window]
         config |= {
-            "query_pre_attn_scalar": backbone.head_dim if backbone.query_head_dim_normalize else by_heads,
-            "attn_logit_softcapping": backbone.attention_logit_soft_cap,
-            "final_logit_softcapping": backbone.final_logit_soft_cap,
-            "sliding_window": backbone.sliding_window_size if windows else positions,
+            "query_pre_attn_scalar": round(model.query_scale**-2),
+            "attn_logit_softcapping": model.attention_cap,
+            "final_logit_softcapping": model.logit_cap,
+            "sliding_window": windows[0] if windows else positions,
         }
-    return config | (_rotary_of_gemma3(backbone) if model_type == "gemma3_text" else {})
+    return config | (_rotary_of_gemma3(base) if model_type == "gemma3_text" else {})
 
 
-def _rotary_of_gemma3(backbone: keras.Model) -> dict[str, Any]:
-    factor, every = backbone.get_config()["global_rope_scaling_factor"], 6
-    local = [backbone.use_sliding_window_attention and i % every < every - 1 for i in range(backbone.num_layers)]
+def _rotary_of_gemma3(base: Base) -> dict[str, Any]:
+    factor = base.arguments["global_rope_scaling_factor"]
     return {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
         "rope_scaling": None if factor == 1 else {"rope_type": "linear", "factor": float(factor)},
-        "sliding_window_pattern": every,
-        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in local],
+        "sliding_window_pattern": 6,
+        "layer_types": ["sliding_attention" if layer.window else "full_attention" for layer in base.config.layers],
     }
 
 # %% ../nbs/03b_export.ipynb #ex0011ab
@@ -149,10 +143,10 @@ def _delta(adapter: Adapter, layer_path: str) -> np.ndarray | None:  # float32, 
 
 
 def _merged(base: Base, adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:  # path of the variable, float32 value
-    for variable in base.backbone.variables:
-        value = np.asarray(variable.value).astype(np.float32)
-        delta = _delta(adapter, variable.path.rsplit("/", 1)[0])
-        yield variable.path, value if delta is None else value + delta
+    for path, array in base.weights():
+        value = array.astype(np.float32)
+        delta = _delta(adapter, path.rsplit("/", 1)[0])
+        yield path, value if delta is None else value + delta
 
 # %% ../nbs/03b_export.ipynb #ex0012ab
 def merged_tensors(
@@ -160,7 +154,7 @@ def merged_tensors(
     adapter: Adapter,
 ) -> Iterator[tuple[str, np.ndarray]]:  # Transformers' name, float32 tensor
     "The weights with the adapter merged in, under Transformers' names and in its shapes, one at a time."
-    model_type = _model_type(base.backbone)
+    model_type = _model_type(base)
     for path, value in _merged(base, adapter):
         layer = path.split("/")[-2]
         if layer in _PER_HEAD:  # (heads, hidden, head size) -> (heads x head size, hidden)
@@ -239,7 +233,7 @@ _GOOGLES_VOCABULARY = 256_000  # pieces; of Gemma 1 and 2, and fewer than Gemma 
 
 def _is_googles(base: Base) -> bool:
     own = base.preset in BUNDLED_PRESETS or Path(base.preset).is_dir()
-    return not own or base.backbone.vocabulary_size >= _GOOGLES_VOCABULARY
+    return not own or base.config.vocabulary_size >= _GOOGLES_VOCABULARY
 
 
 def _write_notices(folder: Path, base: Base, card: str) -> None:
@@ -256,29 +250,26 @@ def _write_notices(folder: Path, base: Base, card: str) -> None:
         (folder / "NOTICE").write_text(f"{_NOTICE}\n\n{changed}\n{terms}\n", encoding="utf-8")
 
 # %% ../nbs/03b_export.ipynb #ex0023ab
-def _logits(backbone: keras.Model, prompt: np.ndarray) -> np.ndarray:  # float32 (length, vocabulary)
+def _logits(base: Base, arrays: Any, lora: Any, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    "Logits over the vocabulary, float32 (length, vocabulary) each."
+    found = []
     with jax.default_matmul_precision("highest"):  # a GPU would use fewer digits
-        inputs = {"token_ids": prompt[None], "padding_mask": np.ones_like(prompt)[None]}
-        logits = backbone.token_embedding(backbone(inputs), reverse=True)
-        return np.asarray(keras.ops.cast(logits, "float32"))[0]
+        for prompt in prompts:
+            batch = {"token_ids": prompt[None], "padding_mask": np.ones_like(prompt)[None]}
+            hidden = hidden_at(arrays, lora, batch, base.config)
+            found.append(np.asarray(logits_of(arrays, hidden, base.config))[0])
+    return found
 
 
 def _adapted_logits(base: Base, adapter: Adapter, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    scorer = base.scorer(adapter.targets, adapter.rank)
     with base.lock:
-        scorer.assign(adapter.arrays)
-        scorer.lora_alpha.assign(adapter.alpha)
-        return [_logits(scorer.backbone, prompt) for prompt in prompts]
+        lora = with_scales(stacked_lora(adapter, base.config), lora_scales(adapter, base.config))
+        return _logits(base, base.arrays, lora, prompts)
 
 
 def _rounded_logits(base: Base, adapter: Adapter, prompts: Sequence[np.ndarray], dtype: str) -> list[np.ndarray]:
-    twin = _share_weights(base.backbone)
-    variables = {variable.path: variable for variable in twin.variables}
-    for path, value in _merged(base, adapter):
-        rounded = value.astype(jnp.dtype(dtype)).astype(np.float32)
-        if not np.array_equal(rounded, np.asarray(variables[path].value)):  # the rest stays shared
-            variables[path]._value = jnp.asarray(rounded)
-    return [_logits(twin, prompt) for prompt in prompts]
+    rounded = {path: value.astype(jnp.dtype(dtype)).astype(np.float32) for path, value in _merged(base, adapter)}
+    return _logits(base, stacked(rounded, base.config), [{} for _ in base.config.groups], prompts)
 
 
 def _reloaded_logits(folder: Path, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -327,9 +318,9 @@ def _check_tokenizer(folder: Path, proto: bytes) -> None:
 
 def _probes(base: Base, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:  # int32 ids each
     "The given prompts, and one that is longer than the sliding window if that is feasible."
-    window = base.backbone.sliding_window_size if base.backbone.use_sliding_window_attention else 0
+    window = max(layer.window for layer in base.config.layers)
     length = window + 8 if 0 < window <= 1024 else 64
-    ids = np.random.default_rng(0).integers(4, base.backbone.vocabulary_size, length).astype(np.int32)
+    ids = np.random.default_rng(0).integers(4, base.config.vocabulary_size, length).astype(np.int32)
     return [*(np.asarray(prompt, np.int32) for prompt in prompts), np.concatenate([[2], ids]).astype(np.int32)]
 
 # %% ../nbs/03b_export.ipynb #ex0026ab
@@ -416,7 +407,7 @@ def _write_and_prove(
     allowed = TOLERANCE * max(1.0, *(float(np.abs(logits).max()) for logits in expected))
     if not difference <= allowed:  # a NaN is refused
         raise RunError(
-            f"Transformers computes other logits with the checkpoint than Keras does with the run (difference "
+            f"Transformers computes other logits with the checkpoint than this package does with the run (difference "
             f"{difference:.2g}, allowed {allowed:.2g}); nothing was exported. This base cannot be exported."
         )
     return {"transformers": difference, "rounding": _largest_difference(adapted, expected)}

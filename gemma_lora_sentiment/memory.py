@@ -6,17 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
-from .model import Base  # isort: skip
+from .model import Base, lora_shapes  # isort: skip
 
-import jax
 import numpy as np
 
+from .gemma import GemmaConfig, Layer
+
 # %% auto #0
-__all__ = ['memory_estimate', 'memory_text', 'fitting_batch']
+__all__ = ['memory_estimate', 'memory_text', 'step_bytes', 'fitting_batch']
 
 # %% ../nbs/02a_memory.ipynb #fbf03d7c
+def _kept_of_a_block(
+    config: GemmaConfig,
+    layer: Layer,
+) -> int:  # numbers a token
+    "What a block keeps for the backward pass, see `hidden_at`."
+    wide = 2 + config.post_attention_norm + (config.post_ffw_norm or config.experts > 0)  # input, sum after attention
+    heads = (layer.heads + 2 * layer.key_heads) * layer.head_dim
+    return wide * config.hidden_dim + heads + 2 * layer.ffw_dim
+
+
 def memory_estimate(
     base: Base,
     rank: int,  # of LoRA
@@ -25,26 +37,25 @@ def memory_estimate(
     length: int = 128,  # tokens of a line
     positions: int = 2,  # positions of a line at which logits are computed
     rematerialize: bool = False,  # decoder blocks are computed twice
-    fused_attention: bool | None = None,  # attention is one kernel, which keeps no pairs; None: if it is so here
 ) -> dict[str, int]:  # bytes: base, adapter, optimizer, activations, total
     "Bytes that a training step needs."
-    model = base.backbone
-    adapter = 4 * sum(int(np.prod(variable.shape)) for variable in base.scorer(targets, rank).trainable_variables)
-    tokens, hidden, blocks = batch_size * length, model.hidden_dim, model.transformer_layers
-    wides = [2 * int(block.gating_ffw._kernel.shape[-1]) for block in blocks]  # gate and value together
-    fused = blocks[0].attention._use_fused_attention_op() if fused_attention is None else fused_attention
-    pairs = 0 if fused else model.num_query_heads * length  # of head and token attended to, for each token
-    again = hasattr(blocks[0], "layer_scalar")  # Gemma 4's blocks keep what the activation makes
-    item, narrow, per_wide = (4, 3.4, 1.6) if base.dtype == "float32" else (2, 4.5, 1.0)
-    each = [narrow * hidden + (per_wide + 0.5 * again) * wide + 2.6 * pairs for wide in wides]
-    now = narrow * hidden + 4 * pairs if base.dtype == "float32" else 2.4 * max(wides) + 4 * pairs
-    kept = len(blocks) * hidden + max(each) if rematerialize else sum(each[:-1])
-    unpacked = hidden * max(wides) // 2 if base.quantization else 0  # numbers of the largest kernel
-    activations = int(item * (tokens * (kept + now) + unpacked))
-    activations += 3 * 4 * batch_size * positions * model.vocabulary_size
+    config, tokens = base.config, batch_size * length
+    adapter = 4 * sum(int(np.prod(shape)) for shape in lora_shapes(config, rank, targets).values())
+    item, kept = 4 if base.dtype == "float32" else 2, [_kept_of_a_block(config, layer) for layer in config.layers]
+    few = 2 * positions <= length  # then the last block is computed there alone
+    held = len(kept) * config.hidden_dim + max(kept) if rematerialize else sum(kept[:-1] if few else kept)
+    widest = max(config.layers, key=lambda layer: layer.ffw_dim)
+    now = item * (_WIDE * widest.ffw_dim + _NARROW * config.hidden_dim) + 4 * _PAIRS * widest.heads * length
+    unpacked = item * config.hidden_dim * widest.ffw_dim if base.quantization else 0  # the largest kernel
+    activations = int(tokens * (item * held + now) + unpacked)
+    activations += 4 * _LOGITS * batch_size * positions * config.vocabulary_size
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}
     return {**parts, "total": sum(parts.values())}
 
+
+# Fitted to XLA's plans, see below: of the block at work, numbers a token as wide as the feed-forward part and as the
+# model, numbers a pair of head and token; copies of the logits.
+_WIDE, _NARROW, _PAIRS, _LOGITS = 2.0, 6.0, 3.0, 3
 
 # %% ../nbs/02a_memory.ipynb #f1f87013
 def memory_text(
@@ -54,25 +65,11 @@ def memory_text(
     return ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in parts.items())
 
 # %% ../nbs/02a_memory.ipynb #c865fd44
-def _step_bytes(
-    base: Base,
-    rank: int,
-    batch_size: int,
-    length: int,
-    positions: int,
-    rematerialize: bool = False,
+def step_bytes(
+    lowered: Any,  # a step, as `jax.jit(...).lower` gives it
 ) -> int:  # bytes beside the arguments
-    "What XLA reserves for a training step, the model being compiled by Keras already."
-    scorer = base.scorer(rank=rank)
-    scorer.use_rematerialization(rematerialize)
-    try:
-        ids = np.zeros((batch_size, length), np.int32)
-        places = np.zeros((batch_size, positions), np.int32)
-        inputs = {"token_ids": ids, "padding_mask": ids + 1, "positions": places}
-        lowered = scorer.lower_step((inputs, places, np.ones(places.shape, np.float32)))
-        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
-    finally:
-        scorer.use_rematerialization(False)
+    "What XLA reserves for a step; it is compiled, and not run."
+    return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 # %% ../nbs/02a_memory.ipynb #d330cb5b
 def fitting_batch(

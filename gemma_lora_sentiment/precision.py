@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,45 +18,40 @@ from .credentials import _check_kaggle, _handle, access_explained, find_credenti
 
 # First: it chooses Keras's backend before keras is imported.
 from .backend import ModelError, choose_dtype, device_bytes  # isort: skip
-from gemma_lora_sentiment.model import (  # isort: skip
-    _BASES,
-    _BASES_LOCK,
-    _DENSE,
-    Base,
-    _backbones,
-    _enable_lora,
-    _text_inputs,
-    _untouched_random_state,
-    _without_allocation,
-    load_base,
-    resolve_preset,
-)
+from .model import Base, complete_arguments, load_base, release_bases, resolve_preset  # isort: skip
 from .memory import memory_estimate  # isort: skip
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
+
+from gemma_lora_sentiment.gemma import (
+    LORA_LAYERS,
+    GemmaConfig,
+    array_name,
+    array_shapes,
+    gemma_config,
+    hidden_at,
+    logits_of,
+)
+from .scoring import compiler_options
 
 # %% auto #0
 __all__ = ['overflows', 'fall_back', 'planned_base', 'preset_config', 'choose_quantization', 'base_for_device']
 
 # %% ../nbs/02c_precision.ipynb #37dd0938
-def _finite_check(base: Base) -> Any:  # function of (arrays, token_ids, padding_mask) -> bool (), and the variables
-    backbone = base.scorer(rank=1).backbone  # an adapter is zero at first, and int8 is multiplied as it will be
-
-    def finite(values, token_ids, padding_mask):
-        mapping = zip(backbone.variables, values, strict=True)
-        with keras.StatelessScope(state_mapping=list(mapping)):
-            hidden = backbone(_text_inputs(backbone, token_ids, padding_mask))
-            before_last = padding_mask.sum(axis=1) - 2
-            at = jnp.take_along_axis(hidden, before_last[:, None, None], axis=1)
-            logits = backbone.token_embedding(at, reverse=True)[:, 0].astype("float32")
+@lru_cache(maxsize=16)
+def _finite_program(config: GemmaConfig) -> Any:  # function of (base, token_ids, padding_mask) -> bool ()
+    def finite(base: Any, token_ids: jax.Array, padding_mask: jax.Array) -> jax.Array:
+        without = [{} for _ in config.groups]  # an adapter is zero at first
+        hidden = hidden_at(base, without, {"token_ids": token_ids, "padding_mask": padding_mask}, config)
+        before_last = padding_mask.sum(axis=1) - 2
+        at = jnp.take_along_axis(hidden, before_last[:, None, None], axis=1)
         last = jnp.take_along_axis(token_ids, before_last[:, None] + 1, axis=1)
-        loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), last, axis=1)
+        loss = -jnp.take_along_axis(jax.nn.log_softmax(logits_of(base, at, config)[:, 0]), last, axis=1)
         return (jnp.isfinite(hidden).all(axis=-1) | (padding_mask == 0)).all() & jnp.isfinite(loss).all()
 
-    return jax.jit(finite), backbone.variables
+    return jax.jit(finite, compiler_options=compiler_options())
 
 
 def overflows(
@@ -71,10 +66,7 @@ def overflows(
     for i, row in enumerate(rows):
         token_ids[i, : len(row)], padding_mask[i, : len(row)] = row, 1
     with base.lock:
-        if getattr(base, "finite_check", None) is None:
-            base.finite_check = _finite_check(base)
-        finite, variables = base.finite_check
-        return not finite([variable.value for variable in variables], token_ids, padding_mask)
+        return not _finite_program(base.config)(base.arrays, token_ids, padding_mask)
 
 # %% ../nbs/02c_precision.ipynb #5448ed26
 _OVERFLOWED: dict[str, str] = {}  # address of a base -> the format that is safe for it
@@ -90,9 +82,7 @@ def fall_back(
     "The same base in float32 if that fits, else in bfloat16. Warns, and gives the float16 base back."
     limit, path = device_bytes(), resolve_preset(preset)
     dtype = "float32" if limit is None or 2 * needed < 0.9 * limit else "bfloat16"
-    with _BASES_LOCK:
-        for key in [key for key in _BASES if key[0] == path and "float16" in key]:
-            del _BASES[key]
+    release_bases(path, "float16")
     why = "which fits" if dtype == "float32" else "which this device computes slowly; float32 does not fit"
     if _OVERFLOWED.get(path) != dtype:
         warnings.warn(
@@ -107,36 +97,19 @@ def fall_back(
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 
 
-@cache
-def _shapes(family: str, config: str, rank: int = 0, targets: Sequence[str] = ()) -> keras.Model:  # config: as JSON
-    (backbone_class,) = [known for known in _backbones() if known.__name__ == f"{family}Backbone"]
-    with _untouched_random_state(), _without_allocation():
-        backbone = backbone_class(**json.loads(config))
-        if rank:
-            _enable_lora(backbone, rank, targets)
-    return backbone
-
-
 def planned_base(
     config: Mapping[str, Any],  # arguments of KerasHub's backbone, `vocabulary_size` and so on
     dtype: str,  # "float32", "bfloat16" or "float16"
     quantization: str | None = None,  # None, "int8" or "int4"
     family: str = "Gemma",  # "Gemma" (1 and 2), "Gemma3" or "Gemma4"
-) -> SimpleNamespace:  # backbone, dtype, quantization, parameter_count, nbytes, scorer: what memory_estimate asks for
+) -> SimpleNamespace:  # config, dtype, quantization, parameter_count, nbytes: what memory_estimate asks for
     "A base without weights: nothing is allocated, nothing computed."
-    text = json.dumps(dict(config), sort_keys=True)
-
-    def scorer(targets: Sequence[str] = ("query", "value"), rank: int = 4) -> SimpleNamespace:
-        return SimpleNamespace(trainable_variables=_shapes(family, text, rank, tuple(targets)).trainable_variables)
-
-    backbone = _shapes(family, text)
-    total = sum(math.prod(variable.shape) for variable in backbone.variables)
-    layers = [layer for layer in backbone._flatten_layers(include_self=False) if isinstance(layer, _DENSE)]
-    kernels = sum(math.prod(layer.kernel.shape) for layer in layers) if quantization else 0
+    shape = gemma_config(family, complete_arguments(family, config))
+    sizes = {path: math.prod(of_array) for path, of_array in array_shapes(shape).items()}
+    total = sum(sizes.values())
+    kernels = sum(size for path, size in sizes.items() if array_name(path) in LORA_LAYERS) if quantization else 0
     nbytes = int((total - kernels) * _BYTES[dtype] + kernels * _BYTES[quantization or dtype])
-    return SimpleNamespace(
-        backbone=backbone, dtype=dtype, quantization=quantization, parameter_count=total, nbytes=nbytes, scorer=scorer
-    )
+    return SimpleNamespace(config=shape, dtype=dtype, quantization=quantization, parameter_count=total, nbytes=nbytes)
 
 # %% ../nbs/02c_precision.ipynb #e69bf83f
 @cache  # each fold of a cross-validation asks
@@ -180,15 +153,13 @@ def choose_quantization(
     if found is None:
         return None, "the preset does not say its shapes before it is loaded"
     dtype = choose_dtype(dtype)[0]
-    modes = (None,) if found[0] == "Gemma4" else (None, "int8", "int4")  # see `load_base`
-    for quantization in modes:
+    for quantization in (None, "int8", "int4"):
         planned = planned_base(found[1], dtype, quantization, found[0])
         needed = memory_estimate(planned, rank, batch_size=batch_size, length=length)["total"]
         if needed < 0.9 * limit:
             return quantization, f"estimated at {needed / 1e9:.4g} GB of the device's {limit / 1e9:.4g} GB"
     raise ModelError(
-        f"{preset} needs {needed / 1e9:.4g} GB{' even in int4' if modes[1:] else ''}, estimated, and the device has "
-        f"{limit / 1e9:.4g} GB. "
+        f"{preset} needs {needed / 1e9:.4g} GB even in int4, estimated, and the device has {limit / 1e9:.4g} GB. "
         "Choose a smaller preset, or lower batch_size or max_length."
     )
 

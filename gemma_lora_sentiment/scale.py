@@ -36,7 +36,7 @@ from .checkpoint import difference, hold
 from .classifier import GemmaLoraClassifier
 from .data import DataError, fold_whitespace, whole_file, write_table
 from .prompt import PromptTemplate, TextTokenizer, encode_prompts
-from .training import _scoring_batch_size, log_softmax, score_labels
+from .scoring import label_probabilities, scoring_batch_size
 
 # %% auto #0
 __all__ = ['Chunk', 'read_chunks', 'predict_file', 'ray_workers']
@@ -438,7 +438,6 @@ class _ChunkScorer:
     def __init__(self, clf: GemmaLoraClassifier, batch_size: int):
         self.clf, self.base = clf, clf._loaded_base()
         self.batch_size = batch_size  # rows a step on each device
-        self.scorer = self.base.scorer(clf.adapter_.targets, clf.adapter_.rank)
         self.tokenizer, self.template = TextTokenizer(self.base.tokenizer_proto), PromptTemplate(clf.template)
         self.truncated = 0  # comments so far that were too long
 
@@ -452,11 +451,7 @@ class _ChunkScorer:
     def __call__(self, comments: Sequence[str]) -> np.ndarray:  # float32 (n, classes)
         distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
         prompts = self.encode(distinct.tolist(), times)
-        with self.base.lock:
-            scores = score_labels(
-                self.scorer, self.clf.adapter_, prompts, self.clf.words_, batch_size=self.batch_size
-            )
-        return np.exp(log_softmax(scores)).astype(np.float32)[back]
+        return label_probabilities(self.base, self.clf.adapter_, prompts, self.clf.words_, times, self.batch_size)[back]
 
 # %% ../nbs/08_scale.ipynb #944ee5bb
 def _predictions(chunk: Chunk, probabilities: np.ndarray, classes: np.ndarray, decision: Any) -> pd.DataFrame:
@@ -600,7 +595,7 @@ def predict_file(
         raise DataError(f"--out {out} has none of the suffixes {', '.join(data._FORMATS)}. Give it one of these.")
     if path.is_dir() and out.resolve().parent == path.resolve():
         raise DataError(f"--out {out} lies in the folder that is read. Write it to another folder.")
-    sizes = {"chunk_rows": chunk_rows, "batch_size": batch_size or _scoring_batch_size()}
+    sizes = {"chunk_rows": chunk_rows, "batch_size": batch_size or scoring_batch_size()}
     settings = _identity(clf, suffix, decision, sizes)
     folder = out.parent / f".{out.name}.parts"
     chunks = read_chunks(path, chunk_rows)
