@@ -61,6 +61,7 @@ def new_adapter(
 
     Raises `ModelError` for layers that the base has not, or a rank that trains nothing.
     """
+    rank = dict(rank) if isinstance(rank, Mapping) else int(rank)
     rng = np.random.default_rng(seed)
     arrays = {}
     for path, shape in lora_shapes(base.config, rank, targets).items():

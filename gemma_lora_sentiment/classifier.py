@@ -53,6 +53,7 @@ from gemma_lora_sentiment.training import (
     recipe_for,
     train_adapter,
 )
+from .tutorial import train_tutorial
 
 # %% auto #0
 __all__ = ['GemmaLoraClassifier']
@@ -264,13 +265,18 @@ class _Fitting:
         if recipe.epochs:
             recipe, rematerialize = self._for_device(base, start, recipe, rows)
             try:
-                adapter, history, buckets = train_adapter(
-                    base, start, rows, words, recipe, validation=validation, patience=self.patience,
-                    lora_dropout=self.lora_dropout, seed=self.seed, callbacks=self.callbacks or (),
+                common = dict(
+                    validation=validation, patience=self.patience, seed=self.seed, callbacks=self.callbacks or (),
                     progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
-                    rematerialize=rematerialize,
                     settings={"template": self.template, "labels": list(map(str, classes)), "words": list(words.words)},
                 )  # fmt: skip
+                if recipe_name == "tutorial" and recipe.loss_on == "text" and self._keras_can(base):
+                    adapter, history, buckets = train_tutorial(base, start, rows, words, recipe, **common)
+                else:
+                    adapter, history, buckets = train_adapter(
+                        base, start, rows, words, recipe, lora_dropout=self.lora_dropout,
+                        rematerialize=rematerialize, **common,
+                    )  # fmt: skip
             finally:
                 for callback in self.callbacks or ():
                     callback.set_model(None)  # or cloning and pickling would take the base along
@@ -281,6 +287,10 @@ class _Fitting:
         self.adapter_, self.history_, self.buckets_ = adapter, history, buckets
         self.best_epoch_ = _best_epoch(history)
         return self
+
+    def _keras_can(self, base: Base) -> bool:
+        "Whether the tutorial's recipe can be computed as the tutorial does, by Keras's own `fit`."
+        return not base.quantization and base.mesh is None and not self.lora_dropout
 
     def _for_device(
         self, base: Base, start: Adapter, recipe: Recipe, rows: Rows

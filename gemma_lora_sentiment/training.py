@@ -48,7 +48,8 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 # %% auto #0
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'Packing',
            'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at', 'first_state', 'train_step',
-           'runs_apart', 'FitHandle', 'OutOfMemory', 'fit_to_device', 'train_adapter', 'print_progress']
+           'runs_apart', 'FitHandle', 'OutOfMemory', 'validation_numbers', 'part_of_checkpoint', 'fit_identity',
+           'fit_to_device', 'train_adapter', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -330,6 +331,7 @@ class BatchSequence:
 # %% ../nbs/04_training.ipynb #02e98d6e
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 _FIRST_LOSS_SCALE, _STEPS_TO_GROW = 2.0**15, 2000  # of float16, as Keras's LossScaleOptimizer has them
+_NO_WEIGHT = 1e-30  # a batch whose rows all have weight 0 has a loss of 0
 
 
 def learning_rate_at(
@@ -372,7 +374,7 @@ def train_step(
         adapter = with_scales(drop_inputs(adapter, numbers["dropout"], key), numbers["scales"])
         logits = logits_of(base, hidden_at(base, adapter, batch, config, again), config)
         of_targets = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
-        loss = -(of_targets * batch["weights"]).sum() / weight
+        loss = -(of_targets * batch["weights"]).sum() / jnp.maximum(weight, _NO_WEIGHT)
         right = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
         return loss * by, (loss, right)
 
@@ -391,7 +393,8 @@ def train_step(
         "loss": old["loss"] + loss, "batches": old["batches"] + 1, "right": old["right"] + right,
         "weight": old["weight"] + weight,
     }  # fmt: skip
-    means = {"loss": metrics["loss"] / metrics["batches"], "accuracy": metrics["right"] / metrics["weight"]}
+    accuracy = metrics["right"] / jnp.maximum(metrics["weight"], _NO_WEIGHT)
+    means = {"loss": metrics["loss"] / metrics["batches"], "accuracy": accuracy}
     return new, {"step_loss": loss, **means}
 
 
@@ -557,6 +560,16 @@ def _memory_explained(
         ) from None
 
 # %% ../nbs/04_training.ipynb #ead6e60e
+def validation_numbers(
+    scores: np.ndarray,  # float32 (n, labels), of the held-out rows
+    rows: Rows,  # held out
+) -> dict[str, float]:  # val_loss, val_accuracy
+    "What held-out rows say of an adapter."
+    losses = -log_softmax(scores)[np.arange(len(scores)), rows.label_index]
+    accuracy = float((scores.argmax(axis=1) == rows.label_index).mean())
+    return {"val_loss": float((losses * rows.weights).sum() / rows.weights.sum()), "val_accuracy": accuracy}
+
+
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints within an epoch
 
 
@@ -659,10 +672,7 @@ class _Fit:
 
     def _validate(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
         scores = score_labels(self.base, replace(self.start, arrays=arrays), self.validation.prompts, self.words)
-        expected, weights = self.validation.label_index, self.validation.weights
-        losses = -log_softmax(scores)[np.arange(len(scores)), expected]
-        accuracy = float((scores.argmax(axis=1) == expected).mean())
-        return {"val_loss": float((losses * weights).sum() / weights.sum()), "val_accuracy": accuracy}
+        return validation_numbers(scores, self.validation)
 
     def checkpoint(self, epoch: int, batch: int) -> None:
         "Write the state; if writing is slow, the next one waits so much longer that it costs a twentieth at most."
@@ -672,9 +682,12 @@ class _Fit:
         self.due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * (time.monotonic() - started))
 
 # %% ../nbs/04_training.ipynb #920305a6
-def _optimizer_arrays(state: Mapping[str, Any]) -> dict[str, Any]:  # what a checkpoint holds beside the adapter
-    leaves = jax.tree.leaves({name: state[name] for name in ("adam", "loss_scale", "step", "steps_unscaled")})
-    return {str(i): leaf for i, leaf in enumerate(leaves)}
+_SCALARS = ("loss_scale", "step", "steps_unscaled")
+
+
+def _optimizer_arrays(fit: _Fit) -> dict[str, Any]:  # what a checkpoint holds beside the adapter
+    moments = {f"adam/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(fit.state["adam"]))}
+    return {**moments, **{name: fit.state[name] for name in _SCALARS}, "rate": fit.numbers["rate"]}
 
 
 def _state_of(
@@ -683,11 +696,10 @@ def _state_of(
     batch: int,  # batches done of the next one
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # arrays and progress, as save_checkpoint takes them
     "All that a fit needs to go on."
-    state = jax.device_get(fit.state)
     arrays = {f"adapter/{path}": array for path, array in fit.read().items()}
-    arrays |= {f"optimizer/{i}": np.array(leaf) for i, leaf in _optimizer_arrays(state).items()}
+    arrays |= {f"optimizer/{name}": np.array(leaf) for name, leaf in jax.device_get(_optimizer_arrays(fit)).items()}
     if batch:
-        arrays |= {f"metric/{name}": np.array(value) for name, value in state["metrics"].items()}
+        arrays |= {f"metric/{name}": np.array(value) for name, value in jax.device_get(fit.state["metrics"]).items()}
     if fit.best is not None:
         arrays |= {f"best/{path}": array for path, array in fit.best[2].items()}
     return arrays, {
@@ -697,7 +709,7 @@ def _state_of(
     }  # fmt: skip
 
 
-def _part(
+def part_of_checkpoint(
     arrays: Mapping[str, np.ndarray],
     part: str,  # "adapter", "optimizer", "metric" or "best"
     expected: Mapping[str, Any],  # name -> array or variable of the shape and dtype that the model needs
@@ -721,13 +733,14 @@ def _restore(
 ) -> None:
     "Put the state of a checkpoint into a fit."
     like, state = fit.start.arrays, fit.state
-    adapter = _part(arrays, "adapter", like)
-    optimizer = _part(arrays, "optimizer", _optimizer_arrays(state))
-    metrics = _part(arrays, "metric", state["metrics"] if progress["batch"] else {})
-    best = _part(arrays, "best", like if progress["best"] else {})
-    names = ("adam", "loss_scale", "step", "steps_unscaled")
-    structure = jax.tree.structure({name: state[name] for name in names})
-    fit.state |= put(fit.base, jax.tree.unflatten(structure, [optimizer[str(i)] for i in range(len(optimizer))]))
+    adapter = part_of_checkpoint(arrays, "adapter", like)
+    optimizer = part_of_checkpoint(arrays, "optimizer", _optimizer_arrays(fit))
+    metrics = part_of_checkpoint(arrays, "metric", state["metrics"] if progress["batch"] else {})
+    best = part_of_checkpoint(arrays, "best", like if progress["best"] else {})
+    fit.numbers["rate"] = optimizer.pop("rate")
+    scalars = {name: optimizer.pop(name) for name in _SCALARS}
+    moments = [optimizer[f"adam/{i}"] for i in range(len(optimizer))]
+    fit.state |= put(fit.base, {**scalars, "adam": jax.tree.unflatten(jax.tree.structure(state["adam"]), moments)})
     fit.state["metrics"] |= put(fit.base, metrics)
     fit.write(adapter)
     fit.history, fit.earlier = list(progress["history"]), progress["seconds"]
@@ -743,7 +756,7 @@ def _digest(*arrays: Any) -> str:  # 64 hexadecimal digits
     return digest.hexdigest()
 
 
-def _depends_on(
+def fit_identity(
     base: Base,
     start: Adapter,
     rows: Rows,
@@ -819,7 +832,7 @@ def _train(
     epoch = batch = 0
     saved = None if keep is None else on_first_process(lambda: load_checkpoint(*keep), together)
     if saved and saved[1]["finished"]:
-        result = replace(start, arrays=_part(saved[0], "adapter", start.arrays))
+        result = replace(start, arrays=part_of_checkpoint(saved[0], "adapter", start.arrays))
         return result, pd.DataFrame(saved[1]["history"]), lengths
     fit.save = save if keep else None
     if saved:
@@ -875,7 +888,7 @@ def train_adapter(
         )  # fmt: skip
         if checkpoint_dir is None:
             return _train(fit, None, lengths)
-        identity = _depends_on(base, start, rows, validation, () if packing else lengths, recipe, more)
+        identity = fit_identity(base, start, rows, validation, () if packing else lengths, recipe, more)
         folder = Path(checkpoint_dir) / fit_name(identity)
         with ExitStack() as held:  # by the first process, where several compute one fit
 

@@ -31,6 +31,7 @@ from gemma_lora_sentiment.benchmark import (
 )
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.data import DataError
+from gemma_lora_sentiment.gemma import hidden_at
 
 TINY = BenchmarkSettings(
     shape="tiny", rows=12, predict_rows=5, score_rows=20, batch_size=4, epochs=3, length=96, time_limit=600
@@ -249,23 +250,26 @@ def test_random_base_works_and_leaves_random_state_alone():
     base = random_base("tiny", "float32")
     assert random.random() == expected
     ids = np.arange(20, 36, dtype=np.int32).reshape(2, 8)
-    hidden = np.asarray(base.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    batch = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    hidden = np.asarray(hidden_at(base.arrays, [{} for _ in base.config.groups], batch, base.config))
     assert np.isfinite(hidden).all() and 0.1 < hidden.std() < 10
     again = random_base("tiny", "float32")
-    for one, other in zip(base.backbone.variables, again.backbone.variables, strict=True):
-        np.testing.assert_array_equal(np.asarray(one.value), np.asarray(other.value))
+    for (path, one), (_, other) in zip(base.weights(), again.weights(), strict=True):
+        np.testing.assert_array_equal(one, other, path)
 
 
 def test_quantized_random_base_is_smaller():
     base = random_base("tiny", "float32", "int8")
-    kernels = [variable for variable in base.backbone.variables if str(variable.value.dtype) == "int8"]
-    assert len(kernels) == 2 * 7 and base.nbytes < random_base("tiny", "float32").nbytes
+    kernels = [part for group in base.arrays["groups"] for part in group.values() if isinstance(part, dict)]
+    assert sum(part["q"].size for part in kernels) == block_parameters(SHAPES["tiny"]), "each kernel of each block"
+    assert {str(part["q"].dtype) for part in kernels} == {"int8"}
+    assert base.nbytes < random_base("tiny", "float32").nbytes
 
 
 def test_block_parameters_are_all_but_embedding_and_norms():
-    base = random_base("tiny")
-    kernels = [v for v in base.backbone.variables if len(v.shape) > 1 and not v.path.endswith("embeddings")]
-    assert block_parameters(SHAPES["tiny"]) == sum(int(np.prod(variable.shape)) for variable in kernels)
+    found = random_base("tiny").weights()
+    kernels = [array for path, array in found if array.ndim > 1 and not path.endswith("embeddings")]
+    assert block_parameters(SHAPES["tiny"]) == sum(array.size for array in kernels)
 
 
 def test_sweep_leaves_out_what_would_not_end_in_time(tmp_path):

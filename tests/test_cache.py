@@ -135,21 +135,27 @@ def test_arrays_that_cannot_be_written_are_not_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_kept_quantized_base_has_the_bits_of_a_fresh_one(mode, dtype, tmp_path, monkeypatch):
     from gemma_lora_sentiment import model
-    from gemma_lora_sentiment.model import load_base, release_bases, tiny_gemma
+    from gemma_lora_sentiment.adapter import new_adapter
+    from gemma_lora_sentiment.gemma import hidden_at, logits_of
+    from gemma_lora_sentiment.model import jax, load_base, release_bases, tiny_gemma
+    from gemma_lora_sentiment.scoring import lend
 
     monkeypatch.setenv("GEMMA_LORA_SENTIMENT_CACHE", str(tmp_path / "cache"))
     preset = tiny_gemma(tmp_path / "base")
     release_bases()
     fresh = load_base(preset, dtype, mode)
     release_bases()
-    monkeypatch.setattr(model, "_quantize_dense", None)  # it is read, not made
+    monkeypatch.setattr(model, "quantized_kernel", None)  # it is read, not made
     kept = load_base(preset, dtype, mode)
     assert kept is not fresh and kept.fingerprint == fresh.fingerprint and kept.nbytes == fresh.nbytes
-    for ours, theirs in zip(kept.backbone.variables, fresh.backbone.variables, strict=True):
-        assert (ours.path, ours.dtype) == (theirs.path, theirs.dtype)
-        assert np.asarray(ours.value).tobytes() == np.asarray(theirs.value).tobytes(), ours.path
+    (ours, of_kept), (theirs, of_fresh) = (jax.tree.flatten(base.arrays) for base in (kept, fresh))
+    assert of_kept == of_fresh
+    for array, other in zip(ours, theirs, strict=True):
+        assert (array.dtype, array.shape) == (other.dtype, other.shape)
+        assert np.asarray(array).tobytes() == np.asarray(other).tobytes()
     ids = np.arange(3, 19, dtype=np.int32)[None]
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": np.array([[15]], np.int32)}
-    logits = [np.asarray(base.scorer(rank=2)(inputs)) for base in (fresh, kept)]
+    hidden = [hidden_at(base.arrays, lend(base, new_adapter(base)), inputs, base.config) for base in (fresh, kept)]
+    logits = [np.asarray(logits_of(fresh.arrays, each, fresh.config)) for each in hidden]
     assert logits[0].tobytes() == logits[1].tobytes()
     release_bases()

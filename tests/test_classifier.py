@@ -26,7 +26,7 @@ from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment import classifier as room
 from gemma_lora_sentiment.adapter import RunError
 from gemma_lora_sentiment.data import DataError
-from gemma_lora_sentiment.model import ModelError, keras, load_base, tiny_gemma
+from gemma_lora_sentiment.model import ModelError, keras, keras_nlp, load_base, tiny_gemma, without_tensorflow
 from gemma_lora_sentiment.training import RECIPES
 
 GOOD = ["맛있어요", "최고예요", "친절해요", "좋았어요", "또 갈게요", "추천합니다"]
@@ -101,12 +101,14 @@ def test_no_comments_and_empty_comments(fitted):
 def test_zero_epochs_is_the_base(make, tiny):
     clf = make(epochs=0).fit(COMMENTS, LABELS)
     assert clf.best_epoch_ == 0 and len(clf.history_) == 0
-    tokenizer, base = room._tokenizer(load_base(tiny).tokenizer_proto), load_base(tiny)
+    tokenizer = room._tokenizer(load_base(tiny).tokenizer_proto)
     prompt = tokenizer.encode([clf.template.split("{instruction}")[0]])[0]
     middle = tokenizer.encode(["\n\nResponse:\n"])[0]
     ids = np.array([[tokenizer.bos_id, *prompt, *tokenizer.encode(["맛있어요"])[0], *middle]], np.int32)
-    hidden = base.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-    logits = np.asarray(base.backbone.token_embedding(hidden, reverse=True))[0, -1]
+    with without_tensorflow():
+        backbone = keras_nlp.models.Backbone.from_preset(tiny, dtype="float32")
+    hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    logits = np.asarray(backbone.token_embedding(hidden, reverse=True))[0, -1]
     zero, one = (tokenizer.encode([word])[0][0] for word in "01")
     expected = np.exp(logits[[zero, one]]) / np.exp(logits[[zero, one]]).sum()
     np.testing.assert_allclose(clf.predict_proba(["맛있어요"])[0], expected, atol=1e-5)
@@ -638,7 +640,7 @@ def test_global_random_state_is_left_alone(make):
     random.seed(1)
     np.random.seed(1)
     before = random.getstate(), pickle.dumps(np.random.get_state())
-    clf = make(target_layers=("key",), lora_rank=1, lora_dropout=0.1).fit(COMMENTS, LABELS)  # a new scorer too
+    clf = make(target_layers=("key",), lora_rank=1, lora_dropout=0.1).fit(COMMENTS, LABELS)  # a new program too
     clf.predict_proba(COMMENTS), clf.generate(COMMENTS[0], 4), clf.token_influence(COMMENTS[0])
     make().generate(COMMENTS[0], 4)
     assert (random.getstate(), pickle.dumps(np.random.get_state())) == before

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import safetensors.numpy
 from typer.testing import CliRunner
 
 from gemma_lora_sentiment import GemmaLoraClassifier, export
-from gemma_lora_sentiment.adapter import Adapter, RunError, new_adapter
+from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.backend import ModelError
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.export import _write_weights, export_checkpoint, merged_tensors, transformers_config
-from gemma_lora_sentiment.model import Base, ModelError, keras_nlp, load_base, tiny_gemma
+from gemma_lora_sentiment.gemma import gemma_config
+from gemma_lora_sentiment.model import Base, keras_nlp, load_base, tiny_gemma
 
 GEMMA = dict(
     vocabulary_size=32, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=8, intermediate_dim=16,
@@ -39,9 +42,8 @@ def base(tiny):
 
 @pytest.fixture(scope="module")
 def adapter(base):
-    scorer, rng = base.scorer(rank=2), np.random.default_rng(0)
-    arrays = {v.path: rng.normal(0, 0.2, v.shape).astype("float32") for v in scorer.trainable_variables}
-    return Adapter(arrays, 2, 4.0, scorer.targets)
+    start, rng = new_adapter(base, 2, alpha=4.0), np.random.default_rng(0)
+    return replace(start, arrays={p: rng.normal(0, 0.2, a.shape).astype("float32") for p, a in start.arrays.items()})
 
 
 @pytest.fixture
@@ -54,8 +56,11 @@ def pretended(monkeypatch):
     monkeypatch.setattr(export, "_check_tokenizer", lambda folder, proto: None)
 
 
-def of(backbone, base):
-    return Base("odd", backbone, base.tokenizer_proto, "float32")
+def of(family, arguments, base):
+    """A base without arrays; its arguments are those that KerasHub's backbone says it has."""
+    backbone = getattr(keras_nlp.models, f"{family}Backbone")(**arguments)
+    config = {key: value for key, value in backbone.get_config().items() if key not in ("name", "trainable", "dtype")}
+    return Base("odd", gemma_config(family, config), {}, base.tokenizer_proto, "float32", "", config)
 
 
 @pytest.mark.parametrize("word, changes", [
@@ -65,7 +70,7 @@ def of(backbone, base):
 ])  # fmt: skip
 def test_gemma_that_transformers_does_not_know_is_refused(word, changes, base):
     with pytest.raises(ModelError, match=word) as error:
-        transformers_config(of(keras_nlp.models.GemmaBackbone(**{**GEMMA, **changes}), base))
+        transformers_config(of("Gemma", {**GEMMA, **changes}, base))
     assert "\n" not in str(error.value)
 
 
@@ -77,7 +82,7 @@ def test_gemma_that_transformers_does_not_know_is_refused(word, changes, base):
 ])  # fmt: skip
 def test_gemma3_that_transformers_does_not_know_is_refused(word, changes, base):
     with pytest.raises(ModelError, match=word) as error:
-        transformers_config(of(keras_nlp.models.Gemma3Backbone(**{**GEMMA3, **changes}), base))
+        transformers_config(of("Gemma3", {**GEMMA3, **changes}, base))
     assert "\n" not in str(error.value)
 
 
@@ -138,10 +143,8 @@ def test_nothing_is_left_of_an_export_that_fails(fault, base, adapter, tmp_path,
 
 def test_an_export_without_its_adapter_would_be_noticed(base, adapter, tmp_path, pretended, monkeypatch):
     "The mistake of KerasHub's own exporter."
-    untrained = new_adapter(base.scorer(rank=2))
-    monkeypatch.setattr(
-        export, "_reloaded_logits", lambda _, prompts: export._adapted_logits(base, untrained, prompts)
-    )
+    untrained = new_adapter(base, 2)
+    monkeypatch.setattr(export, "_reloaded_logits", lambda _, prompts: export._adapted_logits(base, untrained, prompts))
     with pytest.raises(RunError, match="other logits"):
         export_checkpoint(tmp_path / "merged", base, adapter)
 
@@ -151,7 +154,7 @@ def test_an_export_without_its_adapter_would_be_noticed(base, adapter, tmp_path,
     (".", 300, False), (".", 256_000, True), ("kaggle://keras/gemma2/keras/gemma2_2b_en", 256_000, True),
 ])  # fmt: skip
 def test_exports_of_google_s_bases_carry_the_notice(preset, vocabulary, google, tmp_path):
-    base = types.SimpleNamespace(preset=preset, backbone=types.SimpleNamespace(vocabulary_size=vocabulary))
+    base = types.SimpleNamespace(preset=preset, config=types.SimpleNamespace(vocabulary_size=vocabulary))
     export._write_notices(tmp_path, base, "the card")
     readme = (tmp_path / "README.md").read_text()
     notice = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"

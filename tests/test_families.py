@@ -5,24 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment.adapter import new_adapter
+from gemma_lora_sentiment.adapter import lora_scales, new_adapter, stacked_lora
+from gemma_lora_sentiment.backend import ModelError, without_tensorflow
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-from gemma_lora_sentiment.model import (
-    ModelError,
-    load_base,
-    lora_targets,
-    resolve_preset,
-    tiny_gemma,
-    without_tensorflow,
-)
+from gemma_lora_sentiment.gemma import hidden_at, logits_of
+from gemma_lora_sentiment.model import keras_nlp, load_base, lora_targets, resolve_preset, tiny_gemma
 from gemma_lora_sentiment.prompt import LabelWords, training_arrays
-from gemma_lora_sentiment.training import BatchSequence, Packing, Rows, _prepare, log_softmax, score_labels
-
-with without_tensorflow():
-    import keras_nlp
+from gemma_lora_sentiment.scoring import lend, log_softmax, score_labels
+from gemma_lora_sentiment.training import BatchSequence, Packing, Rows, first_state, train_step
 
 COMMENTS = ["맛있어요 최고예요", "친절해요 또 갈게요", "맛이 없어요 별로예요", "불친절해요 실망했어요"] * 2
 LABELS = [1, 1, 0, 0] * 2
+
+
+def logits_at(base, inputs, labels=None):
+    """Of the base with an untrained adapter."""
+    hidden = hidden_at(base.arrays, lend(base, new_adapter(base)), inputs, base.config)
+    return np.asarray(logits_of(base.arrays, hidden, base.config, labels))
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +41,16 @@ def test_logits_are_those_of_keras_hub_padded_or_not(gemma4):
     expected = np.take_along_axis(np.asarray(causal_lm(given)), positions[..., None], axis=1)
     padded, mask = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.int32)
     padded[:, :n], mask[:, :n] = ids, 1
-    scorer = base.scorer(rank=4)
     for token_ids, padding_mask in ((ids, np.ones_like(ids)), (padded, mask)):
         inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
-        np.testing.assert_allclose(np.asarray(scorer(inputs)), expected, atol=1e-4)
+        np.testing.assert_allclose(logits_at(base, inputs), expected, atol=1e-4)
         labels = np.array([20, 150, 21], np.int32)
-        columns = scorer.score(scorer.read(), {**inputs, "positions": positions[:, -1:]}, labels)
+        columns = logits_at(base, {**inputs, "positions": positions[:, -1:]}, labels)[:, 0]
         np.testing.assert_allclose(columns, expected[:, -1][:, labels], atol=1e-4)
 
 
 def test_gemma4_trains_predicts_generates_and_comes_back(gemma4, tmp_path):
-    targets = lora_targets(load_base(gemma4).backbone)
+    targets = lora_targets(load_base(gemma4).config)
     assert {"query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"} == set(targets)
     clf = GemmaLoraClassifier(gemma4, epochs=12, batch_size=4, learning_rate=0.02, target_layers=targets)
     clf.fit(COMMENTS, LABELS)
@@ -74,8 +72,8 @@ def test_the_text_part_of_a_gemma4_with_eyes(gemma4, tmp_path):
         image_size=16, patch_size=4, pool_size=2, num_layers=1, num_heads=2, head_dim=8, num_key_value_heads=2,
         hidden_dim=16, intermediate_dim=16, output_dim=32, dtype="float32",
     )  # fmt: skip
-    text = load_base(gemma4).backbone
     with without_tensorflow():
+        text = models.Backbone.from_preset(gemma4)
         whole = models.Gemma4Backbone(**{**plain(text), "vision_encoder": vision, "dtype": "float32"})
         values = {variable.path: np.array(variable.value) for variable in text.variables}
         for variable in whole.variables:
@@ -85,12 +83,12 @@ def test_the_text_part_of_a_gemma4_with_eyes(gemma4, tmp_path):
         whole.save_to_preset(str(tmp_path))
         models.Tokenizer.from_preset(gemma4).save_to_preset(str(tmp_path))
     base = load_base(tmp_path)
-    assert base.backbone.vision_encoder is None
-    assert {v.path for v in base.backbone.variables} == {v.path for v in text.variables}
+    assert base.arguments["vision_encoder"] is None
+    assert [path for path, _ in base.weights()] == [variable.path for variable in text.variables]
+    assert base.fingerprint == load_base(gemma4).fingerprint and base.nbytes == load_base(gemma4).nbytes
     ids = np.random.default_rng(0).integers(4, 200, (2, 12)).astype(np.int32)
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": np.full((2, 1), 11, np.int32)}
-    ours, theirs = (np.asarray(b.scorer(rank=4)(inputs)) for b in (base, load_base(gemma4)))
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(logits_at(base, inputs), logits_at(load_base(gemma4), inputs))
 
 
 def plain(backbone):
@@ -123,26 +121,28 @@ def test_rows_that_share_a_line_are_computed_as_if_alone(family, tmp_path):
     rng = np.random.default_rng(0)
     prompts = [np.array([2, *rng.integers(4, 200, n)], np.int32) for n in rng.integers(3, 40, 30)]
     index = rng.integers(0, 2, 30)
-    scorer = base.scorer(rank=4)
-    start = new_adapter(scorer, seed=0)
+    start = new_adapter(base, seed=0)
     arrays = {path: rng.normal(0, 0.1, array.shape).astype(np.float32) for path, array in start.arrays.items()}
     adapter = replace(start, arrays=arrays)
     for words in (LabelWords((0, 1), ("a", "b"), ((20,), (21,)), (1,)),
                   LabelWords((0, 1), ("a b", "c d"), ((20, 22), (21, 23)), (1,))):  # fmt: skip
-        together = log_softmax(score_labels(scorer, adapter, prompts, words))[:10]
-        alone = [score_labels(scorer, adapter, [prompt], words, (48,), 1) for prompt in prompts[:10]]
+        together = log_softmax(score_labels(base, adapter, prompts, words))[:10]
+        alone = [score_labels(base, adapter, [prompt], words, (48,), 1) for prompt in prompts[:10]]
         np.testing.assert_allclose(together, log_softmax(np.concatenate(alone)), atol=2e-5)
         assert np.ptp(together[:, 0]) > 1e-3, "rows must differ for this to mean anything"
     rows = Rows(prompts, [words.trained_ids[i] for i in index], index, np.linspace(0.5, 1.5, 30, dtype=np.float32))
     packing = Packing.of(rows.lengths, 8, 1)
     batches = BatchSequence(rows, (packing.length,), 8, packing=packing)
-    _prepare(scorer, "float32")
-    scorer.assign(arrays)
     chosen, (inputs, targets, weights) = batches.plan(0)[0][1], batches[0]
     assert len(targets) == packing.lines < len(chosen)
-    packed = scorer.test_on_batch(inputs, targets, sample_weight=weights)
+    state, numbers = first_state(stacked_lora(adapter, base.config)), dict.fromkeys(NUMBERS, np.float32(0))
+    numbers |= {"seed": np.uint32(0), "scales": lora_scales(adapter, base.config)}
+    packed = train_step(state, base.arrays, {**inputs, "targets": targets, "weights": weights}, numbers, base.config)[1]
     part = rows.take(chosen)
     one = training_arrays(part.prompts, part.responses, 48, 4, "response", part.weights)
-    targets, weights = one.pop("targets"), one.pop("weights")
-    scorer.reset_metrics()
-    np.testing.assert_allclose(packed, scorer.test_on_batch(one, targets, sample_weight=weights), atol=1e-5)
+    alone = train_step(state, base.arrays, one, numbers, base.config)[1]
+    for name in ("step_loss", "loss", "accuracy"):
+        np.testing.assert_allclose(packed[name], alone[name], atol=1e-5)
+
+
+NUMBERS = ("rate", "decay", "total_steps", "warmup_steps", "dropout")

@@ -6,6 +6,7 @@ The fixtures and their numbers are made by `fixtures/make_hf_fixtures.py`. The l
 import importlib.util
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import safetensors.numpy
 
 from gemma_lora_sentiment import GemmaLoraClassifier
-from gemma_lora_sentiment.adapter import Adapter, load_adapter, new_adapter, save_adapter
+from gemma_lora_sentiment.adapter import load_adapter, new_adapter, save_adapter
 from gemma_lora_sentiment.export import export_checkpoint, merged_tensors, transformers_config
+from gemma_lora_sentiment.gemma import hidden_at, logits_of
 from gemma_lora_sentiment.model import load_base
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
-from gemma_lora_sentiment.training import log_softmax, score_labels
+from gemma_lora_sentiment.scoring import lend, log_softmax, score_labels
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = {"hf_gemma": "gemma", "hf_gemma2": "gemma2", "hf_gemma3": "gemma3_text"}
@@ -56,16 +58,16 @@ def test_token_ids_are_those_of_sentencepiece(folder):
 @each_family
 def test_logits_over_the_vocabulary(folder):
     base, expected = load_base(FIXTURES / folder), expected_of(folder)
-    scorer = base.scorer()
     chosen = [(expected["prompt_ids"][int(i)], logits) for i, logits in expected["logits"].items()]
     length = max(len(prompt) for prompt, _ in chosen) + 3
     token_ids, padding_mask = np.zeros((2, len(chosen), length), np.int32)
     for row, (prompt, _) in enumerate(chosen):
         token_ids[row, : len(prompt)], padding_mask[row, : len(prompt)] = prompt, 1
     positions = np.array([[len(prompt) - 1] for prompt, _ in chosen], np.int32)
+    batch = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
     with base.lock:
-        scorer.assign(new_adapter(scorer).arrays)
-        logits = scorer({"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions})
+        hidden = hidden_at(base.arrays, lend(base, new_adapter(base)), batch, base.config)
+        logits = logits_of(base.arrays, hidden, base.config)
     close(np.asarray(logits)[:, 0], [logits for _, logits in chosen])
 
 
@@ -74,8 +76,8 @@ def test_logits_over_the_vocabulary(folder):
 def test_scores_batched_and_padded(folder, label_set):
     base, expected = load_base(FIXTURES / folder), expected_of(folder)
     prompts, label_set = prompts_of(base, expected["comments"]), expected["label_sets"][label_set]
-    words, scorer = words_of(base, label_set["words"]), base.scorer()
-    scores = score_labels(scorer, new_adapter(scorer), prompts, words, buckets=(24, 48), batch_size=6)
+    words = words_of(base, label_set["words"])
+    scores = score_labels(base, new_adapter(base), prompts, words, buckets=(24, 48), batch_size=6)
     close(np.exp(log_softmax(scores)), label_set["probabilities"])
     if not words.single_token:
         close(scores, label_set["log_probabilities"])
@@ -84,11 +86,11 @@ def test_scores_batched_and_padded(folder, label_set):
 @each_family
 def test_scores_one_at_a_time(folder):
     base, expected = load_base(FIXTURES / folder), expected_of(folder)
-    label_set, scorer = expected["label_sets"]["one token each"], base.scorer()
+    label_set = expected["label_sets"]["one token each"]
     words, longest = words_of(base, label_set["words"]), max(expected["prompt_ids"], key=len)
     row = expected["prompt_ids"].index(longest)
     prompt = np.array(longest, np.int32)
-    scores = score_labels(scorer, new_adapter(scorer), [prompt], words, buckets=(len(prompt),), batch_size=1)
+    scores = score_labels(base, new_adapter(base), [prompt], words, buckets=(len(prompt),), batch_size=1)
     close(np.exp(log_softmax(scores))[0], label_set["probabilities"][row])
 
 
@@ -116,9 +118,8 @@ def test_adapter_of_peft_gives_peft_s_probabilities(folder, label_set):
     base, expected = load_base(FIXTURES / folder), expected_of(f"{folder}/peft")
     adapter = load_adapter(FIXTURES / folder / "peft", base)
     prompts, label_set = prompts_of(base, expected["comments"]), expected["label_sets"][label_set]
-    words, scorer = words_of(base, label_set["words"]), base.scorer(adapter.targets, adapter.rank)
-    with base.lock:
-        scores = score_labels(scorer, adapter, prompts, words, buckets=(48,), batch_size=8)
+    words = words_of(base, label_set["words"])
+    scores = score_labels(base, adapter, prompts, words, buckets=(48,), batch_size=8)
     close(np.exp(log_softmax(scores)), label_set["probabilities"])
     if not words.single_token:
         close(scores, label_set["log_probabilities"])
@@ -162,7 +163,7 @@ def test_adapter_of_peft_merged(folder):
 @each_family
 def test_checkpoint_merged_with_nothing_is_the_original(folder):
     base = load_base(FIXTURES / folder, "float32")
-    merged = dict(merged_tensors(base, new_adapter(base.scorer())))
+    merged = dict(merged_tensors(base, new_adapter(base)))
     weights = safetensors.numpy.load_file(FIXTURES / folder / "model.safetensors")
     assert merged.keys() == weights.keys() and all(np.array_equal(merged[name], weights[name]) for name in merged)
     ours, theirs = transformers_config(base), json.loads((FIXTURES / folder / "config.json").read_text())
@@ -220,9 +221,9 @@ LIVE_CHECKPOINTS = {
 def compare_live(hf, base, model, adapter, comments, label_set):
     "Our scores and transformers' own, one batch of one length."
     words = words_of(base, hf.WORD_SETS[label_set])
-    scorer, prompts = base.scorer(adapter.targets, adapter.rank), prompts_of(base, comments)
+    prompts = prompts_of(base, comments)
     theirs = live_log_probabilities(hf, model, prompts, words)
-    scores = score_labels(scorer, adapter, prompts, words, buckets=(48,), batch_size=8)
+    scores = score_labels(base, adapter, prompts, words, buckets=(48,), batch_size=8)
     probabilities = np.exp(log_softmax(scores))
     close(probabilities, np.exp(log_softmax(theirs)))
     if not words.single_token:
@@ -236,7 +237,7 @@ def test_live_fresh_checkpoint(hf, tmp_path, checkpoint):
     path = fresh_checkpoint(hf, tmp_path, folder, **changes)
     base, model = load_base(path), hf.load(path)
     for label_set in ("one token each", "several tokens"):
-        compare_live(hf, base, model, new_adapter(base.scorer()), expected_of(folder)["comments"], label_set)
+        compare_live(hf, base, model, new_adapter(base), expected_of(folder)["comments"], label_set)
 
 
 @each_family
@@ -251,13 +252,13 @@ def test_live_bfloat16_in_shards(hf, tmp_path, folder):
         for parameter in rounded.parameters():
             parameter.copy_(parameter.bfloat16().float())
     base = load_base(tmp_path / "published", dtype="float32")
-    compare_live(hf, base, rounded, new_adapter(base.scorer()), expected_of(folder)["comments"], "one token each")
+    compare_live(hf, base, rounded, new_adapter(base), expected_of(folder)["comments"], "one token each")
 
 
-def random_adapter(scorer, alpha, seed=3):
-    rng = np.random.default_rng(seed)
-    arrays = {v.path: rng.normal(0, 0.15, v.shape).astype(np.float32) for v in scorer.trainable_variables}
-    return Adapter(arrays, scorer.rank, alpha, scorer.targets)
+def random_adapter(base, rank, targets, alpha, seed=3):
+    rng, start = np.random.default_rng(seed), new_adapter(base, rank, targets, alpha)
+    arrays = {path: rng.normal(0, 0.15, array.shape).astype(np.float32) for path, array in start.arrays.items()}
+    return replace(start, arrays=arrays)
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), ALL_TARGETS], ids=["query and value", "all seven"])
@@ -266,15 +267,14 @@ def test_live_peft_computes_with_our_adapter(hf, tmp_path, folder, targets):
     import peft
 
     base = load_base(FIXTURES / folder)
-    scorer = base.scorer(targets, rank=3)
-    adapter = random_adapter(scorer, alpha=6.0)
+    adapter = random_adapter(base, 3, targets, alpha=6.0)
     save_adapter(tmp_path / "run", adapter, str(FIXTURES / folder))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # how PEFT says that tensors are missing
         model = peft.PeftModel.from_pretrained(hf.load(FIXTURES / folder), tmp_path / "run").eval()
 
     layers = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert len(layers) == len(targets) * base.backbone.num_layers
+    assert len(layers) == len(targets) * len(base.config.layers)
     expected = expected_of(folder)
     probabilities = compare_live(hf, base, model, adapter, expected["comments"], "several tokens")
     untrained = expected["label_sets"]["several tokens"]["probabilities"]
@@ -327,14 +327,14 @@ def test_live_adapter_of_peft_there_and_back(hf, tmp_path, shape, settings):
 def test_live_export(hf, tmp_path, checkpoint, dtype):
     folder, changes = LIVE_CHECKPOINTS[checkpoint]
     base = load_base(fresh_checkpoint(hf, tmp_path, folder, **changes), "float32")
-    adapter = random_adapter(base.scorer(ALL_TARGETS, rank=2), alpha=4.0)
+    adapter = random_adapter(base, 2, ALL_TARGETS, alpha=4.0)
     found = export_checkpoint(tmp_path / "merged", base, adapter, prompts_of(base, ["맛있어요"]), dtype)
     assert found["transformers"] < TOLERANCE and (found["rounding"] == 0) == (dtype == "float32")
     if dtype == "float32":
         model = hf.load(tmp_path / "merged")
         probabilities = compare_live(hf, base, model, adapter, expected_of(folder)["comments"], "several tokens")
         reloaded = load_base(tmp_path / "merged", "float32")  # KerasHub reads it as well
-        untrained = new_adapter(reloaded.scorer())
+        untrained = new_adapter(reloaded)
         again = compare_live(hf, reloaded, model, untrained, expected_of(folder)["comments"], "several tokens")
         close(probabilities, again)
 

@@ -1,14 +1,18 @@
 """The memory estimate against XLA's own plan, blocks computed twice, the batch that fits, and shapes compiled ahead."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment import model, training
-from gemma_lora_sentiment.adapter import new_adapter
+from gemma_lora_sentiment import training
+from gemma_lora_sentiment.adapter import lora_scales, new_adapter, stacked_lora, unstacked_lora
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-from gemma_lora_sentiment.memory import fitting_batch, memory_estimate
+from gemma_lora_sentiment.gemma import hidden_at, logits_of, with_scales
+from gemma_lora_sentiment.memory import fitting_batch, memory_estimate, step_bytes
 from gemma_lora_sentiment.model import jax, load_base, tiny_gemma
-from gemma_lora_sentiment.training import Recipe, _prepare, fit_to_device, train_adapter
+from gemma_lora_sentiment.scoring import log_softmax, score_labels
+from gemma_lora_sentiment.training import Recipe, first_state, fit_to_device, train_adapter
 
 COMMENTS = ["맛있어요", "별로예요", "친절해요", "다시는 안 가요", "최고예요", "추천해요", "실망해요 " * 6]
 LABELS = ["1", "0", "1", "0", "1", "1", "0"]
@@ -32,51 +36,53 @@ def step(base, batch_size=4, length=32, positions=2):
     return inputs, ids[:, :positions], np.ones((batch_size, positions), np.float32)
 
 
-def gradients(base, batch, rematerialize):
-    scorer = base.scorer(rank=4)
-    _prepare(scorer, base.dtype)
-    adapter = new_adapter(scorer, seed=1).arrays
-    rng = np.random.default_rng(2)
-    values = [adapter[v.path] + rng.normal(0, 0.1, v.shape).astype(np.float32) for v in scorer.trainable_variables]
-    frozen = [variable.value for variable in scorer.non_trainable_variables]
-    inputs, targets, weights = batch
-    scorer.rematerialize = rematerialize
+def gradients(base, batch, again):
+    start, rng = new_adapter(base, seed=1), np.random.default_rng(2)
+    moved = {path: array + rng.normal(0, 0.1, array.shape).astype(np.float32) for path, array in start.arrays.items()}
+    scales = lora_scales(start, base.config)
+    inputs, targets, _ = batch
 
-    def loss(values):
-        logits = scorer._with_state(scorer.call)(values, frozen, inputs)
-        losses = -jax.numpy.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
-        return losses.mean()
+    def loss(lora):
+        hidden = hidden_at(base.arrays, with_scales(lora, scales), inputs, base.config, again)
+        logits = logits_of(base.arrays, hidden, base.config)
+        return -jax.numpy.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
 
-    try:
-        kept = jax.eval_shape(lambda values: jax.vjp(loss, values)[1], values)  # what the backward pass needs
-        return jax.jit(jax.grad(loss))(values), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-    finally:
-        scorer.rematerialize = False
+    lora = stacked_lora(replace(start, arrays=moved), base.config)
+    kept = jax.eval_shape(lambda lora: jax.vjp(loss, lora)[1], lora)  # what the backward pass needs
+    found = unstacked_lora(jax.device_get(jax.jit(jax.grad(loss))(lora)), start, base.config)
+    return found, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def test_blocks_computed_twice_keep_less_and_give_the_same_gradients(base):
-    (once, kept), (twice, kept_twice) = (gradients(base, step(base), on) for on in (False, True))
+    (once, kept), (twice, kept_twice) = (gradients(base, step(base), again) for again in (False, True))
     assert kept_twice < kept / 2, "XLA on a CPU merges the second computation with the first; JAX's own plan shows it"
-    for a, b in zip(once, twice, strict=True):
-        assert np.abs(np.asarray(a)).max() > 0
-        np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=1e-4, atol=1e-7)
+    for path, array in once.items():
+        assert np.abs(array).max() > 0
+        np.testing.assert_allclose(twice[path], array, rtol=1e-4, atol=1e-7)
+
+
+def lowered(base, batch):
+    """A training step, traced and not compiled."""
+    start = new_adapter(base)
+    numbers = dict.fromkeys(("rate", "decay", "total_steps", "warmup_steps", "dropout"), np.float32(0))
+    numbers |= {"seed": np.uint32(0), "scales": lora_scales(start, base.config)}
+    inputs, targets, weights = batch
+    state = first_state(stacked_lora(start, base.config))
+    given = (state, base.arrays, {**inputs, "targets": targets, "weights": weights}, numbers)
+    return training._step_program(base.config, base.dtype == "float16", False, base.mesh).lower(*given)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4"])
-def test_the_estimate_holds_for_every_family(family, tmp_path, monkeypatch):
-    monkeypatch.setitem(model._TINY, "intermediate_dim", 512)  # KerasHub halves it in Gemma 1 and 2 alone
-    base = load_base(tiny_gemma(tmp_path, family))
-    scorer = base.scorer(rank=4)
-    _prepare(scorer, base.dtype)
-    planned = scorer.lower_step(step(base, 8, 64, 2)).compile().memory_analysis().temp_size_in_bytes
+def test_the_estimate_holds_for_every_family(family, tmp_path):
+    # KerasHub halves it in Gemma 1 and 2 alone
+    base = load_base(tiny_gemma(tmp_path, family, intermediate_dim=512))
+    planned = step_bytes(lowered(base, step(base, 8, 64, 2)))
     assert 0.75 < memory_estimate(base, 4, batch_size=8, length=64)["activations"] / planned < 1.4
 
 
 @pytest.mark.parametrize("batch_size, length, positions", [(4, 32, 2), (16, 64, 2), (8, 128, 2), (4, 64, 63)])
 def test_the_estimate_is_what_xla_plans(batch_size, length, positions, base):
-    scorer = base.scorer(rank=4)
-    _prepare(scorer, base.dtype)
-    compiled = scorer.lower_step(step(base, batch_size, length, positions)).compile()
+    compiled = lowered(base, step(base, batch_size, length, positions)).compile()
     estimate = memory_estimate(base, 4, batch_size=batch_size, length=length, positions=positions)
     planned = compiled.memory_analysis()
     assert 0.85 < estimate["activations"] / planned.temp_size_in_bytes < 1.15
@@ -95,7 +101,6 @@ def test_training_with_blocks_computed_twice_ends_where_it_would(tiny, base):
     adapter, _, _ = train_adapter(base, start, rows, words, recipe, rematerialize=True)
     for path, array in plain.arrays.items():
         np.testing.assert_allclose(adapter.arrays[path], array, rtol=1e-3, atol=1e-5)
-    assert not base.scorer(rank=4).rematerialize
 
 
 def test_fitting_batch_keeps_the_recipe_where_it_can(tmp_path):
@@ -137,19 +142,19 @@ def test_shapes_compiled_side_by_side_are_not_compiled_again(tiny, monkeypatch):
     settings = dict(preset=tiny, lora_rank=3, epochs=1, batch_size=2, learning_rate=0.01)
     settings["target_layers"] = ["query", "value"]
     monkeypatch.setattr(training, "_cores", lambda: 16)
+    real, ahead_of = training._compile_side_by_side, []  # how many programs were compiled before they were called
+    monkeypatch.setattr(training, "_compile_side_by_side", lambda *each: ahead_of.append(real(*each)) or ahead_of[-1])
     ahead = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
-    steps = [name for name in compiled if "with_base" in name]
-    assert len(steps) == 2, compiled
-    assert load_base(tiny).scorer(rank=3)._compiled_ahead, "they were compiled before they were called"
+    steps = [name for name in compiled if "train_step" in name]
+    assert len(steps) == 2 and ahead_of == [2], compiled
     compiled.clear()
     again = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
-    assert not [name for name in compiled if "with_base" in name]
+    assert not [name for name in compiled if "train_step" in name]
     monkeypatch.setattr(training, "_cores", lambda: 2)
-    load_base(tiny)._scorers.clear()
+    training._step_program.cache_clear()
     alone = GemmaLoraClassifier(**settings).fit(COMMENTS, LABELS)
-    assert not hasattr(load_base(tiny).scorer(rank=3), "_compiled_ahead") or not load_base(tiny).scorer(
-        rank=3
-    )._compiled_ahead
+    assert ahead_of[-1] == 0 and len([name for name in compiled if "train_step" in name]) == 2
+    jax.monitoring.unregister_event_duration_listener(listen)
     for path, array in alone.adapter_.arrays.items():
         assert np.array_equal(ahead.adapter_.arrays[path], array) and np.array_equal(again.adapter_.arrays[path], array)
 
@@ -164,18 +169,14 @@ def test_probabilities_are_those_of_one_by_one_scoring(words, tiny):
     comments = [*COMMENTS, *(f"{comment}{i % 3}!" for i, comment in enumerate(COMMENTS * 6)), *COMMENTS[:3]]
     together = clf.predict_proba(comments)
     base = load_base(tiny)
-    scorer = base.scorer(clf.adapter_.targets, 4)
-    with pytest.raises(ValueError, match="the scorer has LoRA on query, value"):
-        training.score_labels(base.scorer(rank=4), clf.adapter_, [], clf.words_)
     prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
     known: dict[str, np.ndarray] = {}
     for comment, prompt in zip(comments, prompts, strict=True):
         if comment not in known:
             longest = 0 if clf.words_.single_token else max(len(ids) for ids in clf.words_.scored_ids)
-            scores = training.score_labels(
-                scorer, clf.adapter_, [prompt], clf.words_, (-(-(len(prompt) + longest) // 8) * 8,), 1
-            )
-            known[comment] = np.exp(training.log_softmax(scores))[0]
+            length = -(-(len(prompt) + longest) // 8) * 8
+            scores = score_labels(base, clf.adapter_, [prompt], clf.words_, (length,), 1)
+            known[comment] = np.exp(log_softmax(scores))[0]
     alone = np.array([known[comment] for comment in comments])
     assert np.abs(together - alone).max() <= 1e-5
     assert np.ptp(together[:, 0]) > 1e-3, "the rows must differ for this to mean anything"
@@ -183,7 +184,7 @@ def test_probabilities_are_those_of_one_by_one_scoring(words, tiny):
 
 def test_fit_to_device_leaves_a_cpu_alone(base):
     recipe = Recipe(lora_rank=4, batch_size=16)
-    start = new_adapter(base.scorer(rank=4))
+    start = new_adapter(base)
     ids = [np.arange(3, 20, dtype=np.int32)] * 3
     rows = training.Rows(ids, [(10, 1)] * 3, np.zeros(3, int), np.ones(3, np.float32))
     if training.device_bytes() is None:

@@ -12,8 +12,9 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 
 from gemma_lora_sentiment import GemmaLoraClassifier
+from gemma_lora_sentiment.backend import without_tensorflow
 from gemma_lora_sentiment.data import duplicate_groups, read_comments
-from gemma_lora_sentiment.model import load_base, resolve_preset, without_tensorflow
+from gemma_lora_sentiment.model import load_base, resolve_preset
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer
 
 FOLDER = Path(resolve_preset("mini_ko"))

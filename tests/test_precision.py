@@ -14,18 +14,12 @@ from typer.testing import CliRunner
 
 from gemma_lora_sentiment import model, precision
 from gemma_lora_sentiment.adapter import RunError
+from gemma_lora_sentiment.backend import ModelError, choose_dtype, without_tensorflow
 from gemma_lora_sentiment.benchmark import SHAPES, BenchmarkSettings, _base_of
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.memory import memory_estimate
-from gemma_lora_sentiment.model import (
-    ModelError,
-    choose_dtype,
-    load_base,
-    release_bases,
-    tiny_gemma,
-    without_tensorflow,
-)
+from gemma_lora_sentiment.model import keras_nlp, load_base, release_bases, tiny_gemma
 from gemma_lora_sentiment.precision import choose_quantization, fall_back, overflows, planned_base
 
 COMMENTS = ["맛있어요 최고예요", "친절해요 또 갈게요", "맛이 없어요 별로예요", "불친절해요 실망했어요"] * 2
@@ -42,11 +36,11 @@ def large(tiny, tmp_path_factory):
     """The same with one matrix so large that float16 has no number for what leaves it."""
     folder = tmp_path_factory.mktemp("large") / "preset"
     shutil.copytree(tiny, folder)
-    base = load_base(str(folder), "float32")
-    (variable,) = [v for v in base.backbone.variables if v.path == "decoder_block_0/ffw_linear/kernel"]
-    variable.assign(np.array(variable.value) * 40_000)
     with without_tensorflow():
-        base.backbone.save_to_preset(str(folder))
+        backbone = keras_nlp.models.Backbone.from_preset(str(folder), dtype="float32")
+        (variable,) = [v for v in backbone.variables if v.path == "decoder_block_0/ffw_linear/kernel"]
+        variable.assign(np.array(variable.value) * 40_000)
+        backbone.save_to_preset(str(folder))
     release_bases()
     return str(folder)
 
@@ -126,8 +120,7 @@ def test_float16_asked_for_is_an_error_that_names_the_remedy(large):
 
 
 def config_of(preset):
-    config = load_base(preset).backbone.get_config()
-    return {name: value for name, value in config.items() if name not in ("name", "trainable", "dtype")}
+    return load_base(preset).arguments
 
 
 def test_a_planned_base_has_the_real_one_s_bytes(tiny):

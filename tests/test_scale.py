@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, scale
+from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, scale, scoring
 from gemma_lora_sentiment.data import DataError, write_table
 from gemma_lora_sentiment.model import tiny_gemma
 from gemma_lora_sentiment.scale import predict_file, read_chunks
@@ -305,20 +305,23 @@ def test_many_chunks_are_one_file_in_order(suffix, tmp_path, clf):
 
 def test_few_shapes_and_no_comment_twice(tmp_path, clf, monkeypatch):
     scored = []
-    real = scale.score_labels
+    real = scale.label_probabilities
 
-    def counting(scorer, adapter, prompts, *rest, **named):
-        result = real(scorer, adapter, prompts, *rest, **named)
-        scored.append((len(prompts), scorer._label_step._cache_size() + scorer._sequence_step._cache_size()))
+    def counting(base, adapter, prompts, *rest, **named):
+        result = real(base, adapter, prompts, *rest, **named)
+        programs = scoring._label_program(base.config), scoring._sequence_program(base.config)
+        scored.append((len(prompts), sum(program._cache_size() for program in programs)))
         return result
 
-    monkeypatch.setattr(scale, "score_labels", counting)
+    scoring._label_program.cache_clear()
+    scoring._sequence_program.cache_clear()
+    monkeypatch.setattr(scale, "label_probabilities", counting)
     texts = comments(400)
     path = write_tsv(tmp_path / "in.tsv", [text for text in texts for _ in range(2)])
     predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=100)
     assert [n for n, _ in scored] == [50] * 8
     shapes = [count for _, count in scored]
-    assert shapes[-1] == shapes[0] <= 2, shapes
+    assert 1 <= shapes[0] == shapes[-1] <= 2, shapes
 
 
 def test_ids_that_come_twice_in_different_chunks(tmp_path, clf):
@@ -495,7 +498,7 @@ def test_one_process_at_a_time(tmp_path, clf):
 # --- several devices ------------------------------------------------------------------------------------------------
 
 DEVICES = """
-import json, os, sys, tempfile, unittest.mock, warnings
+import json, os, sys, tempfile, warnings
 import jax, keras, numpy as np
 from pathlib import Path
 from gemma_lora_sentiment import GemmaLoraClassifier
@@ -531,12 +534,8 @@ for devices, strategy, *others in cases:
     same(one, several)
     assert keras.distribution.distribution() is None
     base = several._loaded_base()
-    whole, cut = base.nbytes, sum(v.value.addressable_shards[0].data.nbytes for v in base.backbone.variables)
+    whole, cut = base.nbytes, sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(base.arrays))
     assert (cut < 0.7 * whole) if strategy == "model" else cut == whole, (cut, whole)
-    blocks = several._loaded_base().scorer(several.adapter_.targets, 2).backbone.transformer_layers
-    with unittest.mock.patch("keras_hub.src.models.gemma.gemma_attention.running_on_gpu", return_value=True):
-        fused = {block.attention._use_fused_attention_op() for block in blocks}  # cuDNN cannot divide it
-    assert fused == {strategy != "model"}
     assert base.fingerprint == one.base_fingerprint_
     assert several.generate(comments[0], 4) == one.generate(comments[0], 4)
     several.save(folder / strategy)
@@ -555,8 +554,11 @@ RESUMED = (
     DEVICES
     + """
 class Stop(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
     def on_train_batch_end(self, batch, logs=None):
-        if os.environ.get("STOP") and int(os.environ["STOP"]) == batch and self.model.optimizer.iterations.value > 7:
+        if os.environ.get("STOP") and int(os.environ["STOP"]) == batch and self.epoch == 1:
             raise KeyboardInterrupt
 
 from gemma_lora_sentiment import training
@@ -651,7 +653,7 @@ for strategy in cases:
     assert len(set(given)) == 1 and given[0] % parts == 0, given  # each host feeds its half of every batch
     same(one, several)
     base = several._loaded_base()
-    cut = sum(v.value.addressable_shards[0].data.nbytes for v in base.backbone.variables)
+    cut = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(base.arrays))
     assert (cut < 0.7 * base.nbytes) if strategy == "model" else cut == base.nbytes, (cut, base.nbytes)
     assert base.processes == 2 and base.fingerprint == one.base_fingerprint_
     assert len(cases) == 1 or several.generate(comments[0], 4) == one.generate(comments[0], 4)
@@ -665,8 +667,11 @@ if len(cases) == 1:
     raise SystemExit
 
 class Stop(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
     def on_train_batch_end(self, batch, logs=None):
-        if os.environ.get("STOP") and batch == 2 and self.model.optimizer.iterations.value > 7:
+        if os.environ.get("STOP") and batch == 2 and self.epoch == 1:
             raise KeyboardInterrupt
 
 training.CHECKPOINT_SECONDS = 0  # at every step

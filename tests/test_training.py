@@ -5,18 +5,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gemma_lora_sentiment import scoring
 from gemma_lora_sentiment import training as room
-from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.adapter import RunError, lora_scales, new_adapter, stacked_lora
+from gemma_lora_sentiment.gemma import hidden_at, logits_of, with_scales
 from gemma_lora_sentiment.model import load_base, tiny_gemma
 from gemma_lora_sentiment.prompt import LabelWords, assign_buckets, spread_rows
+from gemma_lora_sentiment.scoring import lend, log_softmax, score_labels
 from gemma_lora_sentiment.training import (
     RECIPES,
-    AdjustableAdamW,
     BatchSequence,
     Packing,
     Recipe,
@@ -25,10 +28,9 @@ from gemma_lora_sentiment.training import (
     choose_buckets,
     choose_shapes,
     class_weights,
-    log_softmax,
+    learning_rate_at,
     print_progress,
     recipe_for,
-    score_labels,
     train_adapter,
 )
 
@@ -60,26 +62,27 @@ def base(tiny):
 
 
 def fit(base, recipe=RECIPE, rows=ROWS, start_seed=0, **settings):
-    return train_adapter(base, new_adapter(base.scorer(rank=4), seed=start_seed), rows, WORDS, recipe, **settings)
+    return train_adapter(base, new_adapter(base, 4, seed=start_seed), rows, WORDS, recipe, **settings)
 
 
 def same(a, b):
     return all(np.array_equal(a.arrays[path], b.arrays[path]) for path in a.arrays)
 
 
+def logits_at(base, adapter, batch):
+    hidden = hidden_at(base.arrays, lend(base, adapter), batch, base.config)
+    return np.asarray(logits_of(base.arrays, hidden, base.config)).astype(np.float64)
+
+
 def losses_of(base, adapter, rows):
     """Cross-entropy of each row's response, mean over its tokens, in NumPy from the full logits."""
-    scorer = base.scorer(rank=4)
-    scorer.assign(adapter.arrays)
-    scorer.lora_alpha.assign(adapter.alpha)
     losses = []
     for prompt, response in zip(rows.prompts, rows.responses, strict=True):
         ids = np.array([[*prompt, *response]], np.int32)
         ids = np.pad(ids, ((0, 0), (0, 16 - ids.shape[1])))
         mask = (np.arange(16) < len(prompt) + len(response)).astype(np.int32)[None]
         positions = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1, dtype=np.int32)[None]
-        logits = np.asarray(scorer({"token_ids": ids, "padding_mask": mask, "positions": positions}))[0]
-        logits = logits.astype(np.float64)
+        logits = logits_at(base, adapter, {"token_ids": ids, "padding_mask": mask, "positions": positions})[0]
         log_probability = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         losses.append(-log_probability[np.arange(len(response)), list(response)].mean())
     return np.array(losses)
@@ -128,7 +131,7 @@ def test_dropout_masks_depend_on_the_seed(base):
 
 def test_padding_rows_change_nothing(base):
     """Eight rows in batches of three: the last batch holds two, and a third of weight 0."""
-    start = new_adapter(base.scorer(rank=4))
+    start = new_adapter(base, 4)
     recipe, seen = replace(STILL, batch_size=3), []
     log = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
     fit(base, recipe, callbacks=[log])
@@ -160,12 +163,10 @@ def test_what_stands_in_padding_rows_and_padding_tokens_changes_nothing(base, mo
 def test_first_loss_of_the_whole_text_is_the_mean_over_all_tokens(base):
     recipe = replace(STILL, loss_on="text", batch_size=8)
     _, history, _ = fit(base, recipe)
-    scorer = base.scorer(rank=4)
     ids = np.array([[*p, *r] for p, r in zip(ROWS.prompts, ROWS.responses, strict=True)], np.int32)
     positions = np.tile(np.arange(ids.shape[1] - 1, dtype=np.int32), (8, 1))
-    scorer.assign(new_adapter(scorer).arrays)
-    logits = np.asarray(scorer({"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": positions}))
-    logits = logits.astype(np.float64)
+    batch = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": positions}
+    logits = logits_at(base, new_adapter(base, 4), batch)
     log_probability = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     expected = -np.take_along_axis(log_probability, ids[:, 1:, None], axis=-1).mean()
     np.testing.assert_allclose(history.loss[0], expected, rtol=1e-4)
@@ -178,7 +179,7 @@ def test_balanced_weights_equal_repeated_rows(base):
     recipe = replace(STILL, batch_size=8)
     first = fit(base, recipe, weighted)[1].loss[0]
     np.testing.assert_allclose(first, fit(base, recipe, repeated)[1].loss[0], rtol=1e-5)
-    losses = losses_of(base, new_adapter(base.scorer(rank=4)), unbalanced)
+    losses = losses_of(base, new_adapter(base, 4), unbalanced)
     np.testing.assert_allclose(first, (losses[:3].mean() + losses[3]) / 2, rtol=1e-4)
 
 
@@ -208,54 +209,59 @@ def test_class_weights_that_cannot_work_are_refused(weight):
     (1, 1, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
 ])  # fmt: skip
 def test_warm_up_and_decay_of_the_learning_rate(total, warmup, expected):
-    optimizer, rates = AdjustableAdamW(), []
-    optimizer.set_numbers(0.3, 0.0, total, warmup)
-    for _ in range(12):
-        rates.append(float(optimizer._get_current_learning_rate()))
-        optimizer.iterations.assign_add(1)
+    numbers = {"rate": 0.3, "total_steps": float(total), "warmup_steps": float(warmup)}
+    rates = [float(learning_rate_at(np.int32(step), numbers)) for step in range(12)]
     np.testing.assert_allclose(rates, 0.3 * np.array(expected), atol=1e-6)
 
 
-def adamw_by_hand(values, gradients, rates, decay, excluded=False):
+def adamw_by_hand(values, gradients, rates, decay):
     values, m, v = values.astype(np.float64), 0.0, 0.0
     for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
-        if not excluded:
-            values = values - values * decay * rate
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
-        values = values - rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-7)
+        direction = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        values = values - rate * (direction + decay * values)
     return values
 
 
-def test_adamw_step_by_step_against_numpy():
-    rng = np.random.default_rng(0)
-    optimizer = AdjustableAdamW()
-    kernel = keras.Variable(rng.normal(size=(3, 2)), dtype="float32", name="lora_kernel_a")
-    scale = keras.Variable(rng.normal(size=(3,)), dtype="float32", name="scale")
-    starts = [np.array(kernel.value), np.array(scale.value)]
-    optimizer.build([kernel, scale])
-    optimizer.set_numbers(0.1, 0.5, 6, 2)
-    gradients = [[rng.normal(size=(3, 2)), rng.normal(size=(3,))] for _ in range(5)]
-    for step in gradients:
-        optimizer.apply([keras.ops.convert_to_tensor(g, "float32") for g in step], [kernel, scale])
+def test_the_step_is_adamw_against_numpy(base):
+    """Five steps of one batch; gradients by JAX of a loss written out here."""
+    start = fit(base, replace(RECIPE, epochs=1))[0]  # B is not zero, so A has a gradient
+    batches = BatchSequence(ROWS, (16,), 8)
+    inputs, targets, weights = batches[0]
+    batch = {**inputs, "targets": targets, "weights": weights}
+    scales = lora_scales(start, base.config)
+    numbers = {"rate": 0.1, "decay": 0.5, "total_steps": 6.0, "warmup_steps": 2.0, "dropout": 0.0, "seed": 0}
+
+    def loss_of(lora):
+        hidden = hidden_at(base.arrays, with_scales(lora, scales), inputs, base.config)
+        chosen = room.jax.nn.log_softmax(logits_of(base.arrays, hidden, base.config))
+        losses = -room.jnp.take_along_axis(chosen, targets[..., None], axis=-1)[..., 0]
+        return (losses * weights).sum() / weights.sum()
+
+    step = room.jax.jit(partial(room.train_step, config=base.config))
+    gradient_of = room.jax.jit(room.jax.grad(loss_of))
+    state, seen = room.first_state(stacked_lora(start, base.config)), []
+    for _ in range(5):
+        seen.append(room.jax.tree.map(np.asarray, gradient_of(state["adapter"])))
+        state, _ = step(state, base.arrays, batch, {**numbers, "scales": scales})
     rates = 0.1 * np.array([0.5, 1, 1, 3 / 4, 2 / 4])
-    by_hand = adamw_by_hand(starts[0], [g[0] for g in gradients], rates, 0.5)
-    np.testing.assert_allclose(kernel.value, by_hand, rtol=1e-4, atol=1e-5)
-    by_hand = adamw_by_hand(starts[1], [g[1] for g in gradients], rates, 0.5, excluded=True)
-    np.testing.assert_allclose(scale.value, by_hand, rtol=1e-4, atol=1e-5)
+    first, last = stacked_lora(start, base.config)[0]["query"]["a"], state["adapter"][0]["query"]["a"]
+    by_hand = adamw_by_hand(first, [gradients[0]["query"]["a"] for gradients in seen], rates, 0.5)
+    np.testing.assert_allclose(last, by_hand, rtol=1e-3, atol=1e-4)
 
 
 def test_weight_decay_reaches_the_adapter_and_only_it(base):
     """A's gradient is zero in the first step, because B is: only decay moves it then."""
-    start = new_adapter(base.scorer(rank=4))
+    start = new_adapter(base, 4)
     recipe = replace(RECIPE, batch_size=8, epochs=1, schedule="constant", learning_rate=0.01)
-    before = np.asarray(base.backbone.token_embedding.embeddings.value).copy()
+    before = np.asarray(base.arrays["embedding"]).copy()
     decayed, _, _ = fit(base, replace(recipe, weight_decay=2.0))
     plain, _, _ = fit(base, replace(recipe, weight_decay=0.0))
     for path, array in start.arrays.items():
         if path.endswith("lora_kernel_a"):
             np.testing.assert_allclose(decayed.arrays[path], array * (1 - 0.01 * 2.0), rtol=1e-5, atol=1e-7)
             np.testing.assert_allclose(plain.arrays[path], array, rtol=1e-6)
-    assert np.array_equal(np.asarray(base.backbone.token_embedding.embeddings.value), before)
+    assert np.array_equal(np.asarray(base.arrays["embedding"]), before)
 
 
 def test_the_schedule_of_a_fit_spans_its_steps(base):
@@ -263,7 +269,7 @@ def test_the_schedule_of_a_fit_spans_its_steps(base):
 
     class Watch(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            rates.append(float(room.jax.numpy.asarray(self.model.optimizer._get_current_learning_rate())))
+            rates.append(self.model.optimizer.learning_rate)
 
     fit(base, replace(RECIPE, epochs=1, batch_size=4), callbacks=[Watch()])
     assert rates[0] == pytest.approx(0.02)
@@ -279,7 +285,7 @@ def test_early_stopping_returns_the_best_of_the_validation(base):
     best = int(history.val_loss.idxmin())
     assert len(history) == best + 3 < 40
     assert (history.val_loss.iloc[best + 1 :] >= history.val_loss[best]).all()
-    log_probability = log_softmax(score_labels(base.scorer(rank=4), adapter, held_out.prompts, WORDS, buckets))
+    log_probability = log_softmax(score_labels(base, adapter, held_out.prompts, WORDS, buckets))
     of_labels = log_probability[np.arange(4), held_out.label_index]
     np.testing.assert_allclose(-of_labels.mean(), history.val_loss[best], rtol=1e-5)
     accuracy = (log_probability.argmax(axis=1) == held_out.label_index).mean()
@@ -291,7 +297,7 @@ def test_without_patience_all_epochs_run_and_the_best_comes_back(base):
     recipe = replace(RECIPE, learning_rate=0.05, epochs=6)
     adapter, history, _ = fit(base, recipe, kept, validation=held_out)
     assert len(history) == 6
-    log_probability = log_softmax(score_labels(base.scorer(rank=4), adapter, held_out.prompts, WORDS))
+    log_probability = log_softmax(score_labels(base, adapter, held_out.prompts, WORDS))
     of_labels = log_probability[np.arange(4), held_out.label_index]
     np.testing.assert_allclose(-of_labels.mean(), history.val_loss.min(), rtol=1e-5)
 
@@ -341,11 +347,12 @@ def test_progress_is_called_once_an_epoch_and_prints_to_standard_error(base, cap
 @pytest.mark.parametrize("recipe", [replace(RECIPE, learning_rate=1e30), replace(RECIPE, learning_rate=float("inf"))])
 def test_a_loss_that_is_not_finite_is_a_run_error_and_the_base_survives(recipe, base):
     good = fit(base)[0]
-    arrays = [variable.value for variable in base.backbone.variables]
+    arrays = room.jax.tree.leaves(base.arrays)
     with pytest.raises(RunError, match="not finite") as error:
         fit(base, recipe)
     assert "\n" not in str(error.value)
-    assert all(v.value is a and not a.is_deleted() for v, a in zip(base.backbone.variables, arrays, strict=True))
+    now = room.jax.tree.leaves(base.arrays)
+    assert all(b is a and not a.is_deleted() for b, a in zip(now, arrays, strict=True))
     assert same(fit(base)[0], good)
 
 
@@ -417,16 +424,16 @@ def test_choose_buckets_is_the_cheapest_number_of_shapes():
 
 
 def test_scores_do_not_depend_on_batches_buckets_or_order(base):
-    adapter, scorer = fit(base)[0], base.scorer(rank=4)
+    adapter = fit(base)[0]
     rng = np.random.default_rng(2)
     prompts = [np.array([2, *rng.integers(30, 250, n)], np.int32) for n in (3, 15, 7, 30, 1, 11, 20, 4, 9)]
-    whole = score_labels(scorer, adapter, prompts, WORDS, (32,), 8)
+    whole = score_labels(base, adapter, prompts, WORDS, (32,), 8)
     assert whole.dtype == np.float32 and whole.shape == (9, 2)
     order = rng.permutation(9)
-    shuffled = score_labels(scorer, adapter, [prompts[i] for i in order], WORDS, (32,), 8)
+    shuffled = score_labels(base, adapter, [prompts[i] for i in order], WORDS, (32,), 8)
     np.testing.assert_allclose(shuffled, whole[order], atol=1e-4)
-    np.testing.assert_allclose(score_labels(scorer, adapter, prompts, WORDS, (16,), 8), whole, atol=1e-4)
-    assert score_labels(scorer, adapter, [], WORDS).shape == (0, 2)
+    np.testing.assert_allclose(score_labels(base, adapter, prompts, WORDS, (16,), 8), whole, atol=1e-4)
+    assert score_labels(base, adapter, [], WORDS).shape == (0, 2)
 
 
 def test_log_softmax_is_a_distribution_even_for_extreme_scores():
@@ -468,11 +475,11 @@ def test_shapes_are_chosen_by_what_they_cost():
 def test_scoring_shapes_do_not_depend_on_the_rows():
     rng = np.random.default_rng(3)
     for lengths in (rng.integers(4, 128, 700), np.array([9]), np.full(90, 128)):
-        steps = list(room._scoring_steps(lengths))
+        steps = list(scoring._scoring_steps(lengths))
         assert {(length, places) for length, places, _ in steps} == {(128, 16)}
         assert {len(lines) for _, _, lines in steps} == {8}
     lengths = np.concatenate([rng.integers(4, 128, 300), [129, 200, 900]])
-    steps = list(room._scoring_steps(lengths))
+    steps = list(scoring._scoring_steps(lengths))
     assert sorted(row for _, _, lines in steps for line in lines for row in line) == list(range(303))
     assert all(lengths[line].sum() <= length for length, _, lines in steps for line in lines)
     assert [length for length, _, _ in steps] == sorted((length for length, _, _ in steps), reverse=True)
