@@ -47,9 +47,9 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 
 # %% auto #0
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'Rows', 'class_weights', 'choose_buckets', 'Packing',
-           'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at', 'first_state', 'train_step',
-           'runs_apart', 'FitHandle', 'OutOfMemory', 'validation_numbers', 'part_of_checkpoint', 'fit_identity',
-           'fit_to_device', 'train_adapter', 'print_progress']
+           'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at', 'LoraLayout', 'first_state',
+           'train_step', 'runs_apart', 'FitHandle', 'OutOfMemory', 'validation_numbers', 'part_of_checkpoint',
+           'fit_identity', 'fit_to_device', 'train_adapter', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -345,13 +345,38 @@ def learning_rate_at(
     return numbers["rate"] * jnp.where(total > 0, jnp.clip(jnp.minimum(up, down), 0.0, 1.0), 1.0)
 
 
+@dataclass(frozen=True)
+class LoraLayout:
+    """How the arrays of an adapter lie in one vector, so that the optimizer is one computation and not one an array."""
+
+    structure: Any  # JAX's description of the lists and dictionaries
+    shapes: tuple[tuple[int, ...], ...]  # of the arrays, in its order
+
+    @classmethod
+    def of(cls, lora: Sequence[Mapping[str, Any]]) -> LoraLayout:  # as `stacked_lora` gives it
+        "The layout of these arrays."
+        return cls(jax.tree.structure(lora), tuple(array.shape for array in jax.tree.leaves(lora)))
+
+    def join(self, lora: Any) -> jax.Array:  # float32 (parameters,)
+        "The arrays as one vector."
+        return jnp.concatenate([array.reshape(-1) for array in jax.tree.leaves(lora)])
+
+    def cut(self, vector: jax.Array) -> Any:  # as `stacked_lora` gives it
+        "The vector as arrays."
+        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
+        parts = (vector[end - int(np.prod(shape)) : end] for end, shape in zip(ends, self.shapes, strict=True))
+        pieces = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return jax.tree.unflatten(self.structure, pieces)
+
+
 def first_state(
     lora: Sequence[Mapping[str, Any]],  # as `stacked_lora` gives it
 ) -> dict[str, Any]:  # adapter, adam, step, loss_scale, steps_unscaled, metrics
-    "The state of a fit that has not begun."
+    "The state of a fit that has not begun; the adapter is one vector."
+    vector = np.concatenate([np.asarray(array).reshape(-1) for array in jax.tree.leaves(lora)])
     zeros = {name: np.float32(0) for name in ("loss", "batches", "right", "weight")}
     return {
-        "adapter": lora, "adam": ADAM.init(lora), "step": np.int32(0), "loss_scale": np.float32(_FIRST_LOSS_SCALE),
+        "adapter": vector, "adam": ADAM.init(vector), "step": np.int32(0), "loss_scale": np.float32(_FIRST_LOSS_SCALE),
         "steps_unscaled": np.int32(0), "metrics": zeros,
     }  # fmt: skip
 
@@ -362,32 +387,34 @@ def train_step(
     batch: Mapping[str, jax.Array],  # token_ids, padding_mask (b, l); positions, targets, weights (b, p)
     numbers: Mapping[str, Any],  # rate, decay, total_steps, warmup_steps, dropout, seed; scales of the adapter
     config: GemmaConfig,
+    layout: LoraLayout,  # of the adapter
+    drops: bool = False,  # whether there is LoRA dropout at all
     scaled: bool = False,  # for float16: the loss is scaled for the backward pass
     again: bool = False,  # blocks are computed again in the backward pass, for less memory
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:  # the new state; loss of the step, means of the epoch so far
     "One step of AdamW."
-    key = jax.random.fold_in(jax.random.key(numbers["seed"]), state["step"])
     by = state["loss_scale"] if scaled else jnp.float32(1)
     weight = batch["weights"].sum()
 
     def loss_of(adapter: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        adapter = with_scales(drop_inputs(adapter, numbers["dropout"], key), numbers["scales"])
-        logits = logits_of(base, hidden_at(base, adapter, batch, config, again), config)
+        if drops:
+            key = jax.random.fold_in(jax.random.key(numbers["seed"]), state["step"])
+            adapter = drop_inputs(adapter, numbers["dropout"], key)
+        hidden = hidden_at(base, with_scales(adapter, numbers["scales"]), batch, config, again)
+        logits = logits_of(base, hidden, config)
         of_targets = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
         loss = -(of_targets * batch["weights"]).sum() / jnp.maximum(weight, _NO_WEIGHT)
         right = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
         return loss * by, (loss, right)
 
-    gradients, (loss, right) = jax.grad(loss_of, has_aux=True)(state["adapter"])
-    gradients = jax.tree.map(lambda gradient: gradient / by, gradients)
-    direction, adam = ADAM.update(gradients, state["adam"])
+    gradients, (loss, right) = jax.grad(loss_of, has_aux=True)(layout.cut(state["adapter"]))
+    gradient = layout.join(gradients) / by
+    direction, adam = ADAM.update(gradient, state["adam"])
     rate = learning_rate_at(state["step"], numbers)
-    adapter = jax.tree.map(
-        lambda value, change: value - rate * (change + numbers["decay"] * value), state["adapter"], direction
-    )
+    adapter = state["adapter"] - rate * (direction + numbers["decay"] * state["adapter"])
     new = {**state, "adapter": adapter, "adam": adam, "step": state["step"] + 1}
     if scaled:
-        new = _unless_overflown(new, state, gradients)
+        new = _unless_overflown(new, state, gradient)
     old = state["metrics"]
     new["metrics"] = metrics = {
         "loss": old["loss"] + loss, "batches": old["batches"] + 1, "right": old["right"] + right,
@@ -398,9 +425,9 @@ def train_step(
     return new, {"step_loss": loss, **means}
 
 
-def _unless_overflown(new: dict[str, Any], old: Mapping[str, Any], gradients: Any) -> dict[str, Any]:
+def _unless_overflown(new: dict[str, Any], old: Mapping[str, Any], gradient: jax.Array) -> dict[str, Any]:
     "The new state, or the old one with a smaller scale where gradients are not finite."
-    finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(gradients)]))
+    finite = jnp.isfinite(gradient).all()
     kept = {
         name: jax.tree.map(partial(jnp.where, finite), new[name], old[name]) for name in ("adapter", "adam", "step")
     }
@@ -425,8 +452,10 @@ def runs_apart(
 
 
 @lru_cache(maxsize=64)
-def _step_program(config: GemmaConfig, scaled: bool, again: bool, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
-    step = partial(train_step, config=config, scaled=scaled, again=again)
+def _step_program(
+    config: GemmaConfig, layout: LoraLayout, drops: bool, scaled: bool, again: bool, mesh: jax.sharding.Mesh | None
+) -> Callable[..., Any]:
+    step = partial(train_step, config=config, layout=layout, drops=drops, scaled=scaled, again=again)
     # What comes out lies as what went in, or the next step would be compiled anew.
     everywhere = {} if mesh is None else {
         "out_shardings": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -596,7 +625,9 @@ class _Fit:
 
     def __post_init__(self):
         self.guard = _Guard(self.start, self.base.dtype)
-        self.state = put(self.base, first_state(stacked_lora(self.start, self.base.config)))
+        lora = stacked_lora(self.start, self.base.config)
+        self.layout = LoraLayout.of(lora)
+        self.state = put(self.base, first_state(lora))
         self.handle = FitHandle(self)
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
@@ -606,11 +637,11 @@ class _Fit:
 
     def read(self) -> dict[str, np.ndarray]:
         "The adapter's arrays now, copies."
-        return unstacked_lora(jax.device_get(self.state["adapter"]), self.start, self.base.config)
+        return unstacked_lora(self.layout.cut(np.asarray(self.state["adapter"])), self.start, self.base.config)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         lora = stacked_lora(replace(self.start, arrays=dict(arrays)), self.base.config)
-        self.state["adapter"] = put(self.base, lora)
+        self.state["adapter"] = put(self.base, first_state(lora)["adapter"])
 
     def run(self, epoch: int, batch: int) -> None:
         "Train from a batch of an epoch to the end."
@@ -618,8 +649,8 @@ class _Fit:
             list(self.callbacks), add_history=True, model=self.handle, epochs=self.recipe.epochs,
             steps=len(self.batches), verbose=0,
         )  # fmt: skip
-        scaled = self.base.dtype == "float16"
-        program = _step_program(self.base.config, scaled, self.again, self.base.mesh)
+        drops, scaled = bool(self.numbers["dropout"]), self.base.dtype == "float16"
+        program = _step_program(self.base.config, self.layout, drops, scaled, self.again, self.base.mesh)
         if self.base.mesh is None:
             shapes = self.batches.shapes
             _compile_side_by_side([partial(program.lower, *self._given(shape)) for shape in shapes])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from gemma_lora_sentiment import GemmaLoraClassifier, export
 from gemma_lora_sentiment.adapter import RunError, new_adapter
-from gemma_lora_sentiment.backend import ModelError
+from gemma_lora_sentiment.backend import ModelError, without_tensorflow
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.export import _write_weights, export_checkpoint, merged_tensors, transformers_config
 from gemma_lora_sentiment.gemma import gemma_config
@@ -75,14 +75,25 @@ def test_gemma_that_transformers_does_not_know_is_refused(word, changes, base):
 
 
 @pytest.mark.parametrize("word, changes", [
-    ("looks forward", dict(use_bidirectional_attention=True)), ("queries", dict(use_query_key_norm=False)),
+    ("queries", dict(use_query_key_norm=False)),
     ("rotary", dict(local_rope_scaling_factor=2.0)),
     ("lacks", dict(use_post_ffw_norm=False, use_post_attention_norm=False)),
-    ("text alone", dict(is_embedding_model=True, pooling_intermediate_dim=8, embedding_dim=8)),
 ])  # fmt: skip
 def test_gemma3_that_transformers_does_not_know_is_refused(word, changes, base):
     with pytest.raises(ModelError, match=word) as error:
         transformers_config(of("Gemma3", {**GEMMA3, **changes}, base))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(use_bidirectional_attention=True),
+    dict(is_embedding_model=True, pooling_intermediate_dim=8, embedding_dim=8),
+])  # fmt: skip
+def test_a_gemma3_that_reads_both_ways_is_no_base_at_all(changes, tmp_path):
+    with without_tensorflow():
+        keras_nlp.models.Gemma3Backbone(**{**GEMMA3, **changes}).save_to_preset(str(tmp_path))
+    with pytest.raises(ModelError, match="embeds texts and cannot continue them") as error:
+        load_base(tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -1,6 +1,7 @@
 """Every family's rows in shared lines; Gemma 4 through the code of the others, and what is refused of Gemma 3n."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from gemma_lora_sentiment.adapter import lora_scales, new_adapter, stacked_lora
 from gemma_lora_sentiment.backend import ModelError, without_tensorflow
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.gemma import hidden_at, logits_of
-from gemma_lora_sentiment.model import keras_nlp, load_base, lora_targets, resolve_preset, tiny_gemma
+from gemma_lora_sentiment.model import jax, keras_nlp, load_base, lora_targets, resolve_preset, tiny_gemma
 from gemma_lora_sentiment.prompt import LabelWords, training_arrays
 from gemma_lora_sentiment.scoring import lend, log_softmax, score_labels
-from gemma_lora_sentiment.training import BatchSequence, Packing, Rows, first_state, train_step
+from gemma_lora_sentiment.training import BatchSequence, LoraLayout, Packing, Rows, first_state, train_step
 
 COMMENTS = ["맛있어요 최고예요", "친절해요 또 갈게요", "맛이 없어요 별로예요", "불친절해요 실망했어요"] * 2
 LABELS = [1, 1, 0, 0] * 2
@@ -84,7 +85,7 @@ def test_the_text_part_of_a_gemma4_with_eyes(gemma4, tmp_path):
         models.Tokenizer.from_preset(gemma4).save_to_preset(str(tmp_path))
     base = load_base(tmp_path)
     assert base.arguments["vision_encoder"] is None
-    assert [path for path, _ in base.weights()] == [variable.path for variable in text.variables]
+    assert {path for path, _ in base.weights()} == {variable.path for variable in text.variables}
     assert base.fingerprint == load_base(gemma4).fingerprint and base.nbytes == load_base(gemma4).nbytes
     ids = np.random.default_rng(0).integers(4, 200, (2, 12)).astype(np.int32)
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": np.full((2, 1), 11, np.int32)}
@@ -135,12 +136,14 @@ def test_rows_that_share_a_line_are_computed_as_if_alone(family, tmp_path):
     batches = BatchSequence(rows, (packing.length,), 8, packing=packing)
     chosen, (inputs, targets, weights) = batches.plan(0)[0][1], batches[0]
     assert len(targets) == packing.lines < len(chosen)
-    state, numbers = first_state(stacked_lora(adapter, base.config)), dict.fromkeys(NUMBERS, np.float32(0))
+    lora, numbers = stacked_lora(adapter, base.config), dict.fromkeys(NUMBERS, np.float32(0))
     numbers |= {"seed": np.uint32(0), "scales": lora_scales(adapter, base.config)}
-    packed = train_step(state, base.arrays, {**inputs, "targets": targets, "weights": weights}, numbers, base.config)[1]
+    step = jax.jit(partial(train_step, config=base.config, layout=LoraLayout.of(lora)))
+    given = {**inputs, "targets": targets, "weights": weights}
+    packed = step(first_state(lora), base.arrays, given, numbers)[1]
     part = rows.take(chosen)
     one = training_arrays(part.prompts, part.responses, 48, 4, "response", part.weights)
-    alone = train_step(state, base.arrays, one, numbers, base.config)[1]
+    alone = step(first_state(lora), base.arrays, one, numbers)[1]
     for name in ("step_loss", "loss", "accuracy"):
         np.testing.assert_allclose(packed[name], alone[name], atol=1e-5)
 

@@ -36,25 +36,25 @@ from gemma_lora_sentiment.gemma import (
 )
 from gemma_lora_sentiment.model import jax, keras, keras_nlp, load_base, lora_targets, quantized_kernel, tiny_gemma
 from gemma_lora_sentiment.scoring import lend
-from gemma_lora_sentiment.training import first_state, train_step
+from gemma_lora_sentiment.training import LoraLayout, first_state, train_step
 
 jnp = jax.numpy
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
 MODELS = {  # family, and what differs from the tiny one; all have blocks that are stacked
-    "gemma": ("gemma", dict(num_layers=6)),
-    "gemma2": ("gemma2", dict(num_layers=6, num_query_heads=4, num_key_value_heads=2)),
-    "gemma2 scaled as 27B": ("gemma2", dict(num_layers=4, head_dim=8, query_head_dim_normalize=False)),
-    "gemma3": ("gemma3", dict(num_layers=8, global_rope_scaling_factor=8.0)),
-    "gemma3 scaled as 27B": ("gemma3", dict(num_layers=7, head_dim=8, query_head_dim_normalize=False)),
-    "gemma3 without its q and k norms": ("gemma3", dict(num_layers=4, use_query_key_norm=False)),
+    "gemma": ("gemma", dict(num_layers=4)),
+    "gemma2": ("gemma2", dict(num_layers=4, num_query_heads=4, num_key_value_heads=2)),
+    "gemma2 scaled as 27B": ("gemma2", dict(num_layers=3, head_dim=8, query_head_dim_normalize=False)),
+    "gemma3": ("gemma3", dict(num_layers=7, global_rope_scaling_factor=8.0)),
+    "gemma3 scaled as 27B": ("gemma3", dict(num_layers=3, head_dim=8, query_head_dim_normalize=False)),
+    "gemma3 without its q and k norms": ("gemma3", dict(num_layers=3, use_query_key_norm=False)),
     "gemma4": ("gemma4", dict(num_layers=8, num_kv_shared_layers=4, sliding_window_pattern=4)),
     "gemma4 with experts": ("gemma4", dict(
-        num_layers=7, num_kv_shared_layers=0, sliding_window_pattern=3, hidden_size_per_layer_input=0,
+        num_layers=6, num_kv_shared_layers=0, sliding_window_pattern=3, hidden_size_per_layer_input=0,
         use_double_wide_mlp=False, enable_moe_block=True, num_experts=4, num_experts_per_token=2,
         expert_intermediate_dim=24,
     )),
     "gemma4 whose keys are values": ("gemma4", dict(
-        num_layers=7, num_kv_shared_layers=0, sliding_window_pattern=3, hidden_size_per_layer_input=0,
+        num_layers=6, num_kv_shared_layers=0, sliding_window_pattern=3, hidden_size_per_layer_input=0,
         use_double_wide_mlp=False, num_query_heads=4, num_key_value_heads=2, num_global_key_value_heads=1,
     )),
 }  # fmt: skip
@@ -69,7 +69,7 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module", params=FAMILIES)
 def small(request, tmp_path_factory):
     """One of each family, of a few blocks."""
-    arguments = MODELS["gemma4"][1] if request.param == "gemma4" else dict(num_layers=4)
+    arguments = MODELS["gemma4"][1] if request.param == "gemma4" else dict(num_layers=3)
     return tiny_gemma(tmp_path_factory.mktemp(request.param) / request.param, request.param, 5, **arguments)
 
 
@@ -146,48 +146,56 @@ def keras_inputs(backbone, batch):
     return given
 
 
-def test_the_arrays_are_keras_hubs(folder):
-    backbone, base = keras_backbone(folder), load_base(folder)
-    theirs = {variable.path: tuple(variable.shape) for variable in backbone.variables}
-    assert array_shapes(base.config) == theirs and list(array_shapes(base.config)) == list(theirs)
-    found = dict(base.weights())
-    assert list(found) == list(theirs)
-    for variable in backbone.variables:
-        np.testing.assert_array_equal(found[variable.path], np.asarray(variable.value))
-    assert any(end - first > 1 for first, end in base.config.groups), "else nothing is scanned"
-    assert base.parameter_count == backbone.count_params()
-
-
-def test_hidden_states_are_keras_hubs(folder):
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """What KerasHub's backbone holds and computes, by itself and with LoRA: arrays, hidden states, gradients."""
     backbone, base, batch = keras_backbone(folder), load_base(folder), inputs_of(padded=5)
-    theirs = np.asarray(backbone(keras_inputs(backbone, batch)))
-    ours = run(base.arrays, without(base.config), batch, base.config)
-    close(ours, theirs, 1e-5, batch["padding_mask"][..., None] > 0)
-
-
-def test_lora_gradients_are_keras_hubs(folder):
-    backbone, base, batch = keras_backbone(folder), load_base(folder), inputs_of(padded=5)
-    adapter = full(base)
+    given, adapter = keras_inputs(backbone, batch), full(base)
+    found = {"arrays": {variable.path: np.array(variable.value) for variable in backbone.variables}}
+    found["count"], found["plain"] = backbone.count_params(), np.asarray(jax.jit(backbone)(given))
     backbone.enable_lora(3, list(adapter.targets))
     variables = {variable.path: variable for variable in backbone.variables if "lora_kernel" in variable.path}
     assert {path: tuple(v.shape) for path, v in variables.items()} == {p: a.shape for p, a in adapter.arrays.items()}
     for layer in backbone._flatten_layers():
         if getattr(layer, "lora_enabled", False):
             layer.lora_alpha = adapter.alpha
-    shape = (*batch["token_ids"].shape, base.config.hidden_dim)
-    weights = np.random.default_rng(2).normal(0, 1, shape).astype(np.float32) * batch["padding_mask"][..., None]
-    paths = list(adapter.arrays)
+    weights = np.random.default_rng(2).normal(0, 1, found["plain"].shape).astype(np.float32)
+    weights = weights * batch["padding_mask"][..., None]
 
-    def hidden(values):
-        with keras.StatelessScope(state_mapping=[(variables[p], v) for p, v in zip(paths, values, strict=True)]):
-            return backbone(keras_inputs(backbone, batch))
+    def loss(values):
+        with keras.StatelessScope(state_mapping=[(variables[path], value) for path, value in values.items()]):
+            hidden = backbone(given)
+        return (hidden * weights).sum(), hidden
 
-    values = [adapter.arrays[path] for path in paths]
-    theirs = jax.jit(jax.grad(lambda values: (hidden(values) * weights).sum()))(values)
+    found["gradients"], found["hidden"] = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(adapter.arrays))
+    return {**found, "batch": batch, "adapter": adapter, "weights": weights}
+
+
+def test_the_arrays_are_keras_hubs(folder, theirs):
+    base = load_base(folder)
+    assert array_shapes(base.config) == {path: array.shape for path, array in theirs["arrays"].items()}
+    found = dict(base.weights())
+    assert list(found) == list(array_shapes(base.config))
+    for path, array in theirs["arrays"].items():
+        np.testing.assert_array_equal(found[path], array)
+    assert any(end - first > 1 for first, end in base.config.groups), "else nothing is scanned"
+    assert base.parameter_count == theirs["count"]
+
+
+def test_hidden_states_are_keras_hubs(folder, theirs):
+    base, batch = load_base(folder), theirs["batch"]
     where = batch["padding_mask"][..., None] > 0
-    close(run(base.arrays, lend(base, adapter), batch, base.config), jax.jit(hidden)(values), 1e-5, where)
-    ours = gradients_of(base, adapter, batch, weights)
-    for path, expected in zip(paths, theirs, strict=True):
+    close(run(base.arrays, without(base.config), batch, base.config), theirs["plain"], 1e-5, where)
+    ours = run(base.arrays, lend(base, theirs["adapter"]), batch, base.config)
+    close(ours, theirs["hidden"], 1e-5, where)
+    assert np.abs(theirs["hidden"] - theirs["plain"]).max() > 0.1, "the adapter does something"
+
+
+def test_lora_gradients_are_keras_hubs(folder, theirs):
+    base = load_base(folder)
+    ours = gradients_of(base, theirs["adapter"], theirs["batch"], theirs["weights"])
+    assert ours.keys() == theirs["gradients"].keys()
+    for path, expected in theirs["gradients"].items():
         close(ours[path], expected, 1e-4)
 
 
@@ -195,7 +203,11 @@ def test_an_embedding_of_each_layer_with_a_vocabulary_of_its_own(tmp_path):
     """Gemma 4 names its size by itself."""
     folder = tiny_gemma(tmp_path, "gemma4", 5, vocab_size_per_layer_input=400)
     backbone, base, batch = keras_backbone(folder), load_base(folder), inputs_of()
-    close(run(base.arrays, without(base.config), batch, base.config), backbone(keras_inputs(backbone, batch)), 1e-5)
+    close(
+        run(base.arrays, without(base.config), batch, base.config),
+        jax.jit(backbone)(keras_inputs(backbone, batch)),
+        1e-5,
+    )
     assert base.parameter_count == backbone.count_params()
 
 
@@ -208,7 +220,11 @@ def test_gemma4_layers_of_named_kinds_and_rotary_numbers(tmp_path):
         attention_logit_soft_cap=20.0,
     )  # fmt: skip
     backbone, base, batch = keras_backbone(folder), load_base(folder), inputs_of()
-    close(run(base.arrays, without(base.config), batch, base.config), backbone(keras_inputs(backbone, batch)), 1e-5)
+    close(
+        run(base.arrays, without(base.config), batch, base.config),
+        jax.jit(backbone)(keras_inputs(backbone, batch)),
+        1e-5,
+    )
 
 
 # --- against itself
@@ -281,12 +297,13 @@ def test_the_last_block_at_few_positions_is_the_whole_one_there(quantization, sm
         return outputs
 
     monkeypatch.setattr(gemma, "block", watched)
-    at_few = hidden_at(base.arrays, lora, {**batch, "positions": PLACES}, base.config)
+    jax.clear_caches()  # or nothing would be traced
+    at_few = run(base.arrays, lora, {**batch, "positions": PLACES}, base.config)
     assert seen[-1] == 2 and set(seen[:-1]) == {24}, "else nothing was left out, and this says nothing"
-    at_all = hidden_at(base.arrays, lora, batch, base.config)
+    at_all = run(base.arrays, lora, batch, base.config)
     close(at_few, picked(at_all), 1e-5)
     many = np.tile(np.arange(20, dtype=np.int32), (2, 1))
-    close(hidden_at(base.arrays, lora, {**batch, "positions": many}, base.config), picked(at_all, many), 1e-5)
+    close(run(base.arrays, lora, {**batch, "positions": many}, base.config), picked(at_all, many), 1e-5)
 
 
 def test_the_last_block_in_float16(small):
@@ -297,8 +314,8 @@ def test_the_last_block_in_float16(small):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_gradients_are_those_of_the_whole_last_block(again, folder):
-    base, batch = load_base(folder), inputs_of()
+def test_gradients_are_those_of_the_whole_last_block(again, small):
+    base, batch = load_base(small), inputs_of()
     adapter = full(base)
     scales, groups = lora_scales(adapter, base.config), stacked_lora(adapter, base.config)
 
@@ -448,8 +465,10 @@ def test_ten_adapters_side_by_side_are_ten_adapters(small):
     batches = [training_batch(seed=i) for i in range(10)]
     numbers = [numbers_of(a, base.config, 0.002 * (i + 1), i, 0.1 * (i % 3)) for i, a in enumerate(adapters)]
 
+    layout = LoraLayout.of(stacked_lora(adapters[0], base.config))
+
     def step(state, arrays, batch, numbers):
-        return train_step(state, arrays, batch, numbers, base.config)
+        return train_step(state, arrays, batch, numbers, base.config, layout, drops=True)
 
     one, many = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None, 0, 0)))
     together, of_all, given = (
@@ -461,20 +480,21 @@ def test_ten_adapters_side_by_side_are_ten_adapters(small):
         for _ in range(3):
             state, metrics = one(state, base.arrays, batches[i], numbers[i])
         assert abs(float(seen["step_loss"][i]) - float(metrics["step_loss"])) < 1e-4
-        mapped = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), together["adapter"])
-        for ours, expected in zip(jax.tree.leaves(mapped), jax.tree.leaves(state["adapter"]), strict=True):
+        mapped, alone = (jax.tree.leaves(layout.cut(v)) for v in (together["adapter"][i], state["adapter"]))
+        for ours, expected in zip(mapped, alone, strict=True):
             close(ours, expected, 1e-4)
 
 
 EIGHT = """
 import sys
 from dataclasses import replace
+from functools import partial
 import jax, numpy as np
 from gemma_lora_sentiment.adapter import new_adapter, lora_scales, stacked_lora, unstacked_lora
 from gemma_lora_sentiment.gemma import hidden_at
-from gemma_lora_sentiment.model import load_base, lora_targets, on_every_process
+from gemma_lora_sentiment.model import load_base, lora_targets
 from gemma_lora_sentiment.scoring import lend, put
-from gemma_lora_sentiment.training import _step_program, first_state
+from gemma_lora_sentiment.training import LoraLayout, first_state, train_step
 
 assert jax.device_count() == 8
 rng = np.random.default_rng(0)
@@ -490,9 +510,11 @@ def computed(base, adapter):
     numbers = {"rate": 0.01, "decay": 0.01, "total_steps": 0, "warmup_steps": 1, "dropout": 0.25}
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     numbers |= {"seed": np.uint32(7), "scales": lora_scales(adapter, base.config)}
-    state = put(base, first_state(stacked_lora(adapter, base.config)))
-    state, metrics = _step_program(base.config, False, False, base.mesh)(state, base.arrays, given, numbers)
-    gradients = unstacked_lora(jax.device_get(state["adam"].mu), adapter, base.config)  # a tenth of them
+    lora = stacked_lora(adapter, base.config)
+    step = jax.jit(partial(train_step, config=base.config, layout=LoraLayout.of(lora), drops=True))
+    state, metrics = step(put(base, first_state(lora)), base.arrays, given, numbers)
+    moments = LoraLayout.of(lora).cut(np.asarray(state["adam"].mu))  # a tenth of the gradients
+    gradients = unstacked_lora(moments, adapter, base.config)
     return [np.asarray(hidden), np.asarray(metrics["step_loss"]), *gradients.values()]
 
 for folder in sys.argv[2:]:
@@ -552,7 +574,7 @@ def test_16_bits_are_close_to_32(dtype, small):
     share = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]  # to which a number is rounded
     close(ours, exact, 16 * share)
     backbone = keras_backbone(small, dtype)
-    theirs = np.asarray(backbone(keras_inputs(backbone, batch)), np.float32)
+    theirs = np.asarray(jax.jit(backbone)(keras_inputs(backbone, batch)), np.float32)
     plain = run(stacked(rounded, wide.config), without(wide.config), batch, wide.config)
     plainly = run(base.arrays, without(base.config), batch, base.config)
     off, keras_off = (np.abs(found - plain).mean() for found in (plainly, theirs))
@@ -571,7 +593,7 @@ def test_hidden_states_stay_within_float16(family, tmp_path):
         backbone.save_to_preset(folder)
     base, batch = load_base(folder, "float16"), inputs_of()
     theirs = keras_backbone(folder, "float16")
-    expected = np.asarray(theirs(keras_inputs(theirs, batch)), np.float32)
+    expected = np.asarray(jax.jit(theirs)(keras_inputs(theirs, batch)), np.float32)
     ours = run(base.arrays, without(base.config), batch, base.config)
     assert np.isfinite(expected).all()
     close(ours, expected, 0.01)
@@ -647,9 +669,9 @@ def test_the_fingerprint_of_a_quantized_base_is_that_of_keras_s_variables(dtype,
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_quantized_base_computes_with_the_unpacked_kernels(mode, folder):
+def test_a_quantized_base_computes_with_the_unpacked_kernels(mode, small):
     """Any family: what is computed is what a base of these very numbers computes."""
-    base, plain, batch = load_base(folder, quantization=mode), load_base(folder), inputs_of()
+    base, plain, batch = load_base(small, quantization=mode), load_base(small), inputs_of()
     floats = {}
     for path, array in plain.weights():
         if array_name(path) in LORA_LAYERS:

@@ -238,14 +238,15 @@ def test_the_step_is_adamw_against_numpy(base):
         losses = -room.jnp.take_along_axis(chosen, targets[..., None], axis=-1)[..., 0]
         return (losses * weights).sum() / weights.sum()
 
-    step = room.jax.jit(partial(room.train_step, config=base.config))
+    layout = room.LoraLayout.of(stacked_lora(start, base.config))
+    step = room.jax.jit(partial(room.train_step, config=base.config, layout=layout))
     gradient_of = room.jax.jit(room.jax.grad(loss_of))
     state, seen = room.first_state(stacked_lora(start, base.config)), []
     for _ in range(5):
-        seen.append(room.jax.tree.map(np.asarray, gradient_of(state["adapter"])))
+        seen.append(room.jax.tree.map(np.asarray, gradient_of(layout.cut(state["adapter"]))))
         state, _ = step(state, base.arrays, batch, {**numbers, "scales": scales})
     rates = 0.1 * np.array([0.5, 1, 1, 3 / 4, 2 / 4])
-    first, last = stacked_lora(start, base.config)[0]["query"]["a"], state["adapter"][0]["query"]["a"]
+    first, last = stacked_lora(start, base.config)[0]["query"]["a"], layout.cut(state["adapter"])[0]["query"]["a"]
     by_hand = adamw_by_hand(first, [gradients[0]["query"]["a"] for gradients in seen], rates, 0.5)
     np.testing.assert_allclose(last, by_hand, rtol=1e-3, atol=1e-4)
 
