@@ -231,14 +231,15 @@ def random_base(
         found = ("Gemma", SHAPES[shape])
         quantization = choose_quantization(f"Shape {shape}", dtype, found=found, **needs)[0]
     arguments = complete_arguments("Gemma", SHAPES[shape])
-    config, arrays = gemma_config("Gemma", arguments), {}
-    draw = jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
+    config, draw = gemma_config("Gemma", arguments), jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
+    arrays: dict[str, Any] = {}
     for number, (path, sizes) in enumerate(array_shapes(config).items()):
         fan_in = sizes[-1] if path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
-        value = np.asarray(draw(jax.random.key(number, impl="rbg"), sizes, dtype, fan_in))
-        is_kernel = quantization and array_name(path) in LORA_LAYERS
-        arrays[path] = quantized_kernel(path, value, quantization)[0] if is_kernel else value
-    return Base(f"random {shape}", config, stacked(arrays, config), b"", dtype, shape, arguments, quantization)
+        arrays[path] = draw(jax.random.key(number, impl="rbg"), sizes, dtype, fan_in)
+        if quantization and array_name(path) in LORA_LAYERS:
+            arrays[path] = quantized_kernel(path, np.asarray(arrays[path]), quantization)[0]
+    laid = stacked(arrays, config, stack=jax.numpy.stack)
+    return Base(f"random {shape}", config, laid, b"", dtype, shape, arguments, quantization)
 
 
 def _base_of(settings: BenchmarkSettings) -> Any:  # Base

@@ -234,9 +234,9 @@ def rotate(
     sin: jax.Array,  # likewise
 ) -> jax.Array:  # as x
     "Rotary position embedding ([Su et al. 2021](https://arxiv.org/abs/2104.09864)), pairs half a head apart."
-    cos, sin = cos[..., None, :], sin[..., None, :]  # the same for all heads
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = (table[..., None, :].astype(x.dtype) for table in (cos, sin))  # the same for all heads
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 # %% ../nbs/01d_gemma.ipynb #7c4d97e8
 INT4_BLOCK = 128  # rows of a kernel that share a scale and a zero in int4
@@ -304,14 +304,13 @@ def attend(
     scale: float,  # of queries times keys
     cap: float | None = None,  # soft limit of the logits
 ) -> jax.Array:  # (b, p, heads, h)
-    """Attention whose keys and values serve several query heads each, in float32 where it is summed.
+    """Attention whose keys and values serve several query heads each; the softmax is in float32.
 
     [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), [Ainslie et al. 2023](https://arxiv.org/abs/2305.13245).
     """
     b, p, heads, h = queries.shape
-    grouped = queries.reshape(b, p, keys.shape[2], -1, h)
-    logits = jnp.einsum("bpkgh,blkh->bkgpl", grouped, keys, preferred_element_type=jnp.float32) * scale
-    logits = soft_cap(logits, cap)
+    grouped = (queries * jnp.asarray(scale, queries.dtype)).reshape(b, p, keys.shape[2], -1, h)
+    logits = soft_cap(jnp.einsum("bpkgh,blkh->bkgpl", grouped, keys).astype(jnp.float32), cap)
     logits = jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgpl,blkh->bpkgh", weights, values).reshape(b, p, heads, h)
@@ -576,6 +575,7 @@ def stacked(
     arrays: MutableMapping[str, Any],  # KerasHub's path -> array, or a quantized kernel's parts; it is emptied
     config: GemmaConfig,
     put: Callable[[str, Any], jax.Array] = lambda name, array: jnp.asarray(array),  # what sends an array to its device
+    stack: Callable[[Sequence[Any]], Any] = np.stack,  # of NumPy's arrays on the host, or of JAX's where they are
 ) -> dict[str, Any]:  # embedding, final_norm, groups: for each group of blocks, name -> (layers, ...)
     "Lay a base out as `hidden_at` takes it, one array after another, so that none is held twice."
     base: dict[str, Any] = {"groups": []}
@@ -583,7 +583,7 @@ def stacked(
         group = {}
         for path in block_shapes(config, config.layers[first]):
             parts = [arrays.pop(f"decoder_block_{i}/{path}") for i in range(first, end)]
-            whole = jax.tree.map(lambda *each: np.stack(each), *parts)
+            whole = jax.tree.map(lambda *each: stack(each), *parts)
             name = array_name(path)
             group[name] = jax.tree.map(lambda array, name=name: put(name, array), whole)
         base["groups"].append(group)

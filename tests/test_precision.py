@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gemma_lora_sentiment import model, precision
+from gemma_lora_sentiment import backend, model, precision
 from gemma_lora_sentiment.adapter import RunError
 from gemma_lora_sentiment.backend import ModelError, choose_dtype, without_tensorflow
 from gemma_lora_sentiment.benchmark import SHAPES, BenchmarkSettings, _base_of
@@ -52,7 +52,7 @@ def t4(monkeypatch):
     def on_a_t4(dtype="auto", *_):
         return choose_dtype(dtype, "gpu", 7.5)
 
-    for room in (model, precision):
+    for room in (backend, model, precision):
         monkeypatch.setattr(room, "choose_dtype", on_a_t4)
     monkeypatch.setattr(precision, "device_bytes", lambda: None)
     monkeypatch.setattr(precision, "_OVERFLOWED", {})
@@ -131,6 +131,14 @@ def test_a_planned_base_has_the_real_one_s_bytes(tiny):
     for quantization in ("int8", "int4"):
         planned, base = planned_base(config_of(tiny), "float32", quantization), load_base(tiny, "float32", quantization)
         assert planned.nbytes <= base.nbytes < 1.3 * planned.nbytes  # the scales weigh more where kernels are tiny
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4"])
+def test_a_planned_base_of_every_family(family, tmp_path):
+    base = load_base(tiny_gemma(tmp_path, family))
+    planned = planned_base(base.arguments, "float32", family=base.config.family)
+    assert (planned.nbytes, planned.parameter_count) == (base.nbytes, base.parameter_count)
+    assert memory_estimate(planned, 4) == memory_estimate(base, 4) and planned.config == base.config
 
 
 def test_auto_quantization_is_the_first_that_fits(tiny):

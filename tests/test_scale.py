@@ -18,8 +18,9 @@ import pandas as pd
 import pytest
 
 from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, scale, scoring
+from gemma_lora_sentiment.backend import without_tensorflow
 from gemma_lora_sentiment.data import DataError, write_table
-from gemma_lora_sentiment.model import tiny_gemma
+from gemma_lora_sentiment.model import keras_nlp, tiny_gemma
 from gemma_lora_sentiment.scale import predict_file, read_chunks
 
 WORDS = ("국물이", "진하고", "맛있어요", "별로예요", "또", "갈게요", "실망했어요", "친절해요", "the", "coffee")
@@ -322,6 +323,23 @@ def test_few_shapes_and_no_comment_twice(tmp_path, clf, monkeypatch):
     assert [n for n, _ in scored] == [50] * 8
     shapes = [count for _, count in scored]
     assert 1 <= shapes[0] == shapes[-1] <= 2, shapes
+
+
+def test_scores_that_are_not_finite_are_no_answers(tmp_path):
+    """In float16 a comment whose scores overflow would be given the first class."""
+    folder = tiny_gemma(tmp_path / "large")
+    with without_tensorflow():
+        backbone = keras_nlp.models.Backbone.from_preset(folder, dtype="float32")
+        (kernel,) = [v for v in backbone.variables if v.path == "decoder_block_0/ffw_linear/kernel"]
+        kernel.assign(np.array(kernel.value) * 40_000)
+        backbone.save_to_preset(folder)
+    clf = GemmaLoraClassifier(folder, dtype="float16", epochs=0).fit(comments(4), [0, 1, 0, 1])
+    path = write_tsv(tmp_path / "in.tsv", comments(20))
+    with pytest.raises(
+        scale.RunError, match="of 20 comments are not finite in float16. Fit again with dtype='bfloat16'"
+    ):
+        predict_file(clf, path, tmp_path / "out.tsv")
+    assert not (tmp_path / "out.tsv").exists()
 
 
 def test_ids_that_come_twice_in_different_chunks(tmp_path, clf):
