@@ -30,7 +30,7 @@ from gemma_lora_sentiment.adapter import (
     save_files,
 )
 from .checkpoint import on_first_process
-from .data import DataError, split_comments
+from .data import DataError, composed, kind_of_label, split_comments
 from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base
 from .precision import base_for_device, fall_back, overflows
@@ -62,7 +62,7 @@ __all__ = ['GemmaLoraClassifier']
 # %% ../nbs/05_classifier.ipynb #352a62e8
 def _check_comments(
     X: Sequence[str],
-) -> list[str]:
+) -> list[str]:  # in Unicode's composed form, so that either form of a comment is one row and one probability
     "A list of strings, or a `DataError` that names the first entry that is none."
     one_dimensional = X.ndim == 1 if hasattr(X, "ndim") else isinstance(X, Sequence) and not isinstance(X, (str, bytes))
     if not one_dimensional or any(isinstance(row, (list, tuple, np.ndarray)) for row in X):
@@ -74,7 +74,7 @@ def _check_comments(
     for i, comment in enumerate(comments):
         if not isinstance(comment, str):
             raise DataError(f"Comment {i} is {comment!r}, not a string. Remove the row, or convert the column to text.")
-    return comments
+    return [composed(comment) for comment in comments]
 
 
 def _check_labels(
@@ -84,9 +84,16 @@ def _check_labels(
     labels = np.asarray(y)
     if labels.ndim != 1 or len(labels) != n:
         raise DataError(f"X has {n} comments and y has shape {labels.shape}; give one label for each comment.")
-    missing = [i for i, label in enumerate(labels) if label is None or label != label]
-    if missing:
+    missing = np.flatnonzero(pd.isna(labels))
+    if len(missing):
         raise DataError(f"Label {missing[0]} is missing ({labels[missing[0]]!r}). Remove the row, or give it a label.")
+    kinds = [kind_of_label(label) for label in (y if isinstance(y, (list, tuple)) else labels)]
+    for i, kind in enumerate(kinds):
+        if kind != kinds[0]:  # NumPy would make one type of them
+            raise DataError(
+                f"Label {i} is {y[i] if isinstance(y, (list, tuple)) else labels[i]!r}, a {kind}, and label 0 is a "
+                f"{kinds[0]}: labels of different types do not sort. Convert them to one type."
+            )
     try:
         classes, index = np.unique(labels, return_inverse=True)
     except TypeError:

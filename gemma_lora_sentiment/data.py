@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OUTPUT_FORMATS', 'EXCEL_MARK', 'MISSING_LABELS', 'whole_file', 'cache_dir', 'download_comments', 'locate',
            'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table', 'label_key',
-           'is_missing_label', 'CheckedRows', 'checked_batches', 'read_comments', 'reading_text', 'duplicate_groups',
-           'leaked_comments', 'describe_comments', 'split_comments', 'fingerprint']
+           'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches', 'read_comments', 'reading_text',
+           'duplicate_groups', 'leaked_comments', 'describe_comments', 'split_comments', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #dea725eb
 import codecs
@@ -344,12 +344,15 @@ def is_missing_label(
         return not label.strip() or (not keep_na and label.strip().casefold() in MISSING_LABELS)
     return bool(pd.isna(label))
 
-# %% ../nbs/00_data.ipynb #da8ee7d5
-def _kind_of_label(label: object) -> str:
+
+def kind_of_label(
+    label: object,  # of a file or of Python
+) -> str:  # "truth value", "number", "text", or the name of its type
+    "What a label is; those of one table must be of one kind."
     kinds = ((bool | np.bool_, "truth value"), (int | float | np.number, "number"), (str, "text"))
     return next((kind for types, kind in kinds if isinstance(label, types)), type(label).__name__)
 
-
+# %% ../nbs/00_data.ipynb #da8ee7d5
 class _Place(NamedTuple):
     "How to speak of a row."
 
@@ -381,7 +384,7 @@ def _checked_labels(
             checked.append(None)
             seen[type(value), value] = None
             continue
-        kinds.setdefault(_kind_of_label(label), row)
+        kinds.setdefault(kind_of_label(label), row)
         if len(kinds) > 1:
             raise _mixed_labels(label, row, kinds, at)
         key = label_key(label)
@@ -405,7 +408,7 @@ def _missing_label(label: object, row: object, at: _Place) -> DataError:
 
 def _mixed_labels(label: object, row: object, kinds: dict[str, object], at: _Place) -> DataError:
     (first, where), *_ = kinds.items()
-    problem = f"the label {shown(label)} is a {_kind_of_label(label)}, that of {at.unit} {where} a {first}."
+    problem = f"the label {shown(label)} is a {kind_of_label(label)}, that of {at.unit} {where} a {first}."
     return at.error(f"{problem} Write all labels in one type.", row, "label")
 
 # %% ../nbs/00_data.ipynb #42e2741e
