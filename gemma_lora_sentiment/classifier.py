@@ -171,8 +171,11 @@ class _Settings:
             raise ModelError(f"seed={self.seed!r} must be below 2**31.")
         if not isinstance(self.template, str):
             raise ModelError(f"template={self.template!r} must be text with {{instruction}} and {{response}}.")
-        if not isinstance(self.label_words, Mapping | None):
-            raise ModelError(f"label_words={self.label_words!r} must be None or a mapping of labels to words.")
+        if not isinstance(self.label_words, Mapping | list | tuple | None):
+            problem = f"label_words={self.label_words!r} must be None, a mapping of labels to words"
+            raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")
+        if not isinstance(self.warm_start, bool):
+            raise ModelError(f"warm_start={self.warm_start!r} must be True or False.")
         targets = self.target_layers
         if not isinstance(targets, Sequence) or (isinstance(targets, str) and targets not in ("auto", "all")):
             raise ModelError(f"target_layers={targets!r} must be 'auto', 'all' or a list of names of layers.")
@@ -241,6 +244,8 @@ class _Fitting:
         sample_weight: Sequence[float] | None = None,  # (n,), of each row, on top of class_weight
     ) -> GemmaLoraClassifier:
         """Fine-tune; every call starts from the untrained adapter, or ends what a killed one began.
+
+        With `warm_start=True` and a fitted adapter it goes on from that, on rows of the same labels.
 
         With `checkpoint_dir`, a fit of the same data and settings goes on from its checkpoint, and a finished one is
         read: the result has the same bits, on the CPU. What `callbacks` remember themselves is not in a checkpoint.
@@ -321,9 +326,24 @@ class _Fitting:
         recipe_name, recipe = self._resolved_recipe(base)
         alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
         start = new_adapter(base.scorer(recipe.targets(base), recipe.lora_rank), alpha, self.seed)
+        if self.warm_start and hasattr(self, "adapter_"):
+            start = self._fitted_adapter(base, start, classes)
         words = label_words([_plain(c) for c in classes], _tokenizer(base.tokenizer_proto), template, self.label_words)
         self._encode([], base, words, recipe)  # is there room for a comment?
         return base, recipe_name, recipe, words, start
+
+    def _fitted_adapter(self, base: Base, new: Adapter, classes: np.ndarray) -> Adapter:
+        "The adapter to go on from, if it fits what the parameters ask for; a `ModelError` otherwise."
+        remedy = "Fit with warm_start=False to start anew."
+        if classes.tolist() != self.classes_.tolist():
+            then, now = (", ".join(map(repr, values.tolist())) for values in (self.classes_, classes))
+            raise ModelError(f"warm_start=True, and the labels were {then}, now {now}. {remedy}")
+        if base.fingerprint != self.base_fingerprint_:
+            raise ModelError(f"warm_start=True, and {self.preset} is another base than that of the adapter. {remedy}")
+        then, now = ({name: array.shape for name, array in each.arrays.items()} for each in (self.adapter_, new))
+        if then != now:
+            raise ModelError(f"warm_start=True, and lora_rank or target_layers are not the adapter's. {remedy}")
+        return self.adapter_
 
     def _encode(
         self,
@@ -593,7 +613,7 @@ class GemmaLoraClassifier(
         preset: str = "mini_ko",  # bundled base, KerasHub preset, kaggle:// or hf:// handle, or folder
         recipe: str = "auto",  # a named set of hyperparameters, "auto" for the preset's own, or "tutorial"
         template: str = TUTORIAL_TEMPLATE,  # text with {instruction} and {response}
-        label_words: Mapping[Any, str] | None = None,  # label -> word; by default its own spelling
+        label_words: Mapping[Any, str] | Sequence[str] | None = None,  # label -> word, or a word for each sorted label
         lora_rank: int | str = "auto",  # columns of A and rows of B; at least 1
         lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": alpha = rank
         lora_dropout: float = 0.0,  # share of A's rows dropped each step
@@ -607,6 +627,7 @@ class GemmaLoraClassifier(
         quantization: str | None = None,  # of the base: None, "int8", "int4", or "auto" for the first that fits
         loss_on: str = "auto",  # "response" or "text"
         class_weight: str | Mapping[Any, float] | None = None,  # None, "balanced", or label -> weight
+        warm_start: bool = False,  # True: a further fit begins from the fitted adapter
         validation_fraction: float = 0.0,  # share of the rows held out to choose the best epoch
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
@@ -622,6 +643,7 @@ class GemmaLoraClassifier(
         self.epochs, self.batch_size, self.max_length = epochs, batch_size, max_length
         self.dtype, self.quantization, self.loss_on, self.class_weight = dtype, quantization, loss_on, class_weight
         self.validation_fraction, self.patience, self.callbacks = validation_fraction, patience, callbacks
+        self.warm_start = warm_start
         self.checkpoint_dir, self.devices, self.strategy = checkpoint_dir, devices, strategy
         self.seed, self.verbose = seed, verbose
 
