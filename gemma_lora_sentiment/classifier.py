@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from gemma_lora_sentiment.adapter import (
 from .checkpoint import on_first_process
 from .data import DataError, composed, kind_of_label, split_comments
 from .memory import memory_estimate, memory_text
-from .model import Base, ModelError, load_base
+from .model import Base, ModelError, load_base, resolve_preset
 from .precision import base_for_device, fall_back, overflows
 from gemma_lora_sentiment.prompt import (
     TUTORIAL_TEMPLATE,
@@ -120,6 +121,20 @@ def _is_auto(value: Any) -> bool:
     return isinstance(value, str) and value == "auto"
 
 
+_process: list[int] = []  # the process that used JAX first, which its forks inherit
+
+
+def _check_not_forked() -> None:
+    "JAX's threads are not there in a forked process, which would wait for them for ever."
+    if not _process:
+        _process.append(os.getpid())
+    if _process[0] != os.getpid():
+        raise RunError(
+            "This process was forked after JAX had started, and JAX does not survive that. Start processes with "
+            "multiprocessing's 'spawn', or fork before the first fit, load or predict."
+        )
+
+
 _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
     "lora_rank": (1, True, True), "learning_rate": (0, False, False), "weight_decay": (0, True, False),
     "epochs": (0, True, True), "batch_size": (1, True, True), "max_length": (2, True, True),
@@ -133,6 +148,7 @@ class _Settings:
 
     def _chosen_base(self) -> Base:
         "The base that a fit begins with: where dtype or quantization is auto, what this device can do."
+        _check_not_forked()
         return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
 
     def _needs(self) -> dict[str, int]:  # of choose_quantization: rank, batch_size, length
@@ -368,6 +384,7 @@ class _Fitting:
 
     def _loaded_base(self) -> Base:
         "The base this classifier was fitted on; another one is refused."
+        _check_not_forked()
         base = load_base(self.preset, self.dtype_, self.quantization_, self.devices, self.strategy)
         if base.fingerprint != self.base_fingerprint_:
             raise RunError(
@@ -469,6 +486,12 @@ class _Explanation:
         )
 
 # %% ../nbs/05_classifier.ipynb #e87bae04
+def _lasting_name(preset: str | Path) -> str:
+    "A folder or file by its absolute path, so that a run can be loaded from anywhere; a name as it is."
+    is_path = Path(preset).exists() and resolve_preset(preset) == str(preset)
+    return str(Path(preset).resolve() if is_path else preset)
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -491,7 +514,7 @@ class _Persistence:
         Raises `OSError` if it cannot; then what was saved there before is intact.
         """
         check_is_fitted(self, "adapter_")
-        parameters = self.get_params(deep=False)
+        parameters = {**self.get_params(deep=False), "preset": _lasting_name(self.preset)}
         unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
         description = {
             "format": 2,
@@ -508,7 +531,7 @@ class _Persistence:
             "base_fingerprint": self.base_fingerprint_,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        files = {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text}
+        files = {**adapter_files(self.adapter_, parameters["preset"]), "classifier.json": text}
         together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
         on_first_process(lambda: save_files(folder, files) and None, together)
         return Path(folder)
@@ -562,7 +585,8 @@ class _Persistence:
             tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
             clf.words_ = label_words(labels, tokenizer, template, clf.label_words)
         except (DataError, ModelError) as error:
-            raise type(error)(f"{folder} cannot be loaded: {error}") from None
+            moved = " If its base has moved, say where it is with preset=...." if isinstance(error, ModelError) else ""
+            raise type(error)(f"{folder} cannot be loaded: {error}{moved}") from None
         return clf
 
     @classmethod
