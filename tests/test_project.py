@@ -43,10 +43,10 @@ ROOM_IMPORTS = {
     "export": {"model", "adapter"},
     "training": {"backend", "prompt", "model", "memory", "adapter", "checkpoint"},
     "classifier": {"data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "training"},
-    "evaluation": set(),
-    "analysis": {"evaluation"},
+    "evaluation": {"data"},
+    "analysis": {"data", "evaluation"},
     "report": {"data", "evaluation", "analysis"},
-    "figures": {"evaluation"},
+    "figures": {"data", "evaluation"},
     "submission": {"data"},
     "scale": {
         *("tables", "data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
