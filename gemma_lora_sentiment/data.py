@@ -219,10 +219,11 @@ class Reading(NamedTuple):
         self,
         names: list[str],  # of columns, perhaps
     ) -> bool:
-        "Whether there is a column of comments among these names."
+        "Whether there is a column of comments among these names, or one of ids and one of labels."
         if self.comment_column is not None:
             return _same_name(self.comment_column, names) in names
-        return any(_spelled(name) in _SYNONYMS["comment"] for name in names)
+        there = [any(_spelled(name) in _SYNONYMS[role] for name in names) for role in ("comment", "id", "label")]
+        return there[0] or all(there[1:])
 
 
 def _check_names_differ(names: Sequence[object], source: str) -> None:
@@ -251,19 +252,25 @@ def read_table(
     format: str | None = None,  # "tsv", "csv", "txt", "jsonl", "parquet", "xlsx" or "lines"; None goes by the suffix
     delimiter: str | None = None,  # between fields, or "none" for one comment a line; None finds it out
     sheet: str | None = None,  # of an Excel file, by name or number from 1; None takes the first
+    reading: Reading | None = None,  # all of this together, and names of columns, which tell a header
 ) -> pd.DataFrame:  # cells as they stand, columns as the source names them, index = lines or rows of the file
-    "Read a table as it stands, without looking into its cells. Raises `DataError`."
+    """Read a table as it stands, without looking into its cells. Raises `DataError`.
+
+    `attrs["dialect"]` is the form of a file."""
     if isinstance(source, pd.DataFrame):
         table = _with_id_of_index(source).copy()
         _check_names_differ(table.columns, "table")
         return table
-    with _opened(_path_of(source), Reading(Dialect(format, encoding, delimiter, sheet))) as table:
+    reading = reading or Reading(Dialect(format, encoding, delimiter, sheet))
+    with _opened(_path_of(source), reading) as table:
         (batch,) = [*table.batches()] or [Batch(table.names, [], [[] for _ in table.names])]
         if not batch.places:
             raise _no_rows(batch.names, table.name)
         index = pd.Index(batch.places, name=table.unit, dtype="int64")
         columns = dict(zip(batch.names, map(_column, batch.cells), strict=True))
-        return pd.DataFrame(columns).set_axis(index, axis=0)
+        result = pd.DataFrame(columns).set_axis(index, axis=0)
+        result.attrs["dialect"] = table.dialect
+        return result
 
 
 def _path_of(source: object) -> Path:
@@ -385,7 +392,7 @@ def _checked_labels(
             seen[type(value), value] = None
             continue
         kinds.setdefault(kind_of_label(label), row)
-        if len(kinds) > 1:
+        if labelled and len(kinds) > 1:
             raise _mixed_labels(label, row, kinds, at)
         key = label_key(label)
         if allowed is not None and key not in allowed:
@@ -605,12 +612,13 @@ def read_comments(
     sheet: str | None = None,  # of an Excel file, by name or number from 1; None takes the first
     skip_blank: bool = False,  # leave rows out whose comment is empty
     keep_na: bool = False,  # take NA, N/A, NULL, None and NaN for labels like others
+    reading: Reading | None = None,  # all of this together but `labels` and `labelled`
 ) -> pd.DataFrame:  # id, comment (one line), label (None where missing), then the further columns; index from 0
     """Read comments and check each row. Raises `DataError`, with the row where one is at fault.
 
     `attrs["reading"]` tells how a file was read, and what was done to its rows."""
     dialect = Dialect(format, encoding, delimiter, sheet)
-    reading = Reading(dialect, id_column, comment_column, label_column, skip_blank, keep_na)
+    reading = reading or Reading(dialect, id_column, comment_column, label_column, skip_blank, keep_na)
     if isinstance(source, pd.DataFrame):
         return _comments_of_table(source, reading, labels, labelled)
     path = _path_of(source)

@@ -806,10 +806,10 @@ def _json_batches(
         full = [(place, row) for place, row in batch if len(row) == 1 or any(v not in (None, "") for v in row.values())]
         dropped["empty rows"] += len(batch) - len(full)
         names = list(dict.fromkeys(key for _, row in full for key in row))
-        inner = [name for name in dict.fromkeys(fields) if name not in names and "." in name]
+        inner = {name: [nested(row, name) for _, row in full] for name in fields if name not in names and "." in name}
+        inner = {name: cells for name, cells in inner.items() if any(cell is not None for cell in cells)}
         cells = [[row.get(name) for _, row in full] for name in names]
-        cells += [[nested(row, name) for _, row in full] for name in inner]
-        yield Batch([*names, *inner], [place for place, _ in full], cells)
+        yield Batch([*names, *inner], [place for place, _ in full], [*cells, *inner.values()])
 
 
 def _open_excel(source: _Bytes, given: Dialect, dropped: Counter) -> _Opened:

@@ -44,8 +44,7 @@ from gemma_lora_sentiment.evaluation import (
     simple_baselines,
     wrong_rows,
 )
-from gemma_lora_sentiment.figures import learning_curve
-from gemma_lora_sentiment.figures import plot_sweep
+from gemma_lora_sentiment.figures import learning_curve, plot_sweep
 
 # One compilation of a program is enough for all tests; compiling is most of what they cost.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")

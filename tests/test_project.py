@@ -47,7 +47,7 @@ ROOM_IMPORTS = {
     "analysis": {"data", "evaluation"},
     "report": {"data", "evaluation", "analysis"},
     "figures": {"data", "evaluation"},
-    "submission": {"data"},
+    "submission": {"data", "tables"},
     "scale": {
         *("tables", "data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
     },
