@@ -54,7 +54,7 @@ ROOM_IMPORTS = {
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "cache", "model", "precision", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
+        *("tables", "data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
         *("training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
         *("pretraining", "benchmark", "scale"),
     },
