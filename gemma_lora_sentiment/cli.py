@@ -795,6 +795,7 @@ def cross_validate(
     rows = read_comments(file, reading=_how(reading))
     clf = _checked_classifier(True, given, rows, file)
     caution = _warn_if_seen(file, preset)
+    evaluation.fold_indices(rows.label, duplicate_groups(rows.comment), folds, seed)  # can it be cut at all?
     _say_how_read(quiet, rows)
     with _folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:
         groups, simple = duplicate_groups(rows.comment), evaluation.simple_baselines(seed)

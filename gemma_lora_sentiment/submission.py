@@ -373,7 +373,7 @@ def _check_suffix(out: Path, sample: _Sample) -> None:
 def write_submission(
     predictions: object,  # labels in the sample's order, or with ids: dict, Series, table with id and label
     sample: str | os.PathLike | pd.DataFrame,  # the file to be followed: path, name (`tarr_submit`) or table
-    out: str | os.PathLike | None = None,  # file to write; None: tarr_my_submit_<date>_<time>, suffixed as the sample
+    out: str | os.PathLike | None = None,  # file to write; None: tarr_my_submit_<date>_<time>, .txt for tabs
     *,
     now: datetime | None = None,  # time for that name; None is now
     reading: Reading | None = None,  # how to read the sample; what is not given is found out
@@ -392,7 +392,8 @@ def write_submission(
         labels.append(_BREAKS.sub(" ", spelled))
     packed = (".gz", ".xz", ".bz2", ".zst")
     suffixes = [suffix for suffix in (rows.path.suffixes if rows.path else ()) if suffix.lower() not in packed]
-    name = f"tarr_my_submit_{now or datetime.now():%Y%m%d_%H%M%S}{suffixes[-1] if suffixes else '.txt'}"
+    usual = ".txt" if rows.form.delimiter == "\t" or not suffixes else suffixes[-1]
+    name = f"tarr_my_submit_{now or datetime.now():%Y%m%d_%H%M%S}{usual}"
     path = Path(name if out is None else out)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder. Give the name of a file in it.")

@@ -468,10 +468,11 @@ def test_sample_with_ids_of_every_type(tmp_path, trained):
     """Ids from typed files meet the predictions made from the same file."""
     table = pd.DataFrame({"id": [1.0, 2.0, 3.5], "comment": ["가", "나", "다"], "label": [0, 0, 0]})
     table.to_parquet(tmp_path / "sample.parquet")
-    done("submit", trained / "run", tmp_path / "sample.parquet", "--out", tmp_path / "out.tsv")
+    done("submit", trained / "run", tmp_path / "sample.parquet", "--out", tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet").id.tolist() == [1.0, 2.0, 3.5]
     (tmp_path / "sample.jsonl").write_text('{"id": 1, "comment": "가"}\n{"id": "b", "comment": "나"}\n')
-    done("submit", trained / "run", tmp_path / "sample.jsonl", "--out", tmp_path / "out.tsv")
-    assert list(read_comments(tmp_path / "out.tsv").id) == ["1", "b"]
+    done("submit", trained / "run", tmp_path / "sample.jsonl", "--out", tmp_path / "out.jsonl")
+    assert read_comments(tmp_path / "out.jsonl").id.tolist() == [1, "b"]
 
 
 # --- the machine's side ---------------------------------------------------------------------------------------------
