@@ -285,6 +285,8 @@ def book(name, **sheets):
         sheet = made.create_sheet(title)
         for row in rows:
             sheet.append(row)
+        for cell in (cell for row in sheet.iter_rows() for cell in row if isinstance(cell.value, str)):
+            cell.data_type = "s"  # openpyxl takes "=0" for a formula
     made.save(name)
     return Path(name)
 
