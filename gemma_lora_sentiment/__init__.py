@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "DataError": "data",
+    "DataError": "tables",
     "read_comments": "data",
     "split_comments": "data",
     "GemmaLoraClassifier": "classifier",

@@ -434,6 +434,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(path).decode())
         _check_config(config)
+        if (kind := config.get("task_type")) not in (None, "CAUSAL_LM"):
+            what = f"{path}: task_type is {kind!r}, whose answers come from a head of its own, not from label words."
+            raise RunError(f"{what} Train it as CAUSAL_LM, with the label's word as the response.")
         return config
     except (ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); train again or restore the file.") from None
@@ -449,6 +452,9 @@ _KEY = re.compile(r"base_model\.model\.(?:model|model\.language_model|language_m
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:  # float32, by `layers.0.self_attn.q_proj.lora_A`
     path = folder / "adapter_model.safetensors"
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        remedy = "Load it with PEFT and save it anew: save_pretrained(folder, safe_serialization=True)."
+        raise RunError(f"{folder} has adapter_model.bin alone, a pickle, which may run code and is not read. {remedy}")
     try:
         entries = safetensors.deserialize(_read(path))
     except (safetensors.SafetensorError, ValueError, KeyError) as error:

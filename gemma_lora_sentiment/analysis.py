@@ -23,6 +23,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import make_scorer
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, TunedThresholdClassifierCV
 
+from .data import duplicate_groups
 from gemma_lora_sentiment.evaluation import (
     _check_inputs,
     _check_probabilities,
@@ -284,7 +285,7 @@ def compare_predictions(
     first: pd.DataFrame,  # columns id, comment, label, p_CLASS ...; a column `repeat` may be there
     second: pd.DataFrame,  # likewise
     names: Sequence[str] = ("the first", "the second"),  # how result and messages call the two
-    groups: Sequence | None = None,  # of the joined rows; None: equal comments
+    groups: Sequence | None = None,  # of the joined rows; None: as `duplicate_groups` tells them
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # both metrics and `comparison`; the rows on which the two differ
     "Two tables of predictions on the rows they share. `ValueError` if there are none, or their classes differ."
     tables, classes = [], []
@@ -304,7 +305,7 @@ def compare_predictions(
     if not len(rows):
         raise ValueError(f"{names[0]} and {names[1]} share no labelled row. Measure both on one file.")
     both = [rows[[f"p_{label}_{which}" for label in classes[0]]].to_numpy(float) for which in ("first", "second")]
-    groups = rows["comment"] if groups is None else groups
+    groups = duplicate_groups(rows["comment"]) if groups is None else groups
     result: dict[str, Any] = {"rows": len(rows), "rows_of_each": [len(table) for table in tables]}
     for name, values in zip(names, both, strict=True):
         result[name] = metrics_with_intervals(rows["label"], values, classes[0], groups)
@@ -602,7 +603,7 @@ def worth_labelling(
         raise ValueError(f"number is {number}, and must be at least 1.")
     largest = np.sort(values, axis=1)
     margin = largest[:, -1] - largest[:, -2]
-    is_copy = pd.Series([" ".join(text.split()) for text in texts]).duplicated().to_numpy()
+    is_copy = pd.Series(duplicate_groups(texts)).duplicated().to_numpy()
     rows = [row for row in np.argsort(margin, kind="stable") if not is_copy[row]][: 5 * number]
     if len(rows) > number:
         wording = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3)).fit_transform([texts[row] for row in rows])
@@ -642,11 +643,11 @@ def conflicting_duplicates(
     comments: Sequence[str] | np.ndarray | pd.Series,  # n comments
     labels: Sequence | np.ndarray | pd.Series,  # n labels
     ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
-    groups: Sequence | None = None,  # n group names of copies. None: comments equal but for white space
+    groups: Sequence | None = None,  # n group names of copies. None: as `duplicate_groups` tells them
 ) -> pd.DataFrame:  # columns group, id, comment, label: copies beside each other; no rows if all agree
     "Copies of a comment whose labels differ. Raises `ValueError` if the columns differ in length."
     comments, labels = list(comments), _plain(labels)
-    groups = [" ".join(str(comment).split()) for comment in comments] if groups is None else groups
+    groups = duplicate_groups(map(str, comments)) if groups is None else groups
     ids = list(range(len(comments))) if ids is None else list(ids)
     numbers = _group_numbers(groups, len(comments))
     if not len(comments) == len(labels) == len(ids):
@@ -734,7 +735,7 @@ def sweep(
     *,
     search: str = "grid",  # "grid", "random" or "halving"
     folds: int = 5,  # of each candidate's cross-validation
-    groups: Sequence | None = None,  # n group names kept in one fold. None: comments equal but for white space
+    groups: Sequence | None = None,  # n group names kept in one fold. None: as `duplicate_groups` tells them
     scoring: str = "accuracy",  # a name scikit-learn knows; more is better
     candidates: int = 20,  # drawn by "random"
     resource: str = "n_samples",  # what "halving" gives more and more of: rows, or a parameter such as "epochs"
@@ -753,7 +754,7 @@ def sweep(
     if unknown or not names:
         known = ", ".join(sorted(estimator.get_params()))
         raise ValueError(f"grid names {unknown[0]!r}, no parameter of it ({known})." if unknown else "grid is empty.")
-    groups = [" ".join(str(text).split()) for text in texts] if groups is None else groups
+    groups = duplicate_groups(map(str, texts)) if groups is None else groups
     given = {
         "cv": fold_indices(targets, groups, folds, seed),
         "scoring": scoring,

@@ -231,7 +231,8 @@ def random_base(
         found = ("Gemma", SHAPES[shape])
         quantization = choose_quantization(f"Shape {shape}", dtype, found=found, **needs)[0]
     arguments = complete_arguments("Gemma", SHAPES[shape])
-    config, draw = gemma_config("Gemma", arguments), jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
+    config = gemma_config("Gemma", arguments)
+    draw = jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
     arrays: dict[str, Any] = {}
     for number, (path, sizes) in enumerate(array_shapes(config).items()):
         fan_in = sizes[-1] if path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,9 +31,9 @@ from gemma_lora_sentiment.adapter import (
     save_files,
 )
 from .checkpoint import on_first_process
-from .data import DataError, split_comments
+from .data import DataError, composed, kind_of_label, split_comments
 from .memory import memory_estimate, memory_text
-from .model import Base, ModelError, load_base
+from .model import Base, ModelError, load_base, resolve_preset
 from .precision import base_for_device, fall_back, overflows
 from gemma_lora_sentiment.prompt import (
     TUTORIAL_TEMPLATE,
@@ -61,7 +62,7 @@ __all__ = ['GemmaLoraClassifier']
 # %% ../nbs/05_classifier.ipynb #352a62e8
 def _check_comments(
     X: Sequence[str],
-) -> list[str]:
+) -> list[str]:  # in Unicode's composed form, so that either form of a comment is one row and one probability
     "A list of strings, or a `DataError` that names the first entry that is none."
     one_dimensional = X.ndim == 1 if hasattr(X, "ndim") else isinstance(X, Sequence) and not isinstance(X, (str, bytes))
     if not one_dimensional or any(isinstance(row, (list, tuple, np.ndarray)) for row in X):
@@ -73,7 +74,7 @@ def _check_comments(
     for i, comment in enumerate(comments):
         if not isinstance(comment, str):
             raise DataError(f"Comment {i} is {comment!r}, not a string. Remove the row, or convert the column to text.")
-    return comments
+    return [composed(comment) for comment in comments]
 
 
 def _check_labels(
@@ -83,9 +84,16 @@ def _check_labels(
     labels = np.asarray(y)
     if labels.ndim != 1 or len(labels) != n:
         raise DataError(f"X has {n} comments and y has shape {labels.shape}; give one label for each comment.")
-    missing = [i for i, label in enumerate(labels) if label is None or label != label]
-    if missing:
+    missing = np.flatnonzero(pd.isna(labels))
+    if len(missing):
         raise DataError(f"Label {missing[0]} is missing ({labels[missing[0]]!r}). Remove the row, or give it a label.")
+    kinds = [kind_of_label(label) for label in (y if isinstance(y, (list, tuple)) else labels)]
+    for i, kind in enumerate(kinds):
+        if kind != kinds[0]:  # NumPy would make one type of them
+            raise DataError(
+                f"Label {i} is {y[i] if isinstance(y, (list, tuple)) else labels[i]!r}, a {kind}, and label 0 is a "
+                f"{kinds[0]}: labels of different types do not sort. Convert them to one type."
+            )
     try:
         classes, index = np.unique(labels, return_inverse=True)
     except TypeError:
@@ -112,6 +120,20 @@ def _is_auto(value: Any) -> bool:
     return isinstance(value, str) and value == "auto"
 
 
+_process: list[int] = []  # the process that used JAX first, which its forks inherit
+
+
+def _check_not_forked() -> None:
+    "JAX's threads are not there in a forked process, which would wait for them for ever."
+    if not _process:
+        _process.append(os.getpid())
+    if _process[0] != os.getpid():
+        raise RunError(
+            "This process was forked after JAX had started, and JAX does not survive that. Start processes with "
+            "multiprocessing's 'spawn', or fork before the first fit, load or predict."
+        )
+
+
 _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
     "lora_rank": (1, True, True), "learning_rate": (0, False, False), "weight_decay": (0, True, False),
     "epochs": (0, True, True), "batch_size": (1, True, True), "max_length": (2, True, True),
@@ -125,6 +147,7 @@ class _Settings:
 
     def _chosen_base(self) -> Base:
         "The base that a fit begins with: where dtype or quantization is auto, what this device can do."
+        _check_not_forked()
         return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
 
     def _needs(self) -> dict[str, int]:  # of choose_quantization: rank, batch_size, length
@@ -163,8 +186,11 @@ class _Settings:
             raise ModelError(f"seed={self.seed!r} must be below 2**31.")
         if not isinstance(self.template, str):
             raise ModelError(f"template={self.template!r} must be text with {{instruction}} and {{response}}.")
-        if not isinstance(self.label_words, Mapping | None):
-            raise ModelError(f"label_words={self.label_words!r} must be None or a mapping of labels to words.")
+        if not isinstance(self.label_words, Mapping | list | tuple | None):
+            problem = f"label_words={self.label_words!r} must be None, a mapping of labels to words"
+            raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")
+        if not isinstance(self.warm_start, bool):
+            raise ModelError(f"warm_start={self.warm_start!r} must be True or False.")
         targets = self.target_layers
         if not isinstance(targets, Sequence) or (isinstance(targets, str) and targets not in ("auto", "all")):
             raise ModelError(f"target_layers={targets!r} must be 'auto', 'all' or a list of names of layers.")
@@ -233,6 +259,8 @@ class _Fitting:
         sample_weight: Sequence[float] | None = None,  # (n,), of each row, on top of class_weight
     ) -> GemmaLoraClassifier:
         """Fine-tune; every call starts from the untrained adapter, or ends what a killed one began.
+
+        With `warm_start=True` and a fitted adapter it goes on from that, on rows of the same labels.
 
         With `checkpoint_dir`, a fit of the same data and settings goes on from its checkpoint, and a finished one is
         read: the result has the same bits, on the CPU. What `callbacks` remember themselves is not in a checkpoint.
@@ -322,9 +350,24 @@ class _Fitting:
         recipe_name, recipe = self._resolved_recipe(base)
         alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
         start = new_adapter(base, recipe.lora_rank, recipe.targets(base), alpha, self.seed)
+        if self.warm_start and hasattr(self, "adapter_"):
+            start = self._fitted_adapter(base, start, classes)
         words = label_words([_plain(c) for c in classes], _tokenizer(base.tokenizer_proto), template, self.label_words)
         self._encode([], base, words, recipe)  # is there room for a comment?
         return base, recipe_name, recipe, words, start
+
+    def _fitted_adapter(self, base: Base, new: Adapter, classes: np.ndarray) -> Adapter:
+        "The adapter to go on from, if it fits what the parameters ask for; a `ModelError` otherwise."
+        remedy = "Fit with warm_start=False to start anew."
+        if classes.tolist() != self.classes_.tolist():
+            then, now = (", ".join(map(repr, values.tolist())) for values in (self.classes_, classes))
+            raise ModelError(f"warm_start=True, and the labels were {then}, now {now}. {remedy}")
+        if base.fingerprint != self.base_fingerprint_:
+            raise ModelError(f"warm_start=True, and {self.preset} is another base than that of the adapter. {remedy}")
+        then, now = ({name: array.shape for name, array in each.arrays.items()} for each in (self.adapter_, new))
+        if then != now:
+            raise ModelError(f"warm_start=True, and lora_rank or target_layers are not the adapter's. {remedy}")
+        return self.adapter_
 
     def _encode(
         self,
@@ -349,6 +392,7 @@ class _Fitting:
 
     def _loaded_base(self) -> Base:
         "The base this classifier was fitted on; another one is refused."
+        _check_not_forked()
         base = load_base(self.preset, self.dtype_, self.quantization_, self.devices, self.strategy)
         if base.fingerprint != self.base_fingerprint_:
             raise RunError(
@@ -426,6 +470,12 @@ class _Explanation:
         )
 
 # %% ../nbs/05_classifier.ipynb #e87bae04
+def _lasting_name(preset: str | Path) -> str:
+    "A folder or file by its absolute path, so that a run can be loaded from anywhere; a name as it is."
+    is_path = Path(preset).exists() and resolve_preset(preset) == str(preset)
+    return str(Path(preset).resolve() if is_path else preset)
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -448,7 +498,7 @@ class _Persistence:
         Raises `OSError` if it cannot; then what was saved there before is intact.
         """
         check_is_fitted(self, "adapter_")
-        parameters = self.get_params(deep=False)
+        parameters = {**self.get_params(deep=False), "preset": _lasting_name(self.preset)}
         unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
         description = {
             "format": 2,
@@ -465,7 +515,7 @@ class _Persistence:
             "base_fingerprint": self.base_fingerprint_,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        files = {**adapter_files(self.adapter_, str(self.preset)), "classifier.json": text}
+        files = {**adapter_files(self.adapter_, parameters["preset"]), "classifier.json": text}
         together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
         on_first_process(lambda: save_files(folder, files) and None, together)
         return Path(folder)
@@ -519,7 +569,8 @@ class _Persistence:
             tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
             clf.words_ = label_words(labels, tokenizer, template, clf.label_words)
         except (DataError, ModelError) as error:
-            raise type(error)(f"{folder} cannot be loaded: {error}") from None
+            moved = " If its base has moved, say where it is with preset=...." if isinstance(error, ModelError) else ""
+            raise type(error)(f"{folder} cannot be loaded: {error}{moved}") from None
         return clf
 
     @classmethod
@@ -570,7 +621,7 @@ class GemmaLoraClassifier(
         preset: str = "mini_ko",  # bundled base, KerasHub preset, kaggle:// or hf:// handle, or folder
         recipe: str = "auto",  # a named set of hyperparameters, "auto" for the preset's own, or "tutorial"
         template: str = TUTORIAL_TEMPLATE,  # text with {instruction} and {response}
-        label_words: Mapping[Any, str] | None = None,  # label -> word; by default its own spelling
+        label_words: Mapping[Any, str] | Sequence[str] | None = None,  # label -> word, or a word for each sorted label
         lora_rank: int | str = "auto",  # columns of A and rows of B; at least 1
         lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": alpha = rank
         lora_dropout: float = 0.0,  # share of A's rows dropped each step
@@ -584,6 +635,7 @@ class GemmaLoraClassifier(
         quantization: str | None = None,  # of the base: None, "int8", "int4", or "auto" for the first that fits
         loss_on: str = "auto",  # "response" or "text"
         class_weight: str | Mapping[Any, float] | None = None,  # None, "balanced", or label -> weight
+        warm_start: bool = False,  # True: a further fit begins from the fitted adapter
         validation_fraction: float = 0.0,  # share of the rows held out to choose the best epoch
         patience: int | None = None,  # epochs without improvement before training stops
         callbacks: Sequence[Any] | None = None,  # Keras callbacks
@@ -599,6 +651,7 @@ class GemmaLoraClassifier(
         self.epochs, self.batch_size, self.max_length = epochs, batch_size, max_length
         self.dtype, self.quantization, self.loss_on, self.class_weight = dtype, quantization, loss_on, class_weight
         self.validation_fraction, self.patience, self.callbacks = validation_fraction, patience, callbacks
+        self.warm_start = warm_start
         self.checkpoint_dir, self.devices, self.strategy = checkpoint_dir, devices, strategy
         self.seed, self.verbose = seed, verbose
 

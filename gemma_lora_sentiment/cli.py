@@ -9,10 +9,12 @@ import csv
 import functools
 import glob
 import importlib
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -33,13 +35,29 @@ from . import __version__
 
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
-           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'Seed', 'Comments', 'train', 'cross_validate',
-           'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart', 'pretrain', 'export',
-           'benchmark']
+           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'MovedPreset', 'Seed', 'Comments', 'train',
+           'cross_validate', 'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart',
+           'pretrain', 'export', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
+_IN_THE_SHELL = (  # what messages say to Python, and what to the shell
+    (r", or pass (labelled=False for comments to predict|labels=\.\.\. with all of them)", ""),
+    (r", or pass format=\.\.\.[^.]*(?=\.)", ""),
+    (r"\b(id|comment|label)_column=\.\.\.", r"--\1-column"),
+    (r"\b(encoding|delimiter|sheet|preset)=\.\.\.", r"--\1"),
+    (r"\bencoding='utf-16'", "--encoding utf-16"),
+    (r"\btext_from=\.\.\.", "--text-from"),
+    (r"\bskip_blank=True", "--skip-blank"),
+    (r"\bkeep_na=True", "--keep-na"),
+    (r"\b(in|to) label_words\b", "with --label-word"),
+)
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    for in_python, in_the_shell in _IN_THE_SHELL:
+        text = re.sub(in_python, in_the_shell, text)
+    return text
 
 
 def _status_of(
@@ -96,6 +114,9 @@ def _main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
 
@@ -174,10 +195,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-_TABLES = {
-    ".tsv": "tsv", ".txt": "tsv", ".tab": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-    ".parquet": "parquet", ".pq": "parquet",
-}  # fmt: skip
+def _check_table(out: Path) -> None:
+    "Raise `ValueError` unless a table can be written there, in the format of its suffix."
+    from gemma_lora_sentiment.data import OUTPUT_FORMATS
+
+    _check_file(out)
+    if out.suffix.lower() not in OUTPUT_FORMATS:
+        raise ValueError(f"--out {out} has none of the suffixes {', '.join(OUTPUT_FORMATS)}. Give it one of these.")
 
 
 def _check_file(out: Path) -> None:
@@ -336,8 +360,10 @@ _NO_SETTINGS = ("callbacks", "verbose", "checkpoint_dir")  # these do not decide
 def _settings(clf: Any) -> dict[str, Any]:
     "Parameters of a classifier that JSON can hold."
     parameters = clf.get_params(deep=False)
-    if parameters["label_words"]:
+    if isinstance(parameters["label_words"], dict):
         parameters["label_words"] = {str(label): word for label, word in parameters["label_words"].items()}
+    if (Path(str(clf.preset)) / "config.json").is_file() and str(clf.preset) != "mini_ko":
+        parameters["preset"] = str(Path(clf.preset).resolve())  # a run is repeated from anywhere
     return {name: value for name, value in parameters.items() if name not in _NO_SETTINGS}
 
 
@@ -346,11 +372,14 @@ def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[
 
     base = clf._chosen_base() if not hasattr(clf, "recipe_") else None
     name, recipe = clf._resolved_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
-    summary = describe_comments(rows)["value"].to_dict()
+    summary, more = describe_comments(rows)["value"].to_dict(), {**more}
+    data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary}
+    if reading := more.pop("reading", None):  # options with which these rows can be read again
+        data["reading"] = reading
     return {
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary},
+        "data": data,
         "settings": _settings(clf),
         "recipe": {"name": name, **vars(recipe)},
         "dtype": base.dtype if base else clf.dtype_,
@@ -381,6 +410,58 @@ def _warn_if_seen(source: str, preset: str) -> dict[str, str]:  # for metrics.js
     warnings.warn(caution, stacklevel=2)
     return {"caution": caution}
 
+# %% ../nbs/11_cli.ipynb #7a32b8cd
+_READING = {
+    "comment_column": (str | None, None, "--comment-column", "Column of the comments; data.text in nested JSON."),
+    "label_column": (str | None, None, "--label-column", "Column of the labels."),
+    "id_column": (str | None, None, "--id-column", "Column of the ids."),
+    "delimiter": (str | None, None, "--delimiter", "Comma, tab, semicolon or bar; none: one comment a line."),
+    "encoding": (str | None, None, "--encoding", "Of a text file, such as utf-8 or cp949."),
+    "sheet": (str | None, None, "--sheet", "Of an Excel file, by name or number; the first by default."),
+    "skip_blank": (bool, False, "--skip-blank", "Leave rows out whose comment is empty."),
+    "keep_na": (bool, False, "--keep-na", "Take NA, N/A, NULL, None and NaN for labels like others."),
+}
+
+
+def _reads_a_file(
+    *without: str,  # options that this command has no use for
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    "Give a command the options of reading; it gets those that were given as `reading`."
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        names = [name for name in _READING if name not in without]
+
+        @functools.wraps(command)
+        def run(*args: Any, **kwargs: Any) -> None:
+            given = {name: kwargs.pop(name) for name in names if name in kwargs}
+            reading = {name: value for name, value in given.items() if value not in (None, False)}
+            command(*args, **kwargs, reading=reading)
+
+        own = inspect.signature(command, eval_str=True)
+        parameters = [parameter for name, parameter in own.parameters.items() if name != "reading"]
+        for name in names:
+            kind, default, option, text = _READING[name]
+            annotation = Annotated[kind, typer.Option(option, help=text)]
+            more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            parameters.append(more)
+        by_kind = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        run.__signature__ = own.replace(parameters=by_kind)
+        return run
+
+    return decorated
+
+
+def _how(reading: dict[str, Any]) -> Any:  # data.Reading
+    from gemma_lora_sentiment.data import Reading
+    from gemma_lora_sentiment.tables import Dialect
+
+    form = {name: reading[name] for name in ("encoding", "delimiter", "sheet") if name in reading}
+    return Reading(Dialect(**form), **{name: value for name, value in reading.items() if name not in form})
+
+
+def _say_how_read(quiet: bool, rows: Any) -> None:
+    _say(quiet, rows.attrs["reading"]["text"])
+
 # %% ../nbs/11_cli.ipynb #7d8140cd
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 Preset = Annotated[str, typer.Option(help="mini_ko, a KerasHub preset, kaggle://..., hf://..., or a folder.")]
@@ -397,6 +478,7 @@ Dtype = Annotated[str, typer.Option(help="Number format of the base: auto, float
 Quantization = Annotated[
     str | None, typer.Option(help="Smaller base weights: int8, int4, none, or auto: the first of these that fits.")
 ]
+MovedPreset = Annotated[str | None, typer.Option("--preset", help="The run's base, where it has moved.")]
 Seed = Annotated[int, typer.Option(help="Seed of split, initialization and order.")]
 Comments = Annotated[
     bool, typer.Option("--comments/--no-comments", help="Whether files may hold comments, or their ids alone.")
@@ -432,13 +514,15 @@ def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | N
 def _checked_classifier(
     quiet: bool, given: dict[str, Any], rows: Any, file: str, defaults: dict[str, Any] | None = None
 ) -> Any:  # a classifier that can be fitted on these rows, so far as can be told before the work
+    from gemma_lora_sentiment.data import label_key
+
     clf = _classifier(quiet, given, defaults)
     labels = rows.label.unique().tolist()
     if len(labels) < 2:
         raise ValueError(f"{file}: all {len(rows)} labels are {labels[0]!r}; at least two classes are needed.")
     if isinstance(clf.label_words, dict):  # options are text, the labels of typed files are not
-        spelled = {str(label): label for label in labels}
-        clf.label_words = {spelled.get(label, label): word for label, word in clf.label_words.items()}
+        spelled = {label_key(label): label for label in labels}
+        clf.label_words = {spelled.get(label_key(label), label): word for label, word in clf.label_words.items()}
     clf._prepared(sorted(labels, key=str))
     return clf
 
@@ -450,6 +534,7 @@ def _description_of_run(path: Path) -> dict[str, Any]:
         settings = {name: value for name, value in dict(run["settings"]).items() if name != "checkpoint_dir"}
         data, recipe = {**run["data"]}, {**run["recipe"]}
         known = {"settings": settings, "data": {name: data[name] for name in ("source", "rows", "fingerprint")}}
+        known["data"]["reading"] = {**data.get("reading", {})}
         known |= {"recipe": recipe, "refit": run.get("refit", True), "versions": {**run["versions"]}}
         known["quantization"] = run.get("quantization", settings.get("quantization"))  # earlier versions had no "auto"
         return known | {name: run[name] for name in ("dtype", "base_fingerprint", "device")}
@@ -561,6 +646,7 @@ def _checkpoint(
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
 @_guarded
+@_reads_a_file()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     file: Annotated[
@@ -588,6 +674,7 @@ def train(
     ] = None,
     comments: Comments = True,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Fine-tune on FILE and save the run: metrics from a held-out fifth, adapter from all rows."""
     if resume and (out / "run.json").is_file() and not (out / "checkpoint").exists():
@@ -598,7 +685,8 @@ def train(
     earlier = _description_of_run(from_run) if from_run else None
     if file is None and earlier is None:
         raise ValueError("There is nothing to train on. Give FILE, or --from and the run.json of a run to repeat.")
-    file = earlier["data"]["source"] if file is None else file
+    if file is None:
+        file, reading = earlier["data"]["source"], reading or earlier["data"]["reading"]
     refit = (earlier["refit"] if earlier else True) if refit is None else refit
     given = dict(
         preset=preset, recipe=recipe, epochs=epochs, lora_rank=rank, learning_rate=learning_rate,
@@ -610,7 +698,7 @@ def train(
     from gemma_lora_sentiment.report import write_report
 
     started = time.perf_counter()
-    rows = read_comments(file)  # before the classifier's imports: a bad file is told at once
+    rows = read_comments(file, reading=_how(reading))  # before the classifier's imports: a bad file is told at once
     if earlier:
         _check_data(rows, file, earlier["data"])
     clf = _checked_classifier(quiet, given, rows, file, earlier and _settings_then(earlier, given))
@@ -618,6 +706,7 @@ def train(
         _repeat(clf, earlier, given)
     kept, held_out = split_comments(rows, 0.2, clf.seed)
     caution = _warn_if_seen(file, str(clf.preset))
+    _say_how_read(quiet, rows)
     _say(quiet, describe_comments(rows).to_string(header=False))
     plan = _plan(rows, clf, refit)
     with (
@@ -637,7 +726,7 @@ def train(
         _write_conflicts(folder, rows, duplicate_groups(rows.comment), comments)
         metrics |= {**caution, "seconds": round(time.perf_counter() - started, 2)}
         _write_json(folder / "metrics.json", metrics)
-        more = {"held_out": len(held_out), "refit": refit, "epochs": judged.best_epoch_}
+        more = {"reading": reading, "held_out": len(held_out), "refit": refit, "epochs": judged.best_epoch_}
         _write_json(folder / "run.json", _run_description("train", file, rows, clf, more))
         write_report(folder, comments=comments)
     if not comments:
@@ -667,6 +756,7 @@ def _refitted(clf: Any, rows: Any) -> Any:
 # %% ../nbs/11_cli.ipynb #89dc319a
 @app.command("cross-validate")
 @_guarded
+@_reads_a_file()
 def cross_validate(
     file: Annotated[str, typer.Argument(help="Labelled comments.")],
     out: Annotated[Path, typer.Option(help="Folder for cv.json, report.html, oof.tsv, label_errors.tsv and figures.")],
@@ -687,6 +777,7 @@ def cross_validate(
     seed: Seed = 0,
     comments: Comments = True,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Out-of-fold metrics of ours and of the baseline, stratified, duplicates in one fold."""
     given = dict(
@@ -702,9 +793,11 @@ def cross_validate(
     from gemma_lora_sentiment.report import write_report
 
     started = time.perf_counter()
-    rows = read_comments(file)
+    rows = read_comments(file, reading=_how(reading))
     clf = _checked_classifier(True, given, rows, file)
     caution = _warn_if_seen(file, preset)
+    evaluation.fold_indices(rows.label, duplicate_groups(rows.comment), folds, seed)  # can it be cut at all?
+    _say_how_read(quiet, rows)
     with _folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:
         groups, simple = duplicate_groups(rows.comment), evaluation.simple_baselines(seed)
         settings = {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
@@ -739,7 +832,7 @@ def cross_validate(
         _write_rows(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4), comments)
         _write_conflicts(folder, rows, groups, comments)
         baseline = metrics["baseline"]
-        cuts = {"folds": folds, "repeats": repeats, "seed": seed, **caution}
+        cuts = {"reading": reading, "folds": folds, "repeats": repeats, "seed": seed, **caution}
         metrics |= _run_description("cross-validate", file, rows, clf, cuts)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "cv.json", metrics)
@@ -756,7 +849,7 @@ def _baseline_of_run(run: Path, seed: int) -> tuple[Any | None, str]:  # baselin
 
     try:
         data = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]
-        rows = read_comments(data["source"])
+        rows = read_comments(data["source"], reading=_how(data.get("reading", {})))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"no baseline: the run's training rows are not there ({_one_line(error)})"
     if fingerprint(rows) != data["fingerprint"]:
@@ -764,40 +857,42 @@ def _baseline_of_run(run: Path, seed: int) -> tuple[Any | None, str]:  # baselin
     return _fitted_baseline(rows, seed), ""
 
 
-def _known_labels(rows: Any, clf: Any, file: str) -> Any:
-    "The rows with labels of the classifier's own type; an unknown label is an error."
-    spelled = {str(label): label for label in clf.classes_.tolist()}
-    unknown = [label for label in rows.label if str(label) not in spelled]
-    if unknown:
-        known = ", ".join(spelled)
-        raise ValueError(f"{file}: label {unknown[0]!r} is not one of {known}, which the run knows. Fix it.")
-    return rows.assign(label=[spelled[str(label)] for label in rows.label])
+def _labelled_rows(file: str, clf: Any, reading: dict[str, Any]) -> Any:
+    "Rows with labels of the classifier's own type; an unknown label is an error."
+    from gemma_lora_sentiment.data import label_key, read_comments
+
+    rows = read_comments(file, labels=clf.classes_.tolist(), reading=_how(reading))
+    own = {label_key(label): label for label in clf.classes_.tolist()}
+    return rows.assign(label=[own[label_key(label)] for label in rows.label])
 
 
 @app.command()
 @_guarded
+@_reads_a_file()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     file: Annotated[str, typer.Argument(help="Labelled comments.")],
     out: Annotated[Path, typer.Option(help="Folder for metrics.json, report.html, predictions.tsv and figures.")],
     explain: Annotated[int, typer.Option(min=0, help="Mistakes to explain by their tokens, in influence.tsv.")] = 0,
+    preset: MovedPreset = None,
     comments: Comments = True,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Metrics and figures of a saved run on labelled rows."""
     if explain and not comments:
         raise ValueError("--explain quotes comments, which --no-comments forbids. Leave one of them out.")
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import read_comments
     from gemma_lora_sentiment.report import write_report
 
     started = time.perf_counter()
-    clf = GemmaLoraClassifier.load(run)
-    rows = _known_labels(read_comments(file), clf, file)
+    clf = GemmaLoraClassifier.load(run, preset)
+    rows = _labelled_rows(file, clf, reading)
+    _say_how_read(quiet, rows)
     baseline_clf, why_not = _baseline_of_run(run, clf.seed)
     if why_not:
         _say(quiet, why_not)
-    more = {"run": str(run), **_warn_if_seen(file, str(clf.preset))}
+    more = {"reading": reading, "run": str(run), **_warn_if_seen(file, str(clf.preset))}
     if why_not:
         more["no_baseline"] = "the rows of its training are not there, or have changed"
     with _folder(out, obsolete=("influence.tsv",)) as folder:
@@ -823,17 +918,17 @@ def _write_influence(folder: Path, rows: Any, clf: Any, number: int) -> None:
     _write_table(folder / "influence.tsv", explain_mistakes(clf, wrong, number))
 
 # %% ../nbs/11_cli.ipynb #65c138a0
-def _predictions_of(run: Path, file: str | None) -> Any:  # id, comment, label, p_<label> ...
+def _predictions_of(
+    run: Path, file: str | None, reading: dict[str, Any] | None = None
+) -> Any:  # id, comment, label, p_<label> ...
     "What a run has predicted without having seen it, or what it predicts for the rows of `file`."
     import pandas as pd
-
-    from gemma_lora_sentiment.data import read_comments
 
     if file is not None:
         from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 
         clf = GemmaLoraClassifier.load(run)
-        rows = _known_labels(read_comments(file), clf, file)
+        rows = _labelled_rows(file, clf, reading or {})
         return _prediction_table(rows, clf.classes_, clf.predict_proba(rows.comment), None)
     for name in ("oof_repeats.tsv", "oof.tsv", "predictions.tsv"):
         if (run / name).is_file():
@@ -857,12 +952,14 @@ def _copies_as_comments(tables: list[Any], runs: tuple[Path, Path]) -> list[Any]
 
 @app.command()
 @_guarded
+@_reads_a_file()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of train, evaluate or cross-validate.")],
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
     rows: Annotated[str | None, typer.Option(help="Labelled comments for both runs to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for compare.json and differences.tsv.")] = None,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Two runs side by side on the same rows."""
     from gemma_lora_sentiment.analysis import compare_predictions, metrics_table
@@ -870,7 +967,7 @@ def compare(
     if first.resolve() == second.resolve():
         raise ValueError(f"{first} and {second} are one folder. Give two.")
     names = (str(first), str(second))
-    tables = [_predictions_of(run, rows) for run in (first, second)]
+    tables = [_predictions_of(run, rows, reading) for run in (first, second)]
     has_comments = all("comment" in table for table in tables)
     result, differences = compare_predictions(*_copies_as_comments(tables, (first, second)), names=names)
     print(result["comparison"]["sentence"])
@@ -896,23 +993,23 @@ def decide(
     import numpy as np
 
     from gemma_lora_sentiment import analysis
-    from gemma_lora_sentiment.data import duplicate_groups, whole_file
+    from gemma_lora_sentiment.data import duplicate_groups, label_key, whole_file
     from gemma_lora_sentiment.report import _metrics_file, write_report
 
     path, table = _metrics_file(run), _predictions_of(by or run, None)
     metrics = json.loads(path.read_text(encoding="utf-8"))
     if by is not None:
         _check_same_job(run, by)
-    spelled = {str(label): label for label in metrics["classes"]}
+    spelled = {label_key(label): label for label in metrics["classes"]}
     try:
         pairs = [text.rpartition("=") for text in cost or []]
-        costs = {spelled[label]: float(number) for label, _, number in pairs}
+        costs = {spelled[label_key(label)]: float(number) for label, _, number in pairs}
     except (KeyError, ValueError):
         raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
     repeats = table["repeat"].nunique() if "repeat" in table else 1
     n = len(table) // repeats
-    values = table[[f"p_{label}" for label in spelled]].to_numpy(np.float64).reshape(repeats, n, -1)
-    labels = [spelled[str(label)] for label in table.label[:n]]
+    values = table[[f"p_{label}" for label in metrics["classes"]]].to_numpy(np.float64).reshape(repeats, n, -1)
+    labels = [spelled[label_key(label)] for label in table.label[:n]]
     metrics["decision"] = analysis.choose_decision(
         labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
         groups=table.group[:n] if "group" in table else duplicate_groups(table.comment[:n]),
@@ -940,23 +1037,25 @@ def _check_same_job(run: Path, by: Path) -> None:
 
 @app.command()
 @_guarded
+@_reads_a_file("label_column", "keep_na")
 def suggest(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     file: Annotated[str, typer.Argument(help="Comments without labels.")],
     out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
     number: Annotated[int, typer.Option(min=1, help="Comments wanted.")] = 20,
+    preset: MovedPreset = None,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """List the comments that are most worth labelling next."""
     from gemma_lora_sentiment.analysis import worth_labelling
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.data import read_comments, whole_file
 
-    _check_file(out)
-    if out.suffix.lower() not in _TABLES:
-        raise ValueError(f"--out {out} has none of the suffixes {', '.join(_TABLES)}. Give it one of these.")
-    clf = GemmaLoraClassifier.load(run)
-    rows = read_comments(file, labelled=False)
+    _check_table(out)
+    clf = GemmaLoraClassifier.load(run, preset)
+    rows = read_comments(file, labelled=False, reading=_how(reading))
+    _say_how_read(quiet, rows)
     _say(quiet, f"scoring {len(rows)} comments")
     table = worth_labelling(rows.comment, clf.predict_proba(rows.comment), clf.classes_, number, rows["id"], clf.seed)
     with whole_file(out) as temporary:
@@ -966,9 +1065,10 @@ def suggest(
 # %% ../nbs/11_cli.ipynb #670b3969
 @app.command()
 @_guarded
+@_reads_a_file("label_column", "keep_na")
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
-    file: Annotated[str, typer.Argument(help="TSV, CSV, JSONL, Parquet or plain lines, or a folder of these.")],
+    file: Annotated[str, typer.Argument(help="Text of any kind, JSON, Excel, Parquet, or a folder of these.")],
     out: Annotated[Path, typer.Option(help="File to write; .tsv, .csv, .jsonl or .parquet.")],
     calibrated: Annotated[bool, typer.Option("--calibrated", help="By the run's decision; adds `abstains`.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
@@ -977,7 +1077,9 @@ def predict(
     engine: Annotated[str, typer.Option(help="local: this process; ray: workers of Ray.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default Ray starts here.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Of Ray; by default one a GPU, or one a CPU.")] = None,
+    preset: MovedPreset = None,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Write id, comment, label and one p_<label> column a class; a file of any size."""
     if engine not in ("local", "ray"):
@@ -987,14 +1089,12 @@ def predict(
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.scale import predict_file, ray_workers
 
-    _check_file(out)
-    if out.suffix.lower() not in _TABLES:
-        raise ValueError(f"--out {out} has none of the suffixes {', '.join(_TABLES)}. Give it one of these.")
+    _check_table(out)
     decision = _decision_of_run(run) if calibrated else None
     score = ray_workers(workers, address) if engine == "ray" else None
-    clf = GemmaLoraClassifier.load(run, devices=devices, strategy=strategy)
-    say = functools.partial(_say, quiet)
-    rows = predict_file(clf, file, out, decision=decision, resume=resume, progress=say, score=score)
+    clf = GemmaLoraClassifier.load(run, preset, devices=devices, strategy=strategy)
+    say, how = functools.partial(_say, quiet), _how(reading)
+    rows = predict_file(clf, file, out, decision=decision, reading=how, resume=resume, progress=say, score=score)
     print(f"{rows} rows written to {out}")
 
 
@@ -1009,26 +1109,29 @@ def _decision_of_run(run: Path) -> dict[str, Any]:
 
 @app.command()
 @_guarded
+@_reads_a_file("skip_blank", "keep_na")
 def submit(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     sample: Annotated[str, typer.Argument(help="The sample submission file, or tarr_submit.")],
-    out: Annotated[Path | None, typer.Option(help="File; tarr_my_submit_<date>_<time>.txt by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File; tarr_my_submit_<date>_<time> by default.")] = None,
+    text_from: Annotated[str | None, typer.Option(help="File with the comments, where SAMPLE has none.")] = None,
+    preset: MovedPreset = None,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import read_comments
-    from gemma_lora_sentiment.submission import write_submission
+    from gemma_lora_sentiment.data import read_table
+    from gemma_lora_sentiment.submission import sample_comments, write_submission
 
     if out is not None:
         _check_file(out)
-    clf = GemmaLoraClassifier.load(run)
-    rows = read_comments(sample, labelled=False)
-    _say(quiet, f"scoring {len(rows)} comments")
-    labels = clf.predict(rows.comment)
-    predictions = dict(zip(rows["id"], labels, strict=True))
-    path = write_submission(predictions, sample, out)
-    print(f"{len(rows)} rows written to {path}")
+    clf, how = GemmaLoraClassifier.load(run, preset), _how(reading)
+    comments = sample_comments(sample, text_from, how)
+    _say(quiet, f"{sample}: read as {read_table(sample, reading=how).attrs['dialect'].text}")
+    _say(quiet, f"scoring {len(comments)} comments")
+    path = write_submission(clf.predict(comments), sample, out, reading=how)
+    print(f"{len(comments)} rows written to {path}")
 
 # %% ../nbs/11_cli.ipynb #7dc42ae3
 def _quantization_and_why(clf: Any) -> str:
@@ -1181,6 +1284,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     to: Annotated[Path, typer.Option(help="Folder of the checkpoint; it must not exist, or be empty.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: that of the run.")] = "auto",
+    preset: MovedPreset = None,
     quiet: Quiet = False,
 ) -> None:
     """Merge a run into its base as a checkpoint for Transformers and vLLM, and prove it by loading it."""
@@ -1190,7 +1294,7 @@ def export(
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.model import load_base, release_bases
 
-    clf = GemmaLoraClassifier.load(run)
+    clf = GemmaLoraClassifier.load(run, preset)
     base = clf._loaded_base()
     comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
     prompts = clf._encode(comments, base, clf.words_, clf.recipe_)

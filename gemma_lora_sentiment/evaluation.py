@@ -43,6 +43,8 @@ from sklearn.metrics import (
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 
+from .data import duplicate_groups
+
 # %% ../nbs/06_evaluation.ipynb #dbafc394
 def _plain(
     values: Sequence | np.ndarray | pd.Series,  # labels or names, one-dimensional
@@ -281,7 +283,7 @@ def cross_validate(
     *,
     folds: int = 10,  # number of folds, at least 2
     repeats: int = 1,  # how often the rows are cut in folds anew, with seed, seed + 1, ...
-    groups: Sequence | None = None,  # n group names kept in one fold. None: comments equal but for white space
+    groups: Sequence | None = None,  # n group names kept in one fold. None: copies, as `duplicate_groups` tells them
     seed: int = 0,  # shuffles the rows into folds
     progress: Callable[[int, int, str], None] | None = None,  # called with (done, total, name) after each fit
 ) -> pd.DataFrame:  # n rows in the order given: `fold` from 0, `label`, `NAME_prediction`, `NAME_p_CLASS` ...
@@ -296,7 +298,7 @@ def cross_validate(
     if len(texts) != len(targets):
         raise ValueError(f"there are {len(texts)} comments and {len(targets)} labels. Pass one label for each comment.")
     if groups is None:
-        groups = [" ".join(str(text).split()) for text in texts]
+        groups = duplicate_groups(map(str, texts))
     all_splits = [fold_indices(labels, groups, folds, seed + repeat) for repeat in range(repeats)]
     classes, tables = sorted(set(targets.tolist())), []
     done, total = 0, repeats * folds * len(estimators)

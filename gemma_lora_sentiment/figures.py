@@ -19,6 +19,7 @@ from matplotlib.ticker import NullLocator
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import LearningCurveDisplay
 
+from .data import duplicate_groups
 from gemma_lora_sentiment.evaluation import (
     _MARKERS,
     _check_estimators,
@@ -117,9 +118,9 @@ def _check_curve(texts: np.ndarray, test_texts: np.ndarray, targets: np.ndarray,
     for size in sizes:
         if not least <= size <= most:
             raise ValueError(f"size {size} is not between {least} (the classes) and {most} (the rows). Leave it out.")
-    known = {" ".join(str(text).split()) for text in texts}
-    both = [row for row, text in enumerate(test_texts) if " ".join(str(text).split()) in known]
-    if both:
+    groups = duplicate_groups([*map(str, texts), *map(str, test_texts)])
+    both = np.flatnonzero(np.isin(groups[len(texts) :], groups[: len(texts)]))
+    if len(both):
         raise ValueError(
             f"{len(both)} test comments are among the comments too, the first is row {both[0]}. "
             "Drop them, or split with split_comments, which keeps copies together."

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import sentencepiece
 
-from .data import DataError, fold_whitespace
+from .data import DataError, composed, fold_whitespace, label_key
 
 # %% auto #0
 __all__ = ['TUTORIAL_TEMPLATE', 'PromptTemplate', 'TextTokenizer', 'encode_comments', 'LabelWords', 'label_words',
@@ -131,8 +131,8 @@ class TextTokenizer:
         self,
         texts: Sequence[str],  # any number of texts
     ) -> list[list[int]]:  # token ids of each, without `<bos>` or `<eos>`
-        "Tokenize `texts`."
-        return self.processor.encode(list(texts))
+        "Tokenize `texts`, put in Unicode's composed form."
+        return self.processor.encode([composed(text) for text in texts])
 
     def decode(
         self,
@@ -184,7 +184,7 @@ def encode_comments(
     template: PromptTemplate,
 ) -> list[list[int]]:  # token ids of the comments alone
     "Tokenize comments so that no token of the template can come out of a comment's text."
-    texts = [fold_whitespace(comment) for comment in comments]
+    texts = [fold_whitespace(composed(comment)) for comment in comments]
     forbidden = _template_pieces(template, tokenizer)
     encoded = tokenizer.encode(texts)
     for i, text in enumerate(texts):
@@ -228,13 +228,13 @@ def label_words(
     labels: Sequence[Any],  # distinct labels in their order; int, str, bool, ...
     tokenizer: TextTokenizer,
     template: PromptTemplate,
-    words: Mapping[Any, str] | None = None,  # label -> word; by default the label's own spelling
+    words: Mapping[Any, str] | Sequence[str] | None = None,  # label -> word, or in that order; None: its own spelling
 ) -> LabelWords:
     "Give each label its word. Raises `DataError` when a word is missing, empty, or two labels share one."
-    chosen = [str(label) if words is None else words.get(label) for label in labels]
+    chosen = _chosen_words(labels, words)
     for label, word in zip(labels, chosen, strict=True):
         if not isinstance(word, str) or not word.strip():
-            known = "none" if words is None else ", ".join(repr(key) for key in words)
+            known = ", ".join(repr(key) for key in words) if isinstance(words, Mapping) else "none"
             raise DataError(
                 f"Label {label!r} has no word (words are given for: {known}). Add {label!r} to label_words."
             )
@@ -248,6 +248,19 @@ def label_words(
             )
     end_ids = (*tokenizer.encode([template.suffix])[0], tokenizer.eos_id)
     return LabelWords(tuple(labels), tuple(chosen), tuple(word_ids), end_ids)
+
+
+def _chosen_words(labels: Sequence[Any], words: Mapping[Any, str] | Sequence[str] | None) -> list[str | None]:
+    "A word for each label; None where there is none."
+    if words is None:
+        return [label_key(label) for label in labels]
+    if not isinstance(words, Mapping):
+        if len(words) != len(labels):
+            listed = ", ".join(repr(label) for label in labels)
+            raise DataError(f"label_words gives {len(words)} words for {len(labels)} labels ({listed}). Give one each.")
+        return list(words)
+    by_key = {label_key(label): word for label, word in words.items()}
+    return [words[label] if label in words else by_key.get(label_key(label)) for label in labels]
 
 # %% ../nbs/01_prompt.ipynb #77342269
 @dataclass(frozen=True)

@@ -5,300 +5,99 @@
 # %% ../nbs/08_scale.ipynb #30d66f11
 from __future__ import annotations
 
-import bz2
-import codecs
-import csv
 import errno
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import shutil
 import sqlite3
 import time
 import warnings
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from . import data
 from .adapter import RunError
 from .analysis import apply_decision
 from .checkpoint import difference, hold
 from .classifier import GemmaLoraClassifier
-from .data import DataError, fold_whitespace, whole_file, write_table
+from gemma_lora_sentiment.data import (
+    EXCEL_MARK,
+    OUTPUT_FORMATS,
+    Reading,
+    check_is_file,
+    checked_batches,
+    locate,
+    reading_text,
+    whole_file,
+    write_table,
+)
 from .prompt import PromptTemplate, TextTokenizer, encode_prompts
 from .scoring import label_probabilities, scoring_batch_size
+from .tables import DataError, fold_whitespace, format_of, listed, shown
+
 
 # %% auto #0
 __all__ = ['Chunk', 'read_chunks', 'predict_file', 'ray_workers']
-
-# %% ../nbs/08_scale.ipynb #f4ea7bc9
-_HEAD = 1 << 24  # bytes that decide how a file is read
-_BLOCK = 1 << 20  # bytes read at a time
-_LONGEST_LINE = 1 << 24  # characters
-
-
-def _open_zstandard(file: BinaryIO) -> BinaryIO:
-    try:
-        import pyarrow
-    except ImportError:
-        problem = "needs pyarrow to be unpacked. Install gemma_lora_sentiment[parquet], or unpack it."
-        raise DataError(problem, source=str(file.name)) from None
-    return pyarrow.input_stream(file, compression="zstd")
-
-
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
-
-
-class _Bytes:
-    "The bytes of a file, unpacked, and how much of it has been read."
-
-    def __init__(self, path: Path):
-        data._check_is_file(path)
-        self.path, self.size = path, max(1, path.stat().st_size)
-        self.packed = path.suffix.lower() in _OPENERS
-        self.file = open(path, "rb")
-        self.stream = self.file if not self.packed else _OPENERS[path.suffix.lower()](self.file)
-        self.decoded, self.used = 0, 0  # characters, or rows of a Parquet file: there are, have been handed on
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self.stream.read(size)
-        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-            if not self.packed:
-                raise
-            problem = f"cannot be unpacked ({error}). Pack it again, or unpack it."
-            raise DataError(problem, source=str(self.path)) from None
-
-    def blocks(self) -> Iterator[bytes]:
-        while block := self.read(_BLOCK):
-            yield block
-
-    @property
-    def fraction(self) -> float:  # 0 to 1
-        read = 1.0 if self.path.suffix.lower() in (".parquet", ".pq") else min(1.0, self.file.tell() / self.size)
-        return read * min(1.0, self.used / max(1, self.decoded))
-
-    def counted(self, pieces: Iterator[str]) -> Iterator[str]:
-        for piece in pieces:
-            self.decoded += len(piece)
-            yield piece
-
-    def counted_lines(self, lines: Iterator[str]) -> Iterator[str]:
-        for line in lines:
-            self.used += len(line) + 1
-            yield line
-
-    def close(self) -> None:
-        self.stream.close()
-        self.file.close()
-
-# %% ../nbs/08_scale.ipynb #4e583f6d
-def _decoded(
-    head: bytes,  # the beginning of the file
-    more: Iterator[bytes],  # the rest, in blocks
-    name: str,
-    encoding: str,
-) -> Iterator[str]:
-    decoder, lines = codecs.getincrementaldecoder(encoding)(), 1
-    for block in chain([head], more, [b""]):
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeError as error:
-            lines += block[: max(0, getattr(error, "start", 0))].count(b"\n")
-            problem = f"not {encoding}, as the first {_HEAD >> 20} MB are. Save the whole file as UTF-8."
-            raise DataError(problem, source=name, row=lines) from None
-        lines += text.count("\n")
-        yield text
-
-
-def _lines(
-    pieces: Iterable[str],  # of text, cut anywhere
-    name: str,
-    has_line_feeds: bool,  # then a lone carriage return is a stray control
-) -> Iterator[str]:  # lines, without blank ones at the end
-    rest, held, number, blank = "", "", 0, []
-    for piece in chain(pieces, [None]):
-        text = held + (piece or "")
-        held = "\r" if text.endswith("\r") and piece is not None else ""
-        text = text[: len(text) - len(held)].replace("\r\n", "\n").replace("\r", " " if has_line_feeds else "\n")
-        *whole, rest = (rest + text).split("\n")
-        for line in whole if piece is not None else [*whole, rest]:
-            number += 1
-            blank.append(line)
-            if line.strip():
-                yield from blank
-                blank = []
-        if len(rest) > _LONGEST_LINE:
-            problem = f"a line of more than {_LONGEST_LINE:,} characters. End each row with a line feed."
-            raise DataError(problem, source=name, row=number + 1)
-
-# %% ../nbs/08_scale.ipynb #73abb7c8
-_Records = Iterator[tuple[int, list[str]]]  # the line at which a row starts, and its fields
-
-
-def _csv_records(lines: Iterator[str], name: str, delimiter: str) -> _Records:
-    reader, start = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True), 1
-    while True:
-        limit = csv.field_size_limit(_LONGEST_LINE)
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            remedy = "Close the quote, and double the quotes inside a quoted field."
-            problem = f"its quotation marks do not pair ({error}). {remedy}"
-            raise DataError(problem, source=name, row=start) from None
-        finally:
-            csv.field_size_limit(limit)
-        if fields is None:
-            return
-        yield start, fields
-        start = reader.line_num + 1
-
-
-def _records(lines: Iterator[str], name: str, kind: str) -> _Records:
-    "Rows of text of the kind csv, tsv or lines."
-    if kind == "lines":
-        yield 0, ["comment"]
-        yield from ((number, [line]) for number, line in enumerate(lines, start=1))
-        return
-    first = next(lines)
-    header, lines = first.split("\t"), chain([first], lines)
-    if kind == "csv":
-        yield from _csv_records(lines, name, ",")
-    elif all(len(field) > 1 and field[0] == field[-1] == '"' for field in header):
-        yield from _csv_records(lines, name, "\t")
-    else:
-        yield from ((number, line.split("\t")) for number, line in enumerate(lines, start=1))
-
-# %% ../nbs/08_scale.ipynb #523746e5
-def _text_cells(
-    source: _Bytes,
-    kind: str,  # "tsv", "txt", "csv", "jsonl" or "lines"
-    rows: int,  # in a table
-    encoding: str | None,
-) -> Iterator[pd.DataFrame]:  # cells as they stand, index = lines of the file
-    name, head = str(source.path), b"".join(islice(source.blocks(), _HEAD // _BLOCK))
-    # A character may be cut in two at the end of the head.
-    sample = head if len(head) < _HEAD else head[: head.rfind(b"\n") + 1] or head
-    if not sample.strip() or not (text := data._decode(sample, name, encoding)).strip():
-        raise DataError("is empty. Give a file with a header and rows.", source=name)
-    encoding = encoding or data._guess_encoding(sample, name)
-    raw = sample.decode(encoding)
-    pieces = source.counted(_decoded(head, source.blocks(), name, encoding))
-    pieces = chain([next(pieces).removeprefix("\ufeff")], pieces)
-    lines = source.counted_lines(_lines(pieces, name, "\n" in raw))
-    if kind == "jsonl":
-        number = 1
-        while batch := list(islice(lines, rows)):
-            yield data._table_of_json_lines(batch, name, number)
-            number += len(batch)
-        return
-    if kind == "txt":
-        kind = "lines" if "\t" not in text and not data._is_comment_name(text.split("\n")[0]) else "tsv"
-    records = _records(lines, name, kind)
-    header = next((record for record in records if len(record[1]) > 1 or "".join(record[1]).strip()), None)
-    if header is None:
-        raise DataError("is empty. Give a file with a header and rows.", source=name)
-    while batch := list(islice(records, rows)):
-        yield data._table_of_strings([header, *batch], name, "comma" if kind == "csv" else "tab")
-
-# %% ../nbs/08_scale.ipynb #7e8d75e9
-_IDS = data._SYNONYMS["id"]
-
-
-def _parquet_cells(source: _Bytes, rows: int) -> Iterator[pd.DataFrame]:  # index = rows from 1
-    name = str(source.path)
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        problem = "Parquet needs pyarrow. Install gemma_lora_sentiment[parquet], or save the table as CSV."
-        raise DataError(problem, source=name) from None
-    if source.packed:
-        raise DataError("is a packed Parquet file, which cannot be read in pieces. Unpack it.", source=name)
-    try:
-        file = pyarrow.parquet.ParquetFile(source.file)
-        index = json.loads((file.schema_arrow.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
-        ranges = [entry for entry in index if isinstance(entry, dict) and data._spelled(entry.get("name")) in _IDS]
-        unlike_ids = [entry for entry in index if isinstance(entry, str) and data._spelled(entry) not in _IDS]
-        names = [column for column in file.schema_arrow.names if column not in unlike_ids]
-        if len(set(names)) < len(names):
-            repeated = next(column for column in names if names.count(column) > 1)
-            raise DataError(f"two columns are named {repeated!r}. Rename one of them.", source=name)
-        wanted = [column for column in data.find_columns(names, source=name).values() if column is not None]
-        first, held, source.decoded = 1, [], file.metadata.num_rows
-        batches = file.iter_batches(batch_size=rows, columns=wanted or names)
-        for batch in chain(batches, [None]):  # a batch may end where a row group does
-            held += [] if batch is None else [batch]
-            while sum(map(len, held)) >= rows or (batch is None and held):
-                table = pyarrow.Table.from_batches(held)
-                part, left = table.slice(0, rows), table.slice(rows)
-                held = left.to_batches()
-                cells = part.to_pandas(integer_object_nulls=True, ignore_metadata=True)
-                lacking = [column for column in names if column not in wanted]
-                cells = cells.reindex(columns=[*cells.columns, *lacking])
-                for entry in ranges:  # ids that pandas wrote as a range, without a column
-                    if entry["name"] not in names:
-                        places = np.arange(first - 1, first - 1 + len(cells))
-                        cells[entry["name"]] = entry["start"] + entry["step"] * places
-                source.used += len(cells)
-                yield cells.set_axis(pd.RangeIndex(first, first + len(cells), name="row"), axis=0)
-                first += len(cells)
-    except (ValueError, OSError, NotImplementedError) as error:  # Arrow's own errors derive from these
-        if isinstance(error, DataError):
-            raise
-        problem = f"not a whole Parquet file ({data._short(str(error))}). Write it again, or save the table as CSV."
-        raise DataError(problem, source=name) from None
 
 # %% ../nbs/08_scale.ipynb #ce84955f
 class Chunk(NamedTuple):
     "Some rows of a file."
 
     first: int  # rows of the input before this one
-    table: pd.DataFrame  # id, comment (one line); index = lines or rows of the file
+    table: pd.DataFrame  # id, comment (one line, as the model reads it); index = lines or rows of the file
     numbered: bool  # the ids are the numbers of the rows, for want of a column
     unit: str  # what the index counts: "line" or "row"
     fraction: float  # of the input that has been read, 0 to 1
     path: Path  # the file they stand in
     file: int  # its place in the folder, from 0
+    as_written: list[str]  # the comments as they stand in the file, in one line
+    form: str  # of the file, in words: "';'-separated CP949"
+    counts: Counter  # what was done to its rows so far, such as "empty rows"
 
 
 def read_chunks(
     source: str | os.PathLike,  # a file, a folder of files, or a name that read_comments knows
     rows: int = 8192,  # in a chunk, blank lines counted; a chunk ends where its file does
     *,
-    encoding: str | None = None,  # of a text file; None finds it out
-    format: str | None = None,  # "tsv", "csv", "jsonl", "parquet" or "lines"; None goes by the suffix
+    reading: Reading | None = None,  # how to read; what is not given is found out
 ) -> Iterator[Chunk]:
     """Read comments without labels, some at a time.
 
     Raises `DataError` when a row at fault is reached; for a folder of no files or several formats at once, and for a
     file whose columns are not those of the first when that file is reached.
     """
-    path = data._locate(source)
-    files = _files_of(path, format)
+    path, reading = locate(source), reading or Reading()
+    files = _files_of(path, reading.dialect.format)
     sizes = np.array([file.stat().st_size if path.is_dir() else 1 for file in files])
-    first, expected = 0, None
+    first, before, expected = 0, 0, None
     for place, file in enumerate(files):
-        for part, numbered, unit, fraction, columns in _cells_of(file, rows, encoding, format, first):
+        for part in checked_batches(file, rows, reading, before=first):
+            columns = sorted(str(name) for name in part.names)
             if columns != (expected := expected or columns):
-                problem = f"its columns are {data._listed(columns)}, those of {files[0].name} {data._listed(expected)}."
+                problem = f"its columns are {listed(columns)}, those of {files[0].name} {listed(expected)}."
                 raise DataError(f"{problem} Give files with the same columns.", source=str(file))
-            fraction = float(sizes[:place].sum() + fraction * sizes[place]) / max(1, sizes.sum())
-            yield Chunk(first, part, numbered, unit, fraction, file, place)
-            first += len(part)
+            index = pd.Index(part.places, name=part.unit)
+            table = pd.DataFrame({"id": _ids(part.ids), "comment": pd.Series(part.comments, dtype=object)})
+            fraction = float(sizes[:place].sum() + part.fraction * sizes[place]) / max(1, sizes.sum())
+            about = (part.unit, fraction, file, place, part.as_written, part.form, part.counts)
+            if len(table):
+                yield Chunk(before, table.set_axis(index, axis=0), part.columns["id"] is None, *about)
+            first, before = part.rows_before + len(part.places), before + len(table)
     if not first:
         what = "its files have headers and no rows" if path.is_dir() else "a header and no rows"
         raise DataError(f"{what}. Add rows under it.", source=str(path))
+
+
+def _ids(ids: list) -> pd.Series:
+    "Ids of one simple type, else as Python objects."
+    return pd.Series(ids) if {type(name) for name in ids} in ({int}, {float}) else pd.Series(ids, dtype=object)
 
 
 def _files_of(path: Path, format: str | None) -> list[Path]:  # by name
@@ -307,59 +106,17 @@ def _files_of(path: Path, format: str | None) -> list[Path]:  # by name
         return [path]
     # Spark and others write `_SUCCESS` and `.part-0.crc` beside the files of a table.
     files = sorted(entry for entry in path.iterdir() if entry.name[0] not in "._")
-    kinds = [data._format_of(file, format, [*_OPENERS]) for file in files if not file.is_dir()]
+    kinds = [format_of(file, format) for file in files if not file.is_dir()]
     if folder := next((file for file in files if file.is_dir()), None):
         raise DataError("is a folder in a folder. Move its files up, or give it by itself.", source=str(folder))
     if not files:
         raise DataError("is a folder without files. Give one of TSV, CSV, JSONL or Parquet files.", source=str(path))
     for file, kind in zip(files, kinds, strict=True):
-        data._check_is_file(file)
+        check_is_file(file)
         if kind != kinds[0]:
             problem = f"is {kind}, and {files[0].name} is {kinds[0]}. Give a folder of files of one format."
             raise DataError(problem, source=str(file))
     return files
-
-
-def _cells_of(
-    path: Path,
-    rows: int,
-    encoding: str | None,
-    format: str | None,
-    first: int,  # rows before this file
-) -> Iterator[tuple[pd.DataFrame, bool, str, float, tuple[str, ...]]]:  # as in Chunk, and the file's columns
-    bytes_, names = _Bytes(path), None
-    try:
-        kind = data._format_of(path, format, [*_OPENERS])
-        cells = _parquet_cells(bytes_, rows) if kind == "parquet" else _text_cells(bytes_, kind, rows, encoding)
-        for part in cells:
-            unit, is_text = "row" if kind == "parquet" else "line", kind not in ("parquet", "jsonl")
-            table = data._Table(part, str(path), unit, is_text)
-            if names is None:
-                data._check_names_differ(table)
-                names = data._comment_columns(table, labelled=False)
-                roles = [names["comment"], names["id"]] if kind == "jsonl" else part.columns  # a line may have more
-                columns = tuple(sorted(str(name) for name in roles if name is not None))
-            elif kind == "jsonl":  # a later line may lack what an earlier one had
-                known = [name for name in names.values() if name is not None]
-                table = table._replace(cells=part.reindex(columns=known).astype(object).where(part.notna(), None))
-            if len(table.cells):
-                yield _checked(table, names, first), names["id"] is None, unit, bytes_.fraction, columns
-                first += len(table.cells)
-    finally:
-        bytes_.close()
-
-
-def _checked(table: Any, names: Mapping[str, object], first: int) -> pd.DataFrame:
-    comments = data._checked_comments(table, names["comment"])
-    if names["label"] is not None:
-        data._checked_labels(table, names["label"], None, False)
-    if names["id"] is None:
-        numbers = range(first + 1, first + len(comments) + 1)
-        ids = [str(number) if table.is_text else number for number in numbers]
-    else:
-        ids = data._checked_ids(table, names["id"])
-    columns = {"id": data._column(ids), "comment": pd.Series(comments, dtype=object)}
-    return pd.DataFrame(columns).set_axis(table.cells.index, axis=0)
 
 # %% ../nbs/08_scale.ipynb #840e5284
 @contextmanager
@@ -456,7 +213,7 @@ class _ChunkScorer:
 # %% ../nbs/08_scale.ipynb #944ee5bb
 def _predictions(chunk: Chunk, probabilities: np.ndarray, classes: np.ndarray, decision: Any) -> pd.DataFrame:
     "The columns of the output."
-    table = chunk.table.reset_index(drop=True)
+    table = chunk.table.reset_index(drop=True).assign(comment=pd.Series(chunk.as_written, dtype=object))
     if decision is not None:
         return table.join(apply_decision(probabilities, decision))
     table = table.assign(label=classes[probabilities.argmax(axis=1)])
@@ -464,7 +221,7 @@ def _predictions(chunk: Chunk, probabilities: np.ndarray, classes: np.ndarray, d
 
 
 def _chunk_digest(chunk: Chunk) -> str:
-    rows = [chunk.table["id"].tolist(), chunk.table["comment"].tolist()]
+    rows = [chunk.table["id"].tolist(), chunk.as_written]
     return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:32]
 
 
@@ -484,8 +241,9 @@ def _identity(clf: GemmaLoraClassifier, kind: str, decision: Any, sizes: Mapping
 # %% ../nbs/08_scale.ipynb #cc019e58
 def _join(parts: Sequence[Path], out: Path, suffix: str) -> None:
     with whole_file(out) as partial:
-        if len(parts) == 1 or data._FORMATS[suffix] != "parquet":
+        if len(parts) == 1 or OUTPUT_FORMATS[suffix] != "parquet":
             with open(partial, "wb") as joined:
+                joined.write(EXCEL_MARK if OUTPUT_FORMATS[suffix] == "csv" and not _are_ascii(parts) else b"")
                 for part in parts:
                     with open(part, "rb") as file:
                         shutil.copyfileobj(file, joined, _BLOCK)
@@ -499,6 +257,18 @@ def _join(parts: Sequence[Path], out: Path, suffix: str) -> None:
                 writer.write_table(pyarrow.parquet.read_table(part).cast(schema))
 
 
+_BLOCK = 1 << 20  # bytes copied at a time
+
+
+def _are_ascii(parts: Sequence[Path]) -> bool:
+    for part in parts:
+        with open(part, "rb") as file:
+            while block := file.read(_BLOCK):
+                if not block.isascii():
+                    return False
+    return True
+
+
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -506,8 +276,8 @@ def _flush(file: Any) -> None:
 
 def _write_part(path: Path, table: pd.DataFrame, suffix: str, first: Path) -> None:
     with whole_file(path) as partial:
-        write_table(table, partial, suffix, header=path == first)
-        if path != first and data._FORMATS[suffix] == "parquet":
+        write_table(table, partial, suffix, header=path == first, mark=False)
+        if path != first and OUTPUT_FORMATS[suffix] == "parquet":
             import pyarrow.parquet
 
             if pyarrow.parquet.read_schema(partial).types != pyarrow.parquet.read_schema(first).types:
@@ -578,6 +348,7 @@ def predict_file(
     out: str | os.PathLike,  # file to write: .tsv, .csv, .jsonl or .parquet
     *,
     decision: Mapping[str, Any] | None = None,  # from choose_decision: calibrated probabilities, and `abstains`
+    reading: Reading | None = None,  # how to read; what is not given is found out
     resume: bool = False,  # go on where a killed run stopped
     chunk_rows: int = 8192,  # rows read, scored and committed together
     batch_size: int | None = None,  # see score_labels; None: 32 on a CPU, 64 elsewhere
@@ -586,19 +357,21 @@ def predict_file(
 ) -> int:  # rows written
     """Write id, comment, label and one p_<label> column a class, in the order of the input, in constant memory.
 
+    Comments are written as they stand in the input, in one line; a CSV that is not ASCII gets a byte order mark.
+
     Raises `DataError` at the first row that cannot be used, `RunError` for finished parts of another prediction,
     `OSError` when the disk is full; then the finished parts stay for `resume`.
     """
-    out, path = Path(out), data._locate(source)
+    out, path = Path(out), locate(source)
     suffix = out.suffix.lower()
-    if suffix not in data._FORMATS:
-        raise DataError(f"--out {out} has none of the suffixes {', '.join(data._FORMATS)}. Give it one of these.")
+    if suffix not in OUTPUT_FORMATS:
+        raise DataError(f"--out {out} has none of the suffixes {', '.join(OUTPUT_FORMATS)}. Give it one of these.")
     if path.is_dir() and out.resolve().parent == path.resolve():
         raise DataError(f"--out {out} lies in the folder that is read. Write it to another folder.")
     sizes = {"chunk_rows": chunk_rows, "batch_size": batch_size or scoring_batch_size()}
     settings = _identity(clf, suffix, decision, sizes)
     folder = out.parent / f".{out.name}.parts"
-    chunks = read_chunks(path, chunk_rows)
+    chunks = read_chunks(path, chunk_rows, reading=reading)
     first = next(chunks)  # before anything is written: most mistakes are in the first rows
     if clf._loaded_base().processes > 1:
         raise RunError("A file is scored by one process. Give each host a part of the input, without devices=.")
@@ -643,6 +416,9 @@ def _predict_parts(
         clock.start(rows, chunk.fraction)
     scorer = _ChunkScorer(clf, settings["batch_size"])
     ahead = list(islice(chunks, 1 if done else 2))
+    if ahead:
+        counts = ahead[0].counts if len(ahead) == 1 else {}
+        say(reading_text(path, ahead[0].form, counts))
     if not done and len(ahead) == 1:
         say(f"scoring {len(ahead[0].table)} comments")
         results = iter([(ahead[0], clf.predict_proba(ahead[0].table["comment"].tolist()))])
@@ -651,7 +427,9 @@ def _predict_parts(
         results = score(scorer, chain(ahead, chunks))
     if not done:
         journal.begin({**settings, "several": len(ahead) > 1})
+    counts = {}  # of each file
     for number, (chunk, probabilities) in enumerate(results, start=len(parts)):
+        counts[chunk.file] = chunk.counts
         parts.append(folder / f"part-{number:06}{suffix}")
         _check_ids(chunk, journal, path)
         table = _predictions(chunk, probabilities, clf.classes_, decision)
@@ -660,6 +438,10 @@ def _predict_parts(
         rows += len(chunk.table)
         clock.tell(rows, min(chunk.fraction, 0.999))
     clock.tell(rows, 1.0)
+    if done or len(ahead) > 1:
+        together = sum(counts.values(), Counter())
+        if +together:
+            say(reading_text(path, "", together))
     _warn_of_truncated(scorer, rows)
     return rows, parts
 
@@ -683,7 +465,7 @@ def _check_ids(chunk: Chunk, journal: _Journal, path: Path) -> None:
     if found is not None:
         place, (file, row) = found[0], divmod(found[1], _FILE)
         where = f"{chunk.unit} {row}" + ("" if file == chunk.file else f" of {_files_of(path, None)[file].name}")
-        problem = f"id {data._short(ids[place])} stands already in {where}. Give each row its own id."
+        problem = f"id {shown(ids[place])} stands already in {where}. Give each row its own id."
         raise DataError(problem, source=str(chunk.path), row=rows[place], column="id", unit=chunk.unit)
 
 

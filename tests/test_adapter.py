@@ -288,6 +288,7 @@ def test_settings_that_do_not_fit_are_refused(changes, folder, base):
     (dict(trainable_token_indices=[3]), "trainable_token_indices"), (dict(use_qalora=True), "use_qalora"),
     (dict(target_parameters=["mlp.x"]), "target_parameters"), (dict(layer_replication=[[0, 1]]), "layer_replication"),
     (dict(something_of_2030={"a": 1}), "something_of_2030"), (dict(peft_type="IA3"), "IA3"),
+    (dict(task_type="SEQ_CLS"), "SEQ_CLS"),
     (dict(init_lora_weights="pissa_niter_4"), "pissa"), (dict(exclude_modules=["q_proj"]), "exclude_modules"),
     (dict(rank_pattern={"q_proj": "x"}), "rank_pattern"), (dict(alpha_pattern=[1]), "alpha_pattern"),
     (dict(rank_pattern={"(": 3, "q_proj": 6}), "pattern"), (dict(use_rslora="yes"), "use_rslora"),

@@ -44,7 +44,7 @@ from gemma_lora_sentiment.evaluation import (
     simple_baselines,
     wrong_rows,
 )
-from gemma_lora_sentiment.figures import plot_sweep
+from gemma_lora_sentiment.figures import learning_curve, plot_sweep
 
 # One compilation of a program is enough for all tests; compiling is most of what they cost.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
@@ -498,7 +498,7 @@ def test_conflicting_duplicates():
     found = conflicting_duplicates(comments, labels, list("abcde"), duplicate_groups(comments))
     assert found.id.tolist() == ["a", "b"] and found.label.tolist() == [1, 0]
     assert list(found.columns) == ["group", "id", "comment", "label"]
-    assert len(conflicting_duplicates(comments, labels)) == 0  # "!" makes another comment of it
+    assert conflicting_duplicates(comments, labels).id.tolist() == [0, 1]  # a copy is the same everywhere
     with pytest.raises(ValueError, match="5 comments, 5 ids and 4 labels"):
         conflicting_duplicates(comments, labels[:-1])
 
@@ -632,3 +632,16 @@ def test_simple_baselines():
     assert oof.columns[2] == "most_frequent_prediction"
     floor = metrics_with_intervals(labels, probabilities_from_oof(oof, "most_frequent", [0, 1, 2]), [0, 1, 2])
     assert floor["accuracy"] < 0.4 and floor["log_loss"] == pytest.approx(np.log(3), abs=0.02)
+
+
+def test_twins_of_another_emphasis_stay_together_from_python_too():
+    comments = [text for n in range(12) for text in (f"{n}번 손님 맛있어요", f"{n}번 손님, 맛있어요!!")]
+    labels = [n % 2 for n in range(12) for _ in range(2)]
+    estimator = baseline_classifier()
+    oof = cross_validate({"simple": estimator}, comments, labels, folds=3)
+    assert (oof.fold.to_numpy().reshape(-1, 2) == oof.fold.to_numpy().reshape(-1, 2)[:, :1]).all()
+    probabilities = np.full((24, 2), 0.5)
+    picked = worth_labelling(comments, probabilities, [0, 1], number=12)
+    assert len(set(duplicate_groups(picked.comment))) == len(picked) == 12
+    with pytest.raises(ValueError, match="12 test comments are among the comments too, the first is row 0"):
+        learning_curve({"simple": estimator}, comments[::2], labels[::2], comments[1::2], labels[1::2], sizes=[4])

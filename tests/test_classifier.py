@@ -3,10 +3,15 @@
 import functools
 import inspect
 import json
+import os
 import pickle
 import random
+import shutil
+import subprocess
+import sys
 import threading
 import tracemalloc
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -26,7 +31,15 @@ from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment import classifier as room
 from gemma_lora_sentiment.adapter import RunError
 from gemma_lora_sentiment.data import DataError
-from gemma_lora_sentiment.model import ModelError, keras, keras_nlp, load_base, tiny_gemma, without_tensorflow
+from gemma_lora_sentiment.model import (
+    ModelError,
+    keras,
+    keras_nlp,
+    load_base,
+    release_bases,
+    tiny_gemma,
+    without_tensorflow,
+)
 from gemma_lora_sentiment.training import RECIPES
 
 GOOD = ["맛있어요", "최고예요", "친절해요", "좋았어요", "또 갈게요", "추천합니다"]
@@ -274,7 +287,7 @@ def test_parameters_that_cannot_work_are_refused_in_one_line(parameters, make):
 
 @pytest.mark.parametrize("parameters", [
     dict(template="no fields"), dict(template=None), dict(template=5), dict(label_words={0: "x", 1: "x"}),
-    dict(label_words={0: "x"}), dict(label_words=["x", "y"]), dict(max_length=3),
+    dict(label_words={0: "x"}), dict(label_words=["x"]), dict(label_words="xy"), dict(warm_start=1), dict(max_length=3),
 ], ids=str)  # fmt: skip
 def test_templates_and_words_that_cannot_work_are_refused_in_one_line(parameters, make):
     clf = make(**parameters)
@@ -830,3 +843,129 @@ def test_the_bundled_base_fits_predicts_and_comes_back(tmp_path):
     clf = GemmaLoraClassifier(epochs=1, batch_size=12, max_length=16).fit(COMMENTS, LABELS)
     loaded = GemmaLoraClassifier.load(clf.save(tmp_path))
     assert clf.recipe_name_ == "mini_ko" and same(loaded, clf)
+
+
+def test_folder_of_a_base_is_saved_absolute_and_may_move(make, tiny, tmp_path, monkeypatch):
+    (tmp_path / "bases").mkdir()
+    shutil.copytree(tiny, tmp_path / "bases" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    clf = make(preset="bases/tiny").fit(COMMENTS, LABELS)
+    expected = clf.predict_proba(COMMENTS)
+    clf.save("run")
+    saved = json.loads(Path("run/classifier.json").read_text(encoding="utf-8"))
+    assert saved["parameters"]["preset"] == str(tmp_path / "bases" / "tiny") and clf.preset == "bases/tiny"
+    monkeypatch.chdir("/")
+    assert np.array_equal(GemmaLoraClassifier.load(tmp_path / "run").predict_proba(COMMENTS), expected)
+    (tmp_path / "bases" / "tiny").rename(tmp_path / "elsewhere")
+    release_bases()
+    with pytest.raises(ModelError, match="If its base has moved, say where it is with preset=") as error:
+        GemmaLoraClassifier.load(tmp_path / "run")
+    assert one_line(error) and "bases/tiny" in str(error.value)
+    loaded = GemmaLoraClassifier.load(tmp_path / "run", preset=str(tmp_path / "elsewhere"))
+    assert np.array_equal(loaded.predict_proba(COMMENTS), expected)
+
+
+FORK = """
+import os, sys
+from gemma_lora_sentiment import GemmaLoraClassifier
+
+def in_child(call):
+    read, write = os.pipe()
+    if not os.fork():
+        try:
+            said = str(call())
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    return os.fdopen(read).read()
+
+def score():
+    return GemmaLoraClassifier.load(sys.argv[1]).predict_proba(["맛있어요"]).shape
+
+print(in_child(score))
+clf = GemmaLoraClassifier.load(sys.argv[1])
+print(in_child(lambda: clf.predict(["맛있어요"])))
+print(in_child(score))
+print(in_child(lambda: clf.fit(["a", "b"], [0, 1])))
+print(clf.predict_proba(["맛있어요"]).shape)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_is_told_so_and_does_not_wait(fitted, tmp_path):
+    fitted.save(tmp_path / "run")
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    first, *told, last = done.stdout.splitlines()
+    assert first == last == "(1, 2)", done.stderr
+    assert len(told) == 3 and all(line.startswith("RunError: This process was forked after JAX") for line in told)
+
+
+def test_either_form_of_a_comment_has_the_same_probabilities(make):
+    texts = ["국물이 진하고 좋았어요", "별로예요", "café", "Ａ급 ㅋㅋ"]
+    pieces = [unicodedata.normalize("NFD", text) for text in texts]
+    assert pieces != texts
+    clf = make().fit([*COMMENTS, *texts], [*LABELS, 0, 1, 0, 1])
+    twin = make().fit([*COMMENTS, *pieces], [*LABELS, 0, 1, 0, 1])
+    expected = clf.predict_proba(texts)
+    for rows, fitted in ((pieces, clf), (texts, twin), (pieces, twin)):
+        assert np.array_equal(fitted.predict_proba(rows), expected)
+    mixed = clf.predict_proba([*texts, *pieces])
+    assert np.array_equal(mixed[:4], mixed[4:])
+    assert clf.token_influence(pieces[0]).equals(clf.token_influence(texts[0]))
+
+
+def test_label_words_in_either_form_are_the_same_words(make):
+    words = {0: "별로예요", 1: "좋아요"}
+    pieces = {label: unicodedata.normalize("NFD", word) for label, word in words.items()}
+    first, second = (make(label_words=each).fit(COMMENTS, LABELS) for each in (words, pieces))
+    assert first.words_.word_ids == second.words_.word_ids and same(first, second)
+
+
+@pytest.mark.parametrize("labels, said", [
+    ([0, "1"], "Label 1 is '1', a text, and label 0 is a number"),
+    ([True, 1], "Label 1 is 1, a number, and label 0 is a truth value"),
+    (np.array([0, True], dtype=object), "Label 1 is True, a truth value"),
+    (pd.Series(["0", 1]), "Label 1 is 1, a number"),
+    (pd.Series([1, None], dtype="Int64"), "Label 1 is missing"),
+], ids=str)  # fmt: skip
+def test_labels_of_mixed_types_are_refused_before_anything_is_loaded(labels, said, make):
+    clf = make(preset="no such base")
+    with pytest.raises(DataError, match=said) as error:
+        clf.fit(["a", "b"], labels)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "labels", [["나쁨", "좋음"], [0.0, 1.0], ["0.0", "1.0"], [unicodedata.normalize("NFD", "나쁨"), "좋음"]], ids=repr
+)
+def test_labels_of_spreadsheets_come_out_as_they_went_in(labels, make):
+    clf = make().fit(COMMENTS, [labels[i % 2] for i in range(len(COMMENTS))])
+    assert clf.classes_.tolist() == sorted(labels) and set(clf.predict(COMMENTS)) <= set(labels)
+    assert clf.words_.words in (("0", "1"), ("나쁨", "좋음"))
+
+
+def test_warm_start_goes_on_from_the_fitted_adapter(make, tmp_path):
+    whole = make(epochs=3, seed=3).fit(COMMENTS, LABELS)
+    clf = make(epochs=3, seed=3, warm_start=True).fit(COMMENTS, LABELS)
+    assert same(clf, whole)
+    before = {path: array.copy() for path, array in clf.adapter_.arrays.items()}
+    clf.save(tmp_path / "run")
+    loaded = GemmaLoraClassifier.load(tmp_path / "run")
+    assert loaded.warm_start and not clone(loaded).__dict__.get("adapter_")
+    for each in (clf, loaded):
+        each.set_params(epochs=0).fit(COMMENTS, LABELS)
+        assert all(np.array_equal(each.adapter_.arrays[path], array) for path, array in before.items())
+    onward = loaded.set_params(epochs=1).fit(COMMENTS, LABELS)
+    assert onward.history_.loss[0] < whole.history_.loss[0]
+    assert any(not np.array_equal(onward.adapter_.arrays[path], array) for path, array in before.items())
+    anew = GemmaLoraClassifier.load(tmp_path / "run").set_params(warm_start=False).fit(COMMENTS, LABELS)
+    assert same(anew, whole)
+    for change, rows, said in (
+        ({"lora_rank": 3}, LABELS, "lora_rank or target_layers"), ({}, [str(x) for x in LABELS], "the labels were"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=said) as error:
+            GemmaLoraClassifier.load(tmp_path / "run").set_params(**change).fit(COMMENTS, rows)
+        assert one_line(error)

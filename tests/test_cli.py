@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 from gemma_lora_sentiment import GemmaLoraClassifier, __version__, cli, read_comments, split_comments
 from gemma_lora_sentiment.cli import app
-from gemma_lora_sentiment.model import tiny_gemma
+from gemma_lora_sentiment.model import release_bases, tiny_gemma
 
 COMMANDS = (
     *("quickstart", "train", "cross-validate", "evaluate", "compare", "decide", "predict", "suggest", "submit"),
@@ -167,12 +168,17 @@ BAD_FILES = {  # what is wrong: (file name, bytes, what the message must name)
     "missing tab": ("tabs.tsv", (HEADER + "1\t굿\t0\n2\t하나\n").encode(), "line 3"),
     "open quote": ("quote.csv", b'id,comment,label\n1,"open,0\n2,b,1\n', "line 2"),
     "not JSON": ("rows.jsonl", b'{"comment": "a", "label": 1}\n{"comment": \n', "line 2"),
-    "JSON list": ("rows.jsonl", b"[1, 2]\n", "line 1"),
+    "JSON list": ("rows.jsonl", b"[1, 2]\n", "row 1"),
+    "not Excel": ("rows.xlsx", b"PK\x03\x04 not really", "Excel"),
+    "blank comments": ("rows.csv", "comment,label\n굿,0\n,1\n ,0\n음,1\n".encode(), "line 3, 4"),
+    "either delimiter": ("rows.txt", "번호,후기\n1,굿\n2,음\n".encode(), "--delimiter"),
     "not Parquet": ("rows.parquet", b"PAR1 not really", "Parquet"),
     "unknown format": ("rows.docx", b"id\tcomment\tlabel\n", "unknown format"),
     "cut archive": ("rows.tsv.gz", b"\x1f\x8b\x08\x00 cut", "unpacked"),
 }
 BAD_LABELS = {
+    "mixed labels": ("rows.jsonl", b'{"comment": "a", "label": 0}\n{"comment": "b", "label": true}\n', "line 2"),
+    "NULL label": ("null.csv", "comment,label\n굿,0\n음,NULL\n".encode(), "--keep-na"),
     "missing label column": ("columns.tsv", tsv([("1", "x")], ("id", "comment")).encode(), "label"),
     "plain lines": ("lines.txt", "굿\n별로\n".encode(), "label"),
     "NaN label": ("nan.tsv", (HEADER + "1\t굿\t0\n2\t음\tNaN\n3\t별로\t1\n").encode(), "line 3"),
@@ -462,10 +468,11 @@ def test_sample_with_ids_of_every_type(tmp_path, trained):
     """Ids from typed files meet the predictions made from the same file."""
     table = pd.DataFrame({"id": [1.0, 2.0, 3.5], "comment": ["가", "나", "다"], "label": [0, 0, 0]})
     table.to_parquet(tmp_path / "sample.parquet")
-    done("submit", trained / "run", tmp_path / "sample.parquet", "--out", tmp_path / "out.tsv")
+    done("submit", trained / "run", tmp_path / "sample.parquet", "--out", tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet").id.tolist() == [1.0, 2.0, 3.5]
     (tmp_path / "sample.jsonl").write_text('{"id": 1, "comment": "가"}\n{"id": "b", "comment": "나"}\n')
-    done("submit", trained / "run", tmp_path / "sample.jsonl", "--out", tmp_path / "out.tsv")
-    assert list(read_comments(tmp_path / "out.tsv").id) == ["1", "b"]
+    done("submit", trained / "run", tmp_path / "sample.jsonl", "--out", tmp_path / "out.jsonl")
+    assert read_comments(tmp_path / "out.jsonl").id.tolist() == [1, "b"]
 
 
 # --- the machine's side ---------------------------------------------------------------------------------------------
@@ -1211,3 +1218,192 @@ def test_real_files(shared_data, tmp_path, tiny):
     assert len(found) == 101 and found[0] == wanted[0]
     assert [line[:2] for line in found] == [line[:2] for line in wanted]
     assert {line[2] for line in found[1:]} <= {"0", "1"}
+
+
+# --- files as people have them ----------------------------------------------------------------------------------------
+
+FILES = Path(__file__).parent / "fixtures" / "files"
+OWN_COLUMNS = ["--comment-column", "후기", "--id-column", "번호"]
+
+
+@pytest.mark.parametrize(
+    "name, options, ids",
+    [
+        ("comma.txt", [], ["11", "12"]),
+        ("bar.txt", [], ["1", "2"]),
+        ("semicolon.csv", [], ["1", "2"]),
+        ("excel_blank_rows.csv", [], ["1", "2"]),
+        ("own_columns.csv", OWN_COLUMNS, ["1", "2"]),
+        ("array.json", [], ["1", "2"]),
+        ("mixed_labels.jsonl", [], ["1", "2", "3"]),
+        ("kaggle_test.csv", [], ["7", "9"]),
+    ],
+)
+def test_predict_reads_what_people_have(name, options, ids, tmp_path, trained):
+    result = done("predict", trained / "run", FILES / name, "--out", tmp_path / "out.tsv", *options)
+    assert read_comments(tmp_path / "out.tsv")["id"].tolist() == ids
+    (said,) = [line for line in result.stderr.splitlines() if "read as" in line]
+    assert said.startswith(f"{FILES / name}: read as ")
+
+
+@pytest.mark.parametrize("name, options", [("own_columns.csv", []), ("kaggle_sample_submission.csv", [])])
+def test_messages_name_options_of_the_shell(name, options, tmp_path, trained):
+    for command in ("predict", "submit", "suggest"):
+        out = tmp_path / "new" / "out.csv"
+        line = fails(tmp_path, out, command, trained / "run", FILES / name, *options)
+        assert "--comment-column" in line and "comment_column" not in line
+        shutil.rmtree(tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["comma.txt", "bar.txt", "semicolon.csv", "own_columns.csv", "kaggle_test.csv"])
+def test_submit_writes_what_it_was_given(name, tmp_path, trained):
+    options = [*OWN_COLUMNS, "--label-column", "감정"] if name == "own_columns.csv" else []
+    out = tmp_path / f"sub{Path(name).suffix}"
+    done("submit", trained / "run", FILES / name, "--out", out, *options)
+    expected, found = ((path).read_text(encoding="utf-8").splitlines() for path in (FILES / name, out))
+    if name == "comma.txt":  # it has no labels
+        assert found[0] == "id,comment,label" and [line.rpartition(",")[0] for line in found[1:]] == expected[1:]
+        return
+    assert found[0] == expected[0] and [line[:-1] for line in found] == [line[:-1] for line in expected]
+
+
+def test_submit_takes_comments_from_another_file(tmp_path, trained):
+    sample, texts = FILES / "kaggle_sample_submission.csv", FILES / "kaggle_test.csv"
+    done("submit", trained / "run", sample, "--text-from", texts, "--out", tmp_path / "sub.csv")
+    rows = (tmp_path / "sub.csv").read_text().splitlines()
+    assert rows[0] == "id,target" and [row.split(",")[0] for row in rows[1:]] == ["7", "9"]
+    done("predict", trained / "run", texts, "--out", tmp_path / "out.tsv")
+    assert [row.split(",")[1] for row in rows[1:]] == read_comments(tmp_path / "out.tsv")["label"].tolist()
+    before = tree(tmp_path)
+    other = ["submit", trained / "run", sample, "--text-from", FILES / "bar.txt", "--out", tmp_path / "no.csv"]
+    assert "no comment for id '7', '9'" in one_error_line(call(*other, "--quiet"), 2)
+    as_tabs = ["submit", trained / "run", sample, "--text-from", texts, "--out", tmp_path / "sub.tsv"]
+    assert "the sample is ','-separated" in one_error_line(call(*as_tabs, "--quiet"), 2)
+    assert tree(tmp_path) == before
+
+
+def test_either_form_of_hangul_gets_the_same_probabilities_and_comes_out_as_it_was(tmp_path, trained):
+    comments = ["국물이 진하고 좋았어요", "맛이 없어요", "또 갈게요"]
+    tables = []
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, "\n".join(["댓글", *comments]))
+        (tmp_path / f"{form}.csv").write_text(text, encoding="utf-8")
+        result = done("predict", trained / "run", tmp_path / f"{form}.csv", "--out", tmp_path / f"{form}_out.csv")
+        assert ("3 comments composed" in result.stderr) == (form == "NFD")
+        assert (tmp_path / f"{form}_out.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+        tables.append(pd.read_csv(tmp_path / f"{form}_out.csv", dtype=str))
+        assert tables[-1].comment.tolist() == [unicodedata.normalize(form, comment) for comment in comments]
+    assert tables[0].drop(columns="comment").equals(tables[1].drop(columns="comment"))
+
+
+def test_a_csv_of_ascii_has_no_mark(tmp_path, trained):
+    (tmp_path / "in.csv").write_text("text\ngood\nbad\n")
+    done("predict", trained / "run", tmp_path / "in.csv", "--out", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_bytes().startswith(b"id,")
+
+
+def test_web_exports_are_read_as_text_and_written_as_they_stood(tmp_path, trained):
+    result = done("predict", trained / "run", FILES / "html.csv", "--out", tmp_path / "out.csv")
+    assert "2 comments freed of HTML" in result.stderr
+    (tmp_path / "plain.tsv").write_text("comment\n국이 식었어요. 다신 안 가요\n면발이 쫄깃해요 👍\n", encoding="utf-8")
+    done("predict", trained / "run", tmp_path / "plain.tsv", "--out", tmp_path / "plain_out.csv")
+    web, plain = (pd.read_csv(tmp_path / f"{name}.csv", dtype=str) for name in ("out", "plain_out"))
+    assert web.comment[0] == "국이&nbsp;식었어요.<br>다신&nbsp;안 가요"
+    assert web.drop(columns="comment").equals(plain.drop(columns="comment"))
+
+
+def test_labels_of_spreadsheets_are_the_labels_of_the_run(tmp_path, tiny, trained):
+    as_floats = [(i, comment, f"{label}.0") for i, comment, label in ROWS]
+    (tmp_path / "floats.csv").write_text(tsv(as_floats).replace("\t", ","), encoding="utf-8")
+    done("evaluate", trained / "run", tmp_path / "floats.csv", "--out", tmp_path / "judged")
+    whole = json.loads((tmp_path / "judged" / "metrics.json").read_text())
+    done("evaluate", trained / "run", trained / "train.tsv", "--out", tmp_path / "before")
+    assert whole["accuracy"] == json.loads((tmp_path / "before" / "metrics.json").read_text())["accuracy"]
+    done(*train_arguments(tiny, tmp_path / "floats.csv"), "--out", tmp_path / "run", "--label-word", "0=0",
+         "--label-word", "1.0=1")  # fmt: skip
+    saved = json.loads((tmp_path / "run" / "classifier.json").read_text())
+    assert (saved["classes"]["values"], saved["words"]) == (["0.0", "1.0"], ["0", "1"])
+    done("decide", tmp_path / "run", "--cost", "1=5")
+    done("predict", tmp_path / "run", trained / "new.tsv", "--out", tmp_path / "out.tsv")
+    assert set(read_comments(tmp_path / "out.tsv")["label"]) <= {"0.0", "1.0"}
+    (tmp_path / "odd.csv").write_text("comment,label\n굿,0\n음,2\n")
+    line = fails(tmp_path, tmp_path / "out", "evaluate", tmp_path / "run", tmp_path / "odd.csv")
+    assert "odd.csv line 3: label '2' is not one of 0.0, 1.0" in line
+
+
+def test_a_run_remembers_how_its_file_was_read(tmp_path, tiny):
+    rows = [("번호", "후기", "감정"), *ROWS]
+    text = "\n".join(";".join(row) for row in rows)
+    (tmp_path / "own.txt").write_text(text, encoding="cp949")
+    options = ["--comment-column", "후기", "--label-column", "감정", "--id-column", "번호", "--encoding", "cp949"]
+    result = done(*train_arguments(tiny, tmp_path / "own.txt"), *options, "--out", tmp_path / "run")
+    assert "own.txt: read as ';'-separated CP949" in result.stderr
+    described = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data"]
+    assert described["reading"]["comment_column"] == "후기" and described["rows"] == 24
+    done("train", "--from", tmp_path / "run" / "run.json", "--out", tmp_path / "again")
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("run", "again")]
+    assert adapters[0] == adapters[1]
+    judged = done("evaluate", tmp_path / "run", tmp_path / "own.txt", *options, "--out", tmp_path / "judged")
+    assert "no baseline" not in judged.stderr
+
+
+def test_words_for_missing_labels_can_be_labels(tmp_path, tiny):
+    words = [(i, comment, "None" if label == "0" else "some") for i, comment, label in ROWS]
+    (tmp_path / "words.tsv").write_text(tsv(words), encoding="utf-8")
+    line = fails(tmp_path, tmp_path / "out", *train_arguments(tiny, tmp_path / "words.tsv"))
+    assert "'None' stands for none" in line and "--keep-na" in line
+    shutil.rmtree(tmp_path / "out")
+    done(*train_arguments(tiny, tmp_path / "words.tsv"), "--keep-na", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "classifier.json").read_text())["classes"]["values"] == ["None", "some"]
+
+
+def test_blank_comments_can_be_left_out(tmp_path, trained):
+    rows = [*ROWS[:4], ("98", " ", "1"), *ROWS[4:6], ("99", "", "0")]
+    (tmp_path / "gaps.tsv").write_text(tsv(rows), encoding="utf-8")
+    line = fails(tmp_path, tmp_path / "new" / "out.tsv", "predict", trained / "run", tmp_path / "gaps.tsv")
+    assert "2 rows (line 6, 9)" in line and "--skip-blank" in line
+    result = done("predict", trained / "run", tmp_path / "gaps.tsv", "--out", tmp_path / "out.tsv", "--skip-blank")
+    assert "2 rows with blank comments left out" in result.stderr and len(read_comments(tmp_path / "out.tsv")) == 6
+
+
+def test_excel_in_the_shell(tmp_path, trained):
+    rows = pd.DataFrame(ROWS[:5], columns=["id", "comment", "label"])
+    with pd.ExcelWriter(tmp_path / "book.xlsx") as book:
+        rows.head(2).to_excel(book, sheet_name="one", index=False)
+        rows.to_excel(book, sheet_name="two", index=False)
+    done("predict", trained / "run", tmp_path / "book.xlsx", "--out", tmp_path / "out.tsv")
+    assert len(read_comments(tmp_path / "out.tsv")) == 2
+    done("predict", trained / "run", tmp_path / "book.xlsx", "--sheet", "two", "--out", tmp_path / "out.tsv")
+    assert len(read_comments(tmp_path / "out.tsv")) == 5
+    done("submit", trained / "run", tmp_path / "book.xlsx", "--sheet", "two", "--out", tmp_path / "sub.xlsx")
+    filled = pd.read_excel(tmp_path / "sub.xlsx", sheet_name="two", dtype=str)
+    assert filled.comment.tolist() == rows.comment.tolist()
+    assert pd.read_excel(tmp_path / "sub.xlsx", sheet_name="one").shape == (2, 3)
+    third = ["predict", trained / "run", tmp_path / "book.xlsx", "--sheet", "3"]
+    line = fails(tmp_path, tmp_path / "new" / "o.tsv", *third)
+    assert "no sheet '3' among 'one', 'two'" in line and "--sheet" in line
+
+
+def test_a_base_that_moved_is_given_with_preset(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "base")
+    (tmp_path / "train.tsv").write_text(tsv(ROWS), encoding="utf-8")
+    done("train", "train.tsv", "--out", "run", "--preset", "base", "--epochs", 1, "--rank", 2)
+    for name, place in (("classifier.json", "parameters"), ("run.json", "settings")):
+        saved = json.loads((tmp_path / "run" / name).read_text(encoding="utf-8"))
+        assert saved[place]["preset"] == str(tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    release_bases()
+    for command, out in (("evaluate", "judged"), ("predict", "o.tsv"), ("submit", "s.tsv"), ("suggest", "n.tsv")):
+        line = one_error_line(call(command, "run", "train.tsv", "--out", out, "--quiet"), 2)
+        assert "--preset" in line and str(tmp_path / "base") in line and not Path(out).exists()
+        done(command, "run", "train.tsv", "--out", out, "--preset", "moved")
+        release_bases()
+
+
+def test_printing_never_fails_a_finished_command(tmp_path, trained):
+    code = "import sys; from gemma_lora_sentiment.cli import app; app(sys.argv[1:])"
+    arguments = ["predict", str(trained / "run"), str(trained / "new.tsv"), "--out", "예측.csv"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert b"7 rows written to \\uc608\\uce21.csv" in result.stdout and Path("예측.csv").exists()

@@ -72,8 +72,13 @@ MALFORMED = [
     ("columns.csv", "a,b\n1,2\n", None, "comment", "no comment column among 'a', 'b'"),
     ("columns.tsv", "id\tcomment\n1\t굿\n", None, "label", "no label column among 'id', 'comment'"),
     ("lines.txt", "굿\n별로\n", None, "label", "labelled=False"),
-    ("tabs.csv", ROWS, None, "comment", "pass format='tsv'"),
-    ("semicolons.csv", "id;comment;label\n1;굿;1\n", None, "comment", "Part the fields with commas"),
+    ("either.txt", "comment;a,comment\n굿;1,음\n", None, None, "may be parted by ',' as well as by ';'"),
+    ("table_or_lines.txt", "번호,후기\n1,굿\n2,음\n", None, None, "a table parted by ',', or one comment a line"),
+    ("null_label.csv", "id,comment,label\n1,굿,NULL\n", 2, "label", "'NULL' stands for none, as do NaN, NA"),
+    ("none_label.jsonl", '{"comment": "굿", "label": "none"}', 1, "label", "label is missing: 'none' stands for none"),
+    ("mixed.jsonl", '{"comment": "a", "label": 0}\n{"comment": "b", "label": "0"}', 2, "label", "'0' is a text"),
+    ("truth.jsonl", '{"comment": "a", "label": 0}\n{"comment": "b", "label": true}', 2, "label", "True is a truth"),
+    ("gaps.csv", "comment,label\n굿,1\n" + ' ,1\n' * 7, 3, "comment", "in 7 rows (line 3, 4, 5, 6, 7 and 2"),
     ("twice.tsv", "id\tcomment\tlabel\tlabel\n1\t굿\t1\t0\n", None, "label", "two columns are named 'label'"),
     ("either.tsv", "id\ttext\treview\tlabel\n1\ta\tb\t0\n", None, "comment", "'text', 'review' could all be"),
     ("empty_label.tsv", HEADER + "1\t굿\t1\n2\t별로\t\n", 3, "label", "label is missing"),
@@ -104,9 +109,10 @@ MALFORMED = [
     ("swallow.csv", 'id,comment,label\n1,"좋아요,1\n2,"나빠요",0\n', 2, None, "quotation marks do not pair"),
     ("after_quote.csv", 'id,comment,label\n1,"좋"아요,1\n', 2, None, "quotation marks do not pair"),
     ("json.jsonl", '{"comment": "굿", "label": 1}\n{"comment"}\n', 2, None, "not JSON"),
-    ("array.json", '[{"comment": "굿"}]', 1, None, "is no JSON object"),
+    ("array.json", '[{"comment": "굿"}]', None, "label", "no label column among 'comment'"),
+    ("object.json", '{"comment":\n "굿", "label": 1}', 1, None, "not JSON"),
     ("keys.jsonl", '{"comment": "a", "comment": "b", "label": 1}', 1, None, "a key stands twice"),
-    ("deep.jsonl", "[" * 100_000, 1, None, "not JSON"),
+    ("deep.jsonl", "\n" + '{"a":' * 100_000, 2, None, "not JSON"),
     ("program.txt", bytes(range(256)) * 4, None, None, "looks binary"),
     ("zeros.txt", b"\0" * 100, None, None, "looks binary"),
     ("excel.csv", b"PK\x03\x04" + bytes(100), None, None, "is an Excel or zip file"),
@@ -137,6 +143,24 @@ def test_malformed_file_is_one_line(name, content, row, column, message):
     if row is not None:
         assert str(error).startswith(f"{name} line {row}: ")
     assert os.listdir() == [name]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[" * 100_000, "array.json row 1: not JSON"),
+        ('[{"comment": "a", "label": 1}, {"comment": "b"}]', "array.json row 2: the label is missing"),
+        ('[{"comment": "a", "label": 1}, 5]', "array.json row 2: 5 is no JSON object"),
+        ('[{"comment": "a", "label": 1} {"comment": "b"}]', "array.json row 2: not JSON ('{"),
+        ('[{"comment": "a", "label": 1},\n', "array.json row 2: not JSON (the array does not end)"),
+        ('[{"comment": "a", "label": 1}] []', "array.json row 2: not JSON (something stands after the array)"),
+        ("[]", "array.json: a header () and no rows"),
+    ],
+)
+def test_malformed_array_names_the_row(content, message):
+    with pytest.raises(DataError) as caught:
+        read_comments(write("array.json", content))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_missing_file_and_folder():
@@ -339,14 +363,15 @@ def test_extra_columns_are_kept_and_ids_numbered():
 
 
 def test_text_is_kept_as_it_stands():
-    table = read_comments(write("a.tsv", HEADER + "01\tNA\t01\n1\tnull\t1\n1.0\tNone\t1.0\n1e3\tnan\tnull\n"))
-    assert values(table) == [["01", "NA", "01"], ["1", "null", "1"], ["1.0", "None", "1.0"], ["1e3", "nan", "null"]]
+    write("a.tsv", HEADER + "01\tNA\t01\n1\tnull\t1\n1.0\tNone\t1.5\n1e3\tnan\tnull\n")
+    table = read_comments("a.tsv", keep_na=True)
+    assert values(table) == [["01", "NA", "01"], ["1", "null", "1"], ["1.0", "None", "1.5"], ["1e3", "nan", "null"]]
     assert all(type(value) is str for row in values(table) for value in row)
 
 
 def test_types_from_json_lines_are_kept():
-    write("a.jsonl", '{"id": 1, "comment": "a", "label": 1}\n{"id": "1b", "comment": "b", "label": "1"}\n')
-    assert values(read_comments("a.jsonl")) == [[1, "a", 1], ["1b", "b", "1"]]
+    write("a.jsonl", '{"id": 1, "comment": "a", "label": 1}\n{"id": "1b", "comment": "b", "label": 0}\n')
+    assert values(read_comments("a.jsonl")) == [[1, "a", 1], ["1b", "b", 0]]
     write("b.jsonl", '{"comment": "a", "label": true}\n{"comment": "b", "label": false}\n')
     assert read_comments("b.jsonl")["label"].dtype == bool
     write("c.jsonl", '{"comment": "a", "label": 1}\n{"comment": "b"}\n')
@@ -397,8 +422,9 @@ def test_allowed_labels():
     with pytest.raises(DataError, match="label '1' is not one of 00, 01"):
         read_comments("a.tsv", labels=("00", "01"))
     frame = pd.DataFrame({"comment": ["굿"], "label": ["1"]})
-    with pytest.raises(DataError, match="label '1' is not one of 0, 1"):
-        read_comments(frame, labels=(0, 1))
+    assert read_comments(frame, labels=(0, 1))["label"].tolist() == ["1"]
+    with pytest.raises(DataError, match="label '1' is not one of True, False"):
+        read_comments(frame, labels=(True, False))
     missing = read_comments(write("b.tsv", HEADER + "1\t굿\t\n"), labels=(0, 1), labelled=False)
     assert missing["label"].tolist() == [None]
 

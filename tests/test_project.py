@@ -28,7 +28,8 @@ MODULES = sorted(path for path in (ROOT / PACKAGE).glob("*.py") if not path.name
 
 # What a room may import of ours. Data flows down this table and never back.
 ROOM_IMPORTS = {
-    "data": set(),
+    "tables": set(),
+    "data": {"tables"},
     "prompt": {"data"},
     "cache": {"data"},
     "credentials": set(),
@@ -42,23 +43,25 @@ ROOM_IMPORTS = {
     "export": {"model", "adapter"},
     "training": {"backend", "prompt", "model", "memory", "adapter", "checkpoint"},
     "classifier": {"data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "training"},
-    "evaluation": set(),
-    "analysis": {"evaluation"},
+    "evaluation": {"data"},
+    "analysis": {"data", "evaluation"},
     "report": {"data", "evaluation", "analysis"},
-    "figures": {"evaluation"},
-    "submission": {"data"},
+    "figures": {"data", "evaluation"},
+    "submission": {"data", "tables"},
     "scale": {
-        *("data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
+        *("tables", "data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
     },
     "pretraining": {"model", "prompt"},
     "benchmark": {"data", "prompt", "cache", "model", "precision", "adapter", "training", "classifier"},
     "cli": {
-        *("data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
+        *("tables", "data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
         *("training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
         *("pretraining", "benchmark", "scale"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"]
+ROOMS_WITHOUT_KERAS = [
+    *("tables", "data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"),
+]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {

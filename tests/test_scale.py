@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, scale, scoring
+from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, scale, scoring, tables
 from gemma_lora_sentiment.backend import without_tensorflow
 from gemma_lora_sentiment.data import DataError, write_table
 from gemma_lora_sentiment.model import keras_nlp, tiny_gemma
@@ -78,7 +78,7 @@ def test_chunks_hold_what_read_comments_reads(name, encoding, pack, tmp_path, mo
     path = tmp_path / f"{name}{pack or ''}"
     path.write_bytes(packers[pack](TEXTS[name].encode(encoding)))
     expected = read_comments(path, labelled=False)[["id", "comment"]]
-    monkeypatch.setattr(scale, "_BLOCK", 5)  # characters and line ends are cut in two
+    monkeypatch.setattr(tables, "_BLOCK", 5)  # characters and line ends are cut in two
     for rows in (1, 2, 100):
         chunks = list(read_chunks(path, rows))
         found = pd.concat([chunk.table for chunk in chunks], ignore_index=True)
@@ -122,7 +122,8 @@ def test_parquet_in_chunks_across_row_groups(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"tekst": "c"}\n', "line 3: the comment is empty"),
         ("a.tsv.gz", gzip.compress(b"comment\n" + b"a\n" * 99, mtime=0)[:-12], "cannot be unpacked"),
         ("a.parquet", b"PAR1 and nothing else", "not a whole Parquet file"),
-        ("a.xlsx", b"PK\x03\x04", "unknown format"),
+        ("a.xlsx", b"PK\x03\x04", "not a whole Excel file"),
+        ("a.docx", b"comment\na\n", "unknown format"),
         ("a.tsv", b"PK\x03\x04", "an Excel or zip file"),
     ],
 )
@@ -133,12 +134,12 @@ def test_bad_rows_are_named_when_they_are_reached(name, content, said, tmp_path)
 
 
 def test_bytes_that_are_no_text_far_into_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, "_BLOCK", 16)
-    monkeypatch.setattr(scale, "_HEAD", 64)
-    (tmp_path / "a.tsv").write_bytes(b"comment\n" + "좋아요\n".encode() * 50 + b"\xff\xff\n")
+    monkeypatch.setattr(tables, "_BLOCK", 16)
+    monkeypatch.setattr(tables, "_HEAD", 64)
+    (tmp_path / "a.tsv").write_bytes(b"comment\n" + "좋아요\n".encode() * 1500 + b"\xff\xff\n")
     reading = read_chunks(tmp_path / "a.tsv", 10)
     assert len(next(reading).table) == 10
-    with pytest.raises(DataError, match="line 52: not utf-8"):
+    with pytest.raises(DataError, match="line 1502: not utf-8"):
         list(reading)
 
 

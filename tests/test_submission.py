@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from gemma_lora_sentiment import submission
-from gemma_lora_sentiment.data import DataError
-from gemma_lora_sentiment.submission import check_submission, write_submission
+from gemma_lora_sentiment.data import DataError, Reading
+from gemma_lora_sentiment.submission import check_submission, sample_comments, write_submission
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "tarr_sample_submit.txt"
 needs_real_file = pytest.mark.skipif(not REAL.exists(), reason="the tutorial's sample file is absent")
@@ -134,8 +134,7 @@ def test_labels_as_the_sample_writes_them(sample_labels, predictions, expected):
 def test_header_order_and_further_columns_are_the_samples():
     sample = 'Label,kind,Text,Idx\n0,x,"맛은\n좋고,\t또 ""올게""요",07\n1, y ,  굿  ,8\n'
     Path("a.csv").write_text(sample, encoding="utf-8")
-    text = written({"07": 1, 8: 0}, "a.csv")
-    assert text == 'Label\tkind\tText\tIdx\n1\tx\t맛은 좋고, 또 "올게"요\t07\n0\t y \t  굿  \t8\n'
+    assert written({"07": 1, 8: 0}, "a.csv") == sample.replace("\n0,x", "\n1,x").replace("\n1, y", "\n0, y")
 
 
 def test_comments_are_written_as_they_stand():
@@ -202,7 +201,7 @@ def test_interrupted_rename_keeps_the_earlier_file(monkeypatch):
 
 
 def test_the_file_is_checked_before_it_gets_its_name(monkeypatch):
-    def refuse(path, sample):
+    def refuse(path, sample, **_):
         assert Path(path).read_text(encoding="utf-8").count("\n") == 4
         raise DataError("refused.")
 
@@ -220,6 +219,76 @@ def test_file_mode_is_that_of_other_files():
 
 def test_sample_can_be_overwritten_by_its_submission():
     assert written(BY_ID, out="sample.txt") == 'id\tcomment\tlabel\n3\t굿\t1\n1\t별로\t0\n2\t"처음\t1\n'
+
+
+FORMS_OF_SAMPLES = {  # name: (text of the sample, its text with the labels 1 and 0)
+    "comma.csv": ('id,text,target\n7,"국, 정말",0\n9,굿,0\n', 'id,text,target\n7,"국, 정말",1\n9,굿,0\n'),
+    "bom.csv": ("\ufeffid,target\r\n7,0\r\n9,0", "\ufeffid,target\n7,1\n9,0\n"),
+    "all.csv": ('"id";"y"\n"7";"0"\n"9";"0"\n', '"id";"y"\n"7";"1"\n"9";"0"\n'),
+    "order.txt": ("target|id\n0|7\n0|9\n", "target|id\n1|7\n0|9\n"),
+    "quoted.tsv": ('id\ttext\ty\n7\t"두\n줄 ""x"""\t0\n9\t"굿\t0\n', 'id\ttext\ty\n7\t"두\n줄 ""x"""\t1\n9\t"굿\t0\n'),
+    "added.csv": ('id,"text"\n7,굿\n9,음\n', 'id,"text",label\n7,굿,1\n9,음,0\n'),
+    "gaps.csv": ("id,target\n7,0\n\n,\n9,0\n", "id,target\n7,1\n9,0\n"),
+    "array.json": ('[{"id": 7, "y": 0}, {"id": 9, "y": 0}]', '[{"id": 7, "y": 1}, {"id": 9, "y": 0}]\n'),
+    "truth.jsonl": (
+        '{"y": false, "id": "7"}\n{"y": true, "id": "9"}\n', '{"y": true, "id": "7"}\n{"y": false, "id": "9"}\n'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS_OF_SAMPLES)
+def test_a_submission_has_the_form_of_its_sample(name):
+    text, expected = FORMS_OF_SAMPLES[name]
+    Path(name).write_bytes(text.encode())
+    out = f"out{Path(name).suffix}"
+    for predictions in ([1, 0], {"7": 1, "9": 0}):
+        path = write_submission(predictions, name, out)
+        assert path.read_bytes().decode() == expected
+        assert check_submission(path, name)["value"]["rows"] == 2
+    Path(out).write_bytes(expected.replace("7", "8").encode())
+    with pytest.raises(DataError, match=f"^{re.escape(out)} (line|row) .*'8' where {name} has '7'"):
+        check_submission(out, name)
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".parquet"])
+def test_typed_samples_keep_their_types_and_columns(suffix):
+    table = pd.DataFrame({"id": [7, 9], "extra": ["a", None], "label": [0, 0]})
+    writer, reader = (f"to_{suffix[1:]}", pd.read_parquet) if suffix == ".parquet" else ("to_excel", pd.read_excel)
+    getattr(table, writer)(f"sample{suffix}", index=False)
+    path = write_submission(["1", "0"], f"sample{suffix}", f"out{suffix}")
+    found = reader(path)
+    assert found.astype(object).where(found.notna(), None).to_numpy().tolist() == [[7, "a", 1], [9, None, 0]]
+    with pytest.raises(DataError, match="Give the file the sample's suffix"):
+        write_submission(["1", "0"], f"sample{suffix}", "out.csv")
+    assert not Path("out.csv").exists()
+
+
+def test_a_name_that_promises_another_format_is_refused():
+    Path("s.csv").write_text("id,target\n7,0\n")
+    assert write_submission([1], "s.csv", now=datetime(2024, 1, 1)).name == "tarr_my_submit_20240101_000000.csv"
+    for out in ("o.tsv", "o.jsonl", "o.parquet", "o.xlsx", "o.tab"):
+        with pytest.raises(DataError, match=f"^{out}: the sample is ','-separated UTF-8"):
+            write_submission([1], "s.csv", out)
+    for out in ("o.csv", "o.txt", "o", "o.sub"):
+        assert write_submission([1], "s.csv", out).read_text() == "id,target\n7,1\n"
+    assert sorted(os.listdir()) == sorted(
+        ["o", "o.csv", "o.sub", "o.txt", "s.csv", "sample.txt", "tarr_my_submit_20240101_000000.csv"]
+    )
+
+
+def test_comments_of_another_file_by_order():
+    Path("ids.csv").write_text("id,target\n7,0\n9,0\n")
+    Path("lines.txt").write_text("굿\n음\n", encoding="utf-8")
+    assert sample_comments("ids.csv", "lines.txt") == ["굿", "음"]
+    Path("lines.txt").write_text("굿\n음\n또\n", encoding="utf-8")
+    with pytest.raises(DataError, match="lines.txt: 3 comments for the 2 rows of ids.csv, and no ids"):
+        sample_comments("ids.csv", "lines.txt")
+    Path("texts.csv").write_text("번호,본문\n9,음\n7,굿\n", encoding="utf-8")
+    reading = Reading(id_column="번호", comment_column="본문")
+    with pytest.raises(DataError, match="no column '번호' among 'id', 'target'"):
+        sample_comments("ids.csv", "texts.csv", reading)
+    Path("own.csv").write_text("번호,target\n7,0\n9,0\n", encoding="utf-8")
+    assert sample_comments("own.csv", "texts.csv", reading) == ["굿", "음"]
 
 
 WRONG_FILES = {

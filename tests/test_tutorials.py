@@ -24,19 +24,24 @@ SHORTER = {  # what a slice writes otherwise than the page: text of a cell -> wh
 # one length, since most of the time is compilation; and no name but this machine's has an address.
 SLICE = """
 import dataclasses
+import pathlib
 import socket
+import tempfile
 import gemma_lora_sentiment.data as data
 import gemma_lora_sentiment.training as training
 
-whole_table = data._load
+whole_file_of = data.locate
 
-def sliced_table(source, *args):
-    table = whole_table(source, *args)
+def sliced_file(source):
+    path = whole_file_of(source)
     if source not in data._BUNDLED_FILES:
-        return table
-    return table._replace(cells=table.cells.groupby({columns}, sort=False).head({rows}))
+        return path
+    table = data.read_table(path).groupby({columns}, sort=False).head({rows})
+    part = pathlib.Path(tempfile.mkdtemp()) / path.name
+    data.write_table(table, part)
+    return part
 
-data._load = sliced_table
+data.locate = sliced_file
 for name, recipe in training.RECIPES.items():
     training.RECIPES[name] = dataclasses.replace(recipe, epochs=1)
 
