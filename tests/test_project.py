@@ -34,6 +34,7 @@ ROOM_IMPORTS = {
     "credentials": set(),
     "backend": set(),
     "blocks": {"backend"},
+    "gguf_files": {"backend", "data"},
     "model": {"backend", "blocks", "cache", "credentials"},
     "memory": {"model"},
     "precision": {"backend", "credentials", "model", "memory"},
@@ -209,8 +210,9 @@ def test_third_party_imports_are_declared(path):
     project = pyproject()["project"]
     declared = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     distributions = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in declared}
-    # JAX and scikit-learn both require NumPy and SciPy.
-    distribution_of = {"sklearn": "scikit-learn", "keras_nlp": "keras-nlp", "numpy": "jax", "scipy": "scikit-learn"}
+    # JAX and scikit-learn both require NumPy and SciPy, and JAX requires ml_dtypes.
+    distribution_of = {"sklearn": "scikit-learn", "keras_nlp": "keras-nlp", "numpy": "jax", "scipy": "scikit-learn",
+                       "ml_dtypes": "jax"}  # fmt: skip
     known = {PACKAGE, *sys.stdlib_module_names, "tensorflow"}  # KerasHub brings it, rooms only keep it out of the way
     roots = {module.split(".")[0] for module, _ in imports_of(path)} - known
     assert {distribution_of.get(root, root) for root in roots} <= distributions
