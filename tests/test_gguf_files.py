@@ -515,12 +515,12 @@ def test_logits_of_gemma3_270m_are_those_of_transformers(real, real_logits):
 # --- llama.cpp
 
 
-def llama_log_probabilities(path, token_ids, n, lora=None):
+def llama_log_probabilities(path, token_ids, n, lora=None, top=None):
     "Of the next token, by id; nan for what llama.cpp does not tell. It ends with the process that loaded it."
     code = """
 import json, sys
 import numpy as np, xllamacpp
-path, ids, n, lora = json.loads(sys.argv[1])
+path, ids, top, lora = json.loads(sys.argv[1])
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.warmup, params.n_parallel, params.cpuparams.n_threads = path, 1024, False, 1, 2
 if lora:
@@ -528,12 +528,12 @@ if lora:
     adapter.path, adapter.scale = lora, 1.0
     params.lora_adapters = [adapter]
 server = xllamacpp.Server(params)
-request = {"prompt": ids, "max_tokens": 1, "logprobs": n, "temperature": -1, "cache_prompt": False}
+request = {"prompt": ids, "max_tokens": 1, "logprobs": top, "temperature": -1, "cache_prompt": False}
 answer = server.handle_completions(request)
 tops = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
 print("ANSWER", json.dumps([[top["id"], top["logprob"]] for top in tops]))
 """
-    arguments = json.dumps([str(path), [int(i) for i in token_ids], n, lora and str(lora)])
+    arguments = json.dumps([str(path), [int(i) for i in token_ids], top or n, lora and str(lora)])
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
@@ -590,7 +590,7 @@ def test_llama_cpp_computes_the_same_with_gemma3_270m_as_f16(real, real_logits, 
     pytest.importorskip("xllamacpp")
     path = write_gguf(tmp_path / "m.gguf", real.family, real.config, real.arrays, real.tokenizer_proto, "f16")
     ids, logits = EXPECTED["prompts"][2]["ids"], real_logits[2][-1]
-    ours, theirs = logits - log_sum_exp(logits), llama_log_probabilities(path, ids, len(logits))
+    ours, theirs = logits - log_sum_exp(logits), llama_log_probabilities(path, ids, len(logits), top=1000)
     likely = np.argsort(-ours)[:200]
     assert not np.isnan(theirs[likely]).any()
     assert np.abs(theirs - ours)[likely].max() < 0.05

@@ -41,6 +41,7 @@ ROOM_IMPORTS = {
     "adapter": {"model"},
     "checkpoint": {"adapter"},
     "export": {"model", "adapter"},
+    "serving_files": {"data", "prompt"},
     "training": {"backend", "prompt", "model", "memory", "adapter", "checkpoint"},
     "classifier": {"data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "training"},
     "evaluation": set(),
@@ -59,7 +60,9 @@ ROOM_IMPORTS = {
         *("pretraining", "benchmark", "scale"),
     },
 }
-ROOMS_WITHOUT_KERAS = ["data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"]
+ROOMS_WITHOUT_KERAS = [
+    *("data", "prompt", "credentials", "serving_files", "evaluation", "analysis", "report", "figures", "submission"),
+]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
 README_COMMANDS = {
