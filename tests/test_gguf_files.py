@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 
 from gemma_lora_sentiment import gguf_files
+from gemma_lora_sentiment.adapter import Adapter, padded_pairs
 from gemma_lora_sentiment.backend import ModelError
 from gemma_lora_sentiment.gguf_files import (
     GEMMA3_270M_SHA256,
@@ -584,6 +585,32 @@ def test_llama_cpp_adds_an_adapter_as_it_is_merged(tiny, tmp_path):
     ours = logits - log_sum_exp(logits)
     assert np.nanmax(np.abs(without - ours)) > 0.5  # the adapter does something
     assert_close(llama_log_probabilities(base, token_ids, n, lora), ours, 0.02)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 5.0])
+def test_an_adapter_of_keras_is_the_same_in_llama_cpp(tiny, tmp_path, alpha):
+    "One A a head on the query, padded with zeros on the other layers, its scale in B."
+    pytest.importorskip("xllamacpp")
+    family, config, arrays, proto = tiny("gemma2")
+    rng, lora, merged = np.random.default_rng(3), {}, dict(arrays)
+    targets = ("query", "value", "attention_output", "ffw_linear")
+    for path, kernel in arrays.items():
+        if path.split("/")[-2] in targets:
+            a = rng.normal(0, 0.2, (*kernel.shape[:-1], 3)).astype(np.float32)
+            b = rng.normal(0, 0.2, (3, kernel.shape[-1])).astype(np.float32)
+            layer = path.removesuffix("/kernel")
+            lora |= {f"{layer}/lora_kernel_a": a, f"{layer}/lora_kernel_b": b}
+            merged[path] = kernel + np.float32(alpha / 3) * (a @ b)
+    pairs = padded_pairs(Adapter(lora, 3, alpha, targets))
+    rank = next(iter(pairs.values()))[0].shape[0]
+    assert rank == 3 * config["num_query_heads"]
+    base = write_gguf(tmp_path / "base.gguf", family, config, arrays, proto, "f32")
+    adapter = write_gguf_lora(tmp_path / "lora.gguf", gguf_architecture(family, config), pairs, alpha=rank)
+    model = read_gguf(write_gguf(tmp_path / "merged.gguf", family, config, merged, proto, "f32"))
+    n = config["vocabulary_size"]
+    token_ids = [2, *np.random.default_rng(1).integers(8, n, 40)]
+    logits = logits_program(backbone_of(model))(token_ids, [len(token_ids) - 1])[0]
+    assert_close(llama_log_probabilities(base, token_ids, n, adapter), logits - log_sum_exp(logits), 0.03)
 
 
 def test_llama_cpp_computes_the_same_with_gemma3_270m_as_f16(real, real_logits, tmp_path):
