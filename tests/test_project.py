@@ -48,7 +48,8 @@ ROOM_IMPORTS = {
     "training": {"backend", "gemma", "prompt", "model", "memory", "adapter", "checkpoint", "scoring"},
     "tutorial": {*("backend", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "upstream")},
     "classifier": {
-        *("data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "scoring", "training", "tutorial"),
+        *("data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "scoring", "training"),
+        "tutorial",
     },
     "evaluation": {"data"},
     "analysis": {"data", "evaluation"},
@@ -56,7 +57,8 @@ ROOM_IMPORTS = {
     "figures": {"data", "evaluation"},
     "submission": {"data", "tables"},
     "scale": {
-        *("tables", "data", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "classifier", "analysis"),
+        *("tables", "data", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "classifier"),
+        "analysis",
     },
     "pretraining": {"model", "prompt"},
     "benchmark": {
