@@ -342,9 +342,8 @@ def test_a_deeper_base_is_no_more_to_trace(family, groups, tmp_path, monkeypatch
         base = load_base(tiny_gemma(tmp_path / str(layers), family, num_layers=layers))
         assert len(base.config.groups) == groups
         for apart in (False, True):
+            arrays, config = laid(base, apart)
             traced.clear()
-            config = replace(base.config, apart=apart)
-            arrays = jax.eval_shape(lambda config=config, base=base: stacked(dict(base.weights()), config))
             given = {**inputs_of(), "positions": PLACES}
             jax.jit(hidden_at, static_argnums=(3,)).lower(arrays, without(config), given, config)
             counts[layers, apart] = len(traced)
@@ -482,7 +481,7 @@ def test_ten_adapters_side_by_side_are_ten_adapters(small):
         assert abs(float(seen["step_loss"][i]) - float(metrics["step_loss"])) < 1e-4
         mapped, alone = (jax.tree.leaves(layout.cut(v)) for v in (together["adapter"][i], state["adapter"]))
         for ours, expected in zip(mapped, alone, strict=True):
-            close(ours, expected, 1e-4)
+            close(ours, expected, 1e-3)  # Adam makes differences of small gradients as large as those of large ones
 
 
 EIGHT = """
@@ -569,13 +568,13 @@ def test_16_bits_are_close_to_32(dtype, small):
     base, wide, batch = load_base(small, dtype), load_base(small), inputs_of()
     adapter = full(base)
     rounded = {path: array.astype(np.float32) for path, array in base.weights()}
-    exact = run(stacked(rounded, wide.config), lend(wide, adapter), batch, wide.config)
+    exact = run(stacked(dict(rounded), wide.config), lend(wide, adapter), batch, wide.config)
     ours = run(base.arrays, lend(base, adapter), batch, base.config)
     share = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]  # to which a number is rounded
-    close(ours, exact, 16 * share)
+    assert np.abs(ours - exact).mean() < 16 * share * np.abs(exact).mean()
     backbone = keras_backbone(small, dtype)
     theirs = np.asarray(jax.jit(backbone)(keras_inputs(backbone, batch)), np.float32)
-    plain = run(stacked(rounded, wide.config), without(wide.config), batch, wide.config)
+    plain = run(stacked(dict(rounded), wide.config), without(wide.config), batch, wide.config)
     plainly = run(base.arrays, without(base.config), batch, base.config)
     off, keras_off = (np.abs(found - plain).mean() for found in (plainly, theirs))
     assert off < 1.5 * keras_off, (off, keras_off)

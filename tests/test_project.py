@@ -67,8 +67,8 @@ ROOM_IMPORTS = {
     },
     "cli": {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
-        *("checkpoint", "training", "export", "classifier", "evaluation", "analysis", "report", "figures", "submission"),
-        *("pretraining", "benchmark", "scale"),
+        *("checkpoint", "training", "export", "classifier", "evaluation", "analysis", "report", "figures"),
+        *("submission", "pretraining", "benchmark", "scale"),
     },
 }
 ROOMS_WITHOUT_KERAS = [
