@@ -97,7 +97,7 @@ def stacked_lora(
 def unstacked_lora(
     stacked: Sequence[Mapping[str, Mapping[str, np.ndarray]]],  # as `stacked_lora` gives them
     like: Adapter,  # whose paths, shapes and order the arrays get
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
 ) -> dict[str, np.ndarray]:  # float32 arrays by path, copies
     "The inverse of `stacked_lora`."
     arrays = {}
@@ -113,7 +113,7 @@ def unstacked_lora(
 
 def lora_scales(
     adapter: Adapter,
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
 ) -> list[dict[str, np.ndarray]]:  # for each group of blocks: layer -> float32 (layers,)
     "What the product AB of each layer is multiplied by."
     groups = []

@@ -156,7 +156,7 @@ def gemma_config(
 
 # %% ../nbs/01d_gemma.ipynb #69e60eec
 def array_shapes(
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
 ) -> dict[str, tuple[int, ...]]:  # KerasHub's path of each array -> its shape, in KerasHub's order
     "Every array of a base, by its name in KerasHub."
     d, p = config.hidden_dim, config.per_layer_dim
@@ -170,7 +170,11 @@ def array_shapes(
     return shapes | {"final_normalization/scale": (d,)}
 
 
-def block_shapes(config: GemmaConfig, layer: Layer) -> dict[str, tuple[int, ...]]:
+def block_shapes(
+    config: GemmaConfig,  # of the base
+    layer: Layer,  # the block
+) -> dict[str, tuple[int, ...]]:  # path within the block -> shape, in KerasHub's order
+    "The arrays of one block."
     d, p, h, f, e = config.hidden_dim, config.per_layer_dim, layer.head_dim, layer.ffw_dim, config.experts
     shapes: dict[str, tuple[int, ...]] = {"layer_scalar": ()} if config.family == "Gemma4" else {}
     shapes["pre_attention_norm/scale"] = (d,)
@@ -204,11 +208,11 @@ def block_shapes(config: GemmaConfig, layer: Layer) -> dict[str, tuple[int, ...]
 _EXPERT_NORMS = ("pre_ffw_norm_moe", "post_ffw_norm_dense", "post_ffw_norm_moe_path")
 LORA_LAYERS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
 
-# %% ../nbs/01d_gemma.ipynb #f37d1a37
+# %% ../nbs/01d_gemma.ipynb #4b51209b
 def rms_norm(
     x: jax.Array,  # (..., d)
     scale: jax.Array | float,  # (d,), or one number
-    epsilon: float = 1e-6,
+    epsilon: float = 1e-6,  # added to the mean square
     offset: float = 1.0,  # added to the scale: Gemma 1 to 3 store it without this 1
 ) -> jax.Array:  # as x
     "Divide by the root of the mean square, in float32 ([Zhang and Sennrich 2019](https://arxiv.org/abs/1910.07467))."
@@ -216,10 +220,10 @@ def rms_norm(
     normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
     return (normed * (offset + jnp.asarray(scale, jnp.float32))).astype(x.dtype)
 
-# %% ../nbs/01d_gemma.ipynb #b83814e8
+# %% ../nbs/01d_gemma.ipynb #17512f38
 def rotary_angles(
     length: int,  # positions 0 to length - 1
-    layer: Layer,
+    layer: Layer,  # its shapes and rotation
 ) -> tuple[np.ndarray, np.ndarray]:  # cosines and sines, float32 (length, head_dim / 2)
     "How far each pair of numbers of a head is turned at each position."
     half, some = layer.head_dim // 2, (layer.rotated or layer.head_dim) // 2
@@ -238,7 +242,7 @@ def rotate(
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
-# %% ../nbs/01d_gemma.ipynb #7c4d97e8
+# %% ../nbs/01d_gemma.ipynb #15f1e105
 INT4_BLOCK = 128  # rows of a kernel that share a scale and a zero in int4
 
 
@@ -262,7 +266,7 @@ def unpack(
 
 
 def project(
-    x: jax.Array,
+    x: jax.Array,  # of any axes that the equation names
     kernel: jax.Array | Mapping[str, jax.Array],  # W
     equation: str,  # of xW, as `einsum` reads it; W's last axis is the output's last
     shape: Sequence[int] = (),  # of W, needed for int4
@@ -281,7 +285,7 @@ def project(
     low = jnp.einsum(f"{inputs},{of_kernel[:-1]}r->{output[:-1]}r", x, lora["a"].astype(x.dtype))
     return y + low @ (lora["b"] * lora["scale"]).astype(x.dtype)
 
-# %% ../nbs/01d_gemma.ipynb #b556b41a
+# %% ../nbs/01d_gemma.ipynb #8528fbc2
 def may_see(
     rows: jax.Array,  # int (b, l), number of the row that each token belongs to, among those of its line
     window: int = 0,  # tokens that one sees, itself included; 0: all before it
@@ -317,13 +321,13 @@ def attend(
 
 
 def soft_cap(
-    logits: jax.Array,
+    logits: jax.Array,  # of any shape
     cap: float | None,  # None: no limit
 ) -> jax.Array:
     "Keep logits within plus and minus `cap` (Gemma 2, [2024](https://arxiv.org/abs/2408.00118))."
     return logits if cap is None else jnp.tanh(logits / cap) * cap
 
-# %% ../nbs/01d_gemma.ipynb #fb0b25ab
+# %% ../nbs/01d_gemma.ipynb #97869375
 def feed_forward(
     x: jax.Array,  # (b, p, d)
     gate: Callable[[jax.Array], jax.Array],  # (b, p, d) -> (b, p, f)
@@ -338,7 +342,7 @@ def feed_forward(
 def route(
     x: jax.Array,  # (b, p, d)
     arrays: Mapping[str, jax.Array],  # of a block
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
 ) -> jax.Array:  # (b, p, experts), at most `experts_per_token` of them above 0
     "How much each expert counts for each token (Gemma 4)."
     normed = rms_norm(x, 0.0, config.norm_epsilon) * jnp.asarray(config.hidden_dim**-0.5, x.dtype)
@@ -362,7 +366,7 @@ def experts(
     weights = weights * arrays["moe_expert_bank/per_expert_scale"].astype(x.dtype)
     return jnp.einsum("ebpf,efd,bpe->bpd", hidden, down, weights)
 
-# %% ../nbs/01d_gemma.ipynb #7dbe5daa
+# %% ../nbs/01d_gemma.ipynb #878c5675
 def _added(x: jax.Array, y: jax.Array, config: GemmaConfig) -> jax.Array:
     if not config.clamped or x.dtype != jnp.float16:
         return x + y
@@ -379,7 +383,7 @@ def block(
     lora: Mapping[str, Mapping[str, jax.Array]],  # layer -> a, b, scale
     turns: tuple[jax.Array, jax.Array],  # cosines and sines, float32 (l, head_dim / 2)
     seen: jax.Array,  # bool (b, p, l), which tokens those at `places` see
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
     layer: Layer,  # its shapes
     places: jax.Array | None = None,  # int (b, p), tokens whose new hidden states are wanted; all by default
     borrowed: tuple[jax.Array, jax.Array] | None = None,  # keys and values of an earlier block
@@ -429,7 +433,7 @@ def block(
         x = x * arrays["layer_scalar"].astype(x.dtype)
     return x, (keys, values)
 
-# %% ../nbs/01d_gemma.ipynb #8003616e
+# %% ../nbs/01d_gemma.ipynb #77840e3d
 KEPT = ("keys", "values", "queries", "attended", "residual", "gate", "up", "fed")  # of a block, for the backward pass
 
 
@@ -465,7 +469,7 @@ def hidden_at(
     base: Mapping[str, Any],  # arrays as `stacked` lays them out
     adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
     batch: Mapping[str, jax.Array],  # int token_ids, padding_mask (b, l), which numbers the rows; positions (b, p)
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
     again: bool = False,  # True: blocks are computed again in the backward pass, for less memory
 ) -> jax.Array:  # (b, p, d); (b, l, d) where the batch has no positions
     "Normalized hidden states of the last block at some positions."
@@ -498,9 +502,9 @@ def hidden_at(
 
 
 def embedded(
-    base: Mapping[str, Any],
+    base: Mapping[str, Any],  # arrays as `stacked` lays them out
     token_ids: jax.Array,  # int (b, l)
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
 ) -> tuple[jax.Array, jax.Array | None]:  # (b, l, d); (layers, b, l, per_layer_dim) for Gemma 4
     "What the first block is given, and what Gemma 4 gives each block beside it."
     x = base["embedding"][token_ids]
@@ -516,9 +520,9 @@ def embedded(
 
 
 def logits_of(
-    base: Mapping[str, Any],
+    base: Mapping[str, Any],  # arrays as `stacked` lays them out
     hidden: jax.Array,  # (b, p, d)
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
     token_ids: jax.Array | None = None,  # int (n,), tokens whose logits are wanted; the whole vocabulary by default
 ) -> jax.Array:  # float32 (b, p, vocabulary), or (b, p, n)
     "Logits of the next token."
@@ -526,7 +530,7 @@ def logits_of(
     logits = jnp.einsum("bpd,vd->bpv", hidden, rows.astype(hidden.dtype))  # float32 here would copy the embedding
     return soft_cap(logits.astype(jnp.float32), config.logit_cap)
 
-# %% ../nbs/01d_gemma.ipynb #d2dba1ff
+# %% ../nbs/01d_gemma.ipynb #b585fc29
 def with_scales(
     lora: Sequence[Mapping[str, Mapping[str, Any]]],  # for each group of blocks: layer -> a, b, stacked
     scales: Sequence[Mapping[str, Any]],  # for each group: layer -> float32 (layers,), alpha over rank
@@ -553,7 +557,7 @@ def drop_inputs(
         for group in lora
     ]  # fmt: skip
 
-# %% ../nbs/01d_gemma.ipynb #629e9dd8
+# %% ../nbs/01d_gemma.ipynb #553506d3
 def array_name(
     path: str,  # KerasHub's, such as decoder_block_3/attention/query/kernel
 ) -> str:  # such as query
@@ -573,7 +577,7 @@ OUTSIDE = {  # KerasHub's path of what is no part of a block -> its name here
 
 def stacked(
     arrays: MutableMapping[str, Any],  # KerasHub's path -> array, or a quantized kernel's parts; it is emptied
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
     put: Callable[[str, Any], jax.Array] = lambda name, array: jnp.asarray(array),  # what sends an array to its device
     stack: Callable[[Sequence[Any]], Any] = np.stack,  # of NumPy's arrays on the host, or of JAX's where they are
 ) -> dict[str, Any]:  # embedding, final_norm, groups: for each group of blocks, name -> (layers, ...)

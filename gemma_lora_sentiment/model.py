@@ -189,7 +189,7 @@ LayerRanks = int | Mapping[str, tuple[int, float]]
 
 
 def lora_targets(
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
 ) -> tuple[str, ...]:  # names of the layers that can carry LoRA, in the order of the model
     "Layers of the decoder blocks that LoRA can be put on."
     there = {array_name(path) for path in array_shapes(config)}
@@ -197,7 +197,7 @@ def lora_targets(
 
 
 def lora_shapes(
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
     rank: LayerRanks,  # of LoRA
     targets: Sequence[str],  # names of the layers that carry it
 ) -> dict[str, tuple[int, ...]]:  # path of each array -> its shape, in the order of the model
@@ -245,7 +245,7 @@ def lora_parameter_count(
     shapes = array_shapes(shape), lora_shapes(shape, rank, targets)
     return tuple(sum(int(np.prod(of_array)) for of_array in each.values()) for each in shapes)
 
-# %% ../nbs/02_model.ipynb #0c81e8bd
+# %% ../nbs/02_model.ipynb #b915ab3c
 def _devices_and_strategy(
     devices: int | Sequence[Any] | None, strategy: str | None, path: str, dtype: str
 ) -> tuple[tuple[str, ...], str | None]:  # names of devices, "data" or "model"; nothing for one device
@@ -318,14 +318,14 @@ def _lay(array: np.ndarray, name: str, mesh: jax.sharding.Mesh | None) -> jax.Ar
     layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
     return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
-# %% ../nbs/02_model.ipynb #a4dc2cd1
+# %% ../nbs/02_model.ipynb #d895de3e
 class Base:
     """A frozen base model: arrays, configuration and tokenizer, held once and lent to fits."""
 
     def __init__(
         self,
         preset: str,  # as the user named it
-        config: GemmaConfig,
+        config: GemmaConfig,  # what the forward pass must know beside the arrays
         arrays: dict[str, Any],  # as `stacked` lays them out, on their devices
         tokenizer_proto: bytes,  # SentencePiece model
         dtype: str,  # of the weights that are not quantized
@@ -405,14 +405,14 @@ class Base:
 
 
 def on_every_process(
-    array: jax.Array,
+    array: jax.Array,  # parts of which may lie in other processes
 ) -> jax.Array:
     "The array itself, or gathered where other processes hold parts of it."
     if array.is_fully_addressable:
         return array
     return jax.device_put(array, jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec()))
 
-# %% ../nbs/02_model.ipynb #d895de3e
+# %% ../nbs/02_model.ipynb #7b1c9f2d
 def _on_host() -> contextlib.AbstractContextManager:
     "Where a base is read and quantized: inside, arrays are made in the host's memory."
     try:
@@ -463,7 +463,7 @@ def _not_loaded(preset: str, error: Exception) -> ModelError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return ModelError(f"Preset {preset!r} cannot be loaded ({reason}). Give a whole preset, or download it again.")
 
-# %% ../nbs/02_model.ipynb #7b1c9f2d
+# %% ../nbs/02_model.ipynb #19788647
 _THREADS = 8  # each holds the temporary arrays of one kernel, 0.6 GB for the widest of Gemma 2B
 
 
@@ -523,7 +523,7 @@ def _quantized(
     keep_arrays(name, {f"{path}/{part}": array for path in kernels for part, array in arrays[path].items()}, found)
     return arrays, found
 
-# %% ../nbs/02_model.ipynb #d476513c
+# %% ../nbs/02_model.ipynb #ccf20b11
 _BASES: dict[tuple, Base] = {}
 _BASES_LOCK = threading.Lock()
 

@@ -386,7 +386,7 @@ def train_step(
     base: Mapping[str, Any],  # arrays of a base
     batch: Mapping[str, jax.Array],  # token_ids, padding_mask (b, l); positions, targets, weights (b, p)
     numbers: Mapping[str, Any],  # rate, decay, total_steps, warmup_steps, dropout, seed; scales of the adapter
-    config: GemmaConfig,
+    config: GemmaConfig,  # of the base
     layout: LoraLayout,  # of the adapter
     drops: bool = False,  # whether there is LoRA dropout at all
     scaled: bool = False,  # for float16: the loss is scaled for the backward pass
@@ -486,7 +486,10 @@ def _compile_side_by_side(
 class FitHandle:
     """What a user's callbacks may see and change of a fit."""
 
-    def __init__(self, fit: _Fit):
+    def __init__(
+        self,
+        fit: _Fit,  # the fit under way
+    ):
         self.optimizer = _Rate(fit)
         self.stop_training = False
         self._fit = fit
@@ -741,7 +744,7 @@ def _state_of(
 
 
 def part_of_checkpoint(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],  # of a whole checkpoint, by name
     part: str,  # "adapter", "optimizer", "metric" or "best"
     expected: Mapping[str, Any],  # name -> array or variable of the shape and dtype that the model needs
 ) -> dict[str, np.ndarray]:
@@ -810,7 +813,7 @@ def fit_identity(
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
     return plain | numbers
 
-# %% ../nbs/04_training.ipynb #69593d56
+# %% ../nbs/04_training.ipynb #71f1077e
 def fit_to_device(
     base: Base,
     start: Adapter,
@@ -845,7 +848,7 @@ def _step_shape(
         return packing.lines, packing.length, packing.rows * positions
     return recipe.batch_size, max(buckets), positions if recipe.loss_on == "response" else max(buckets) - 1
 
-# %% ../nbs/04_training.ipynb #1c8a07c3
+# %% ../nbs/04_training.ipynb #011363c8
 def _train(
     fit: _Fit,
     keep: tuple[Path, dict[str, Any]] | None,  # folder of checkpoints, settings
@@ -876,7 +879,7 @@ def _train(
         save({f"adapter/{path}": array for path, array in arrays.items()}, {"finished": True, "history": fit.history})
     return replace(start, arrays=arrays), pd.DataFrame(fit.history), lengths
 
-# %% ../nbs/04_training.ipynb #011363c8
+# %% ../nbs/04_training.ipynb #ebe18e82
 def train_adapter(
     base: Base,
     start: Adapter,  # where training begins, see new_adapter
@@ -942,7 +945,7 @@ def _numbers(
     scales = lora_scales(start, base.config)
     return {**{name: np.float32(value) for name, value in numbers.items()}, "seed": np.uint32(seed), "scales": scales}
 
-# %% ../nbs/04_training.ipynb #915db7fe
+# %% ../nbs/04_training.ipynb #3d6f3057
 def print_progress(
     numbers: dict[str, float],  # of one epoch
 ) -> None:

@@ -74,12 +74,17 @@ def lora_layers(
     return [layer for layer in found if isinstance(layer, dense) and layer.lora_enabled]
 
 
-def read_lora(model: keras.Model) -> dict[str, np.ndarray]:  # float32, by path
+def read_lora(
+    model: keras.Model,  # with Keras's LoRA on it
+) -> dict[str, np.ndarray]:  # float32, by path
     "The adapter's arrays, copies."
     return {variable.path: np.array(variable.value, np.float32) for variable in model.trainable_variables}
 
 
-def write_lora(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
+def write_lora(
+    model: keras.Model,  # with Keras's LoRA on it
+    arrays: Mapping[str, np.ndarray],  # float32, by path
+) -> None:
     "Put an adapter's arrays into the model."
     for variable in model.trainable_variables:
         variable.assign(arrays[variable.path])
