@@ -123,8 +123,10 @@ def _main(
 
 def _terminated(_: int, frame: FrameType | None) -> None:
     "End as an exception does, so that unfinished files are removed."
+    from gemma_lora_sentiment.upstream import CALLBACKS_THAT_DROP_EXCEPTIONS
+
     while frame is not None:
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):  # Python drops what is raised there
+        if frame.f_code.co_name in CALLBACKS_THAT_DROP_EXCEPTIONS:
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
             return
         frame = frame.f_back
@@ -562,7 +564,7 @@ def _settings_then(
     run: dict[str, Any],  # see `_description_of_run`
     given: dict[str, Any],  # options of this call; None where left out
 ) -> dict[str, Any]:  # settings of the run, with auto replaced by what it meant on the run's device
-    from gemma_lora_sentiment.model import choose_dtype
+    from gemma_lora_sentiment.backend import choose_dtype
 
     settings = dict(run["settings"])
     if given["preset"] is None:

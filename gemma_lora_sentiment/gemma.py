@@ -62,6 +62,7 @@ class GemmaConfig:
     logit_cap: float | None = None  # of the logits of the vocabulary
     clamped: bool = False  # hidden states are kept within float16
     per_layer_dim: int = 0  # numbers of a token's own embedding for each block, of Gemma 4
+    per_layer_vocabulary: int = 0  # tokens that have one
     experts: int = 0  # feed-forward parts side by side, of Gemma 4
     experts_per_token: int = 0
     expert_dim: int = 0
@@ -142,6 +143,7 @@ def gemma_config(
         return GemmaConfig(
             layers=_layers_of_gemma4(c), query_scale=1.0, norm_offset=0.0, key_norm=True, value_norm=True,
             post_attention_norm=True, post_ffw_norm=True, clamped=True, per_layer_dim=c["hidden_size_per_layer_input"],
+            per_layer_vocabulary=c["vocab_size_per_layer_input"] or c["vocabulary_size"],
             experts=c["num_experts"] if experts else 0,
             experts_per_token=c["num_experts_per_token"] if experts else 0,
             expert_dim=c["expert_intermediate_dim"] if experts else 0, **shared,
@@ -157,12 +159,12 @@ def gemma_config(
 # %% ../nbs/01d_gemma.ipynb #69e60eec
 def array_shapes(
     config: GemmaConfig,  # of the base
-) -> dict[str, tuple[int, ...]]:  # KerasHub's path of each array -> its shape, in KerasHub's order
+) -> dict[str, tuple[int, ...]]:  # KerasHub's path of each array -> its shape
     "Every array of a base, by its name in KerasHub."
     d, p = config.hidden_dim, config.per_layer_dim
     shapes: dict[str, tuple[int, ...]] = {"token_embedding/embeddings": (config.vocabulary_size, d)}
     if p:
-        shapes["per_layer_token_embedding/embeddings"] = (config.vocabulary_size, len(config.layers) * p)
+        shapes["per_layer_token_embedding/embeddings"] = (config.per_layer_vocabulary, len(config.layers) * p)
         shapes["per_layer_model_projection/kernel"] = (d, len(config.layers) * p)
         shapes["per_layer_projection_norm/scale"] = (p,)
     for i, layer in enumerate(config.layers):
@@ -173,7 +175,7 @@ def array_shapes(
 def block_shapes(
     config: GemmaConfig,  # of the base
     layer: Layer,  # the block
-) -> dict[str, tuple[int, ...]]:  # path within the block -> shape, in KerasHub's order
+) -> dict[str, tuple[int, ...]]:  # path within the block -> shape
     "The arrays of one block."
     d, p, h, f, e = config.hidden_dim, config.per_layer_dim, layer.head_dim, layer.ffw_dim, config.experts
     shapes: dict[str, tuple[int, ...]] = {"layer_scalar": ()} if config.family == "Gemma4" else {}

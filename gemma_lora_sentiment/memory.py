@@ -55,7 +55,7 @@ def memory_estimate(
 
 # Fitted to XLA's plans, see below: of the block at work, numbers a token as wide as the feed-forward part and as the
 # model, numbers a pair of head and token; copies of the logits.
-_WIDE, _NARROW, _PAIRS, _LOGITS = 1.0, 3.0, 3.0, 3
+_WIDE, _NARROW, _PAIRS, _LOGITS = 4.0, 3.0, 2.5, 4
 
 # %% ../nbs/02a_memory.ipynb #f1f87013
 def memory_text(

@@ -180,7 +180,9 @@ def _family(backbone: keras.Model) -> str:
 
 
 def _arguments(backbone: keras.Model) -> dict[str, Any]:  # of its class; eyes and ears left out
-    config = {key: value for key, value in backbone.get_config().items() if key not in ("name", "trainable", "dtype")}
+    with without_tensorflow():  # `get_config` asks whether TensorFlow is there, which imports it
+        found = backbone.get_config()
+    config = {key: value for key, value in found.items() if key not in ("name", "trainable", "dtype")}
     return config | {name: None for name in ("vision_encoder", "audio_encoder") if name in config}
 
 # %% ../nbs/02_model.ipynb #afe9ac89

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # %% auto #0
-__all__ = ['without_drawing', 'without_values', 'use_program_store']
+__all__ = ['CALLBACKS_THAT_DROP_EXCEPTIONS', 'without_drawing', 'without_values', 'use_program_store']
 
 # %% ../nbs/01c_upstream.ipynb #1201e653
 @contextlib.contextmanager
@@ -50,6 +50,9 @@ def without_values() -> Iterator[None]:
     global_state.set_global_attribute("uninitialized_variables", None)
 
 # %% ../nbs/01c_upstream.ipynb #3abd014c
+CALLBACKS_THAT_DROP_EXCEPTIONS = ("_xla_gc_callback", "__del__")  # names of functions
+
+# %% ../nbs/01c_upstream.ipynb #64bee3d6
 def use_program_store(
     store: Any | None,  # with `get(key)`, `put(key, value)`; None: JAX's own
 ) -> bool:  # False where this JAX keeps its programs otherwise

@@ -168,7 +168,7 @@ def test_parameters_are_those_of_the_constructor_untouched():
     with pytest.raises(ValueError, match="Invalid parameter 'sed'"):
         clf.set_params(sed=1)
     documented = ("preset recipe template label_words lora_rank lora_alpha lora_dropout target_layers learning_rate "
-                  "weight_decay epochs batch_size max_length dtype quantization loss_on class_weight "
+                  "weight_decay epochs batch_size max_length dtype quantization loss_on class_weight warm_start "
                   "validation_fraction patience callbacks checkpoint_dir devices strategy seed verbose")  # fmt: skip
     assert names == documented.split()
 

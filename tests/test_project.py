@@ -68,7 +68,7 @@ ROOM_IMPORTS = {
     "cli": {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "evaluation", "analysis", "report", "figures"),
-        *("submission", "pretraining", "benchmark", "scale"),
+        *("submission", "pretraining", "benchmark", "scale", "upstream"),
     },
 }
 ROOMS_WITHOUT_KERAS = [
