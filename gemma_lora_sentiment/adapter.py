@@ -95,7 +95,7 @@ def stacked_lora(
 
 
 def unstacked_lora(
-    stacked: Sequence[Mapping[str, Mapping[str, np.ndarray]]],  # as `stacked_lora` gives them
+    stacked: Sequence[Mapping[str, Mapping[str, np.ndarray]]],  # as stacked_lora gives them
     like: Adapter,  # whose paths, shapes and order the arrays get
     config: GemmaConfig,  # of the base
 ) -> dict[str, np.ndarray]:  # float32 arrays by path, copies

@@ -285,7 +285,7 @@ def compare_predictions(
     first: pd.DataFrame,  # columns id, comment, label, p_CLASS ...; a column `repeat` may be there
     second: pd.DataFrame,  # likewise
     names: Sequence[str] = ("the first", "the second"),  # how result and messages call the two
-    groups: Sequence | None = None,  # of the joined rows; None: as `duplicate_groups` tells them
+    groups: Sequence | None = None,  # of the joined rows; None: as duplicate_groups tells them
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # both metrics and `comparison`; the rows on which the two differ
     "Two tables of predictions on the rows they share. `ValueError` if there are none, or their classes differ."
     tables, classes = [], []
@@ -643,7 +643,7 @@ def conflicting_duplicates(
     comments: Sequence[str] | np.ndarray | pd.Series,  # n comments
     labels: Sequence | np.ndarray | pd.Series,  # n labels
     ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
-    groups: Sequence | None = None,  # n group names of copies. None: as `duplicate_groups` tells them
+    groups: Sequence | None = None,  # n group names of copies. None: as duplicate_groups tells them
 ) -> pd.DataFrame:  # columns group, id, comment, label: copies beside each other; no rows if all agree
     "Copies of a comment whose labels differ. Raises `ValueError` if the columns differ in length."
     comments, labels = list(comments), _plain(labels)
@@ -735,7 +735,7 @@ def sweep(
     *,
     search: str = "grid",  # "grid", "random" or "halving"
     folds: int = 5,  # of each candidate's cross-validation
-    groups: Sequence | None = None,  # n group names kept in one fold. None: as `duplicate_groups` tells them
+    groups: Sequence | None = None,  # n group names kept in one fold. None: as duplicate_groups tells them
     scoring: str = "accuracy",  # a name scikit-learn knows; more is better
     candidates: int = 20,  # drawn by "random"
     resource: str = "n_samples",  # what "halving" gives more and more of: rows, or a parameter such as "epochs"

@@ -283,7 +283,7 @@ def cross_validate(
     *,
     folds: int = 10,  # number of folds, at least 2
     repeats: int = 1,  # how often the rows are cut in folds anew, with seed, seed + 1, ...
-    groups: Sequence | None = None,  # n group names kept in one fold. None: copies, as `duplicate_groups` tells them
+    groups: Sequence | None = None,  # n group names kept in one fold. None: copies, as duplicate_groups tells them
     seed: int = 0,  # shuffles the rows into folds
     progress: Callable[[int, int, str], None] | None = None,  # called with (done, total, name) after each fit
 ) -> pd.DataFrame:  # n rows in the order given: `fold` from 0, `label`, `NAME_prediction`, `NAME_p_CLASS` ...

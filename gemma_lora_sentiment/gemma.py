@@ -358,7 +358,7 @@ def route(
 
 def experts(
     x: jax.Array,  # (b, p, d)
-    weights: jax.Array,  # (b, p, experts), of `route`
+    weights: jax.Array,  # (b, p, experts), of route
     arrays: Mapping[str, jax.Array],  # of a block
 ) -> jax.Array:  # (b, p, d)
     "All experts' feed-forward parts, summed by weight."
@@ -468,7 +468,7 @@ def _tables(
 
 
 def hidden_at(
-    base: Mapping[str, Any],  # arrays as `stacked` lays them out
+    base: Mapping[str, Any],  # arrays as stacked lays them out
     adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
     batch: Mapping[str, jax.Array],  # int token_ids, padding_mask (b, l), which numbers the rows; positions (b, p)
     config: GemmaConfig,  # of the base
@@ -504,7 +504,7 @@ def hidden_at(
 
 
 def embedded(
-    base: Mapping[str, Any],  # arrays as `stacked` lays them out
+    base: Mapping[str, Any],  # arrays as stacked lays them out
     token_ids: jax.Array,  # int (b, l)
     config: GemmaConfig,  # of the base
 ) -> tuple[jax.Array, jax.Array | None]:  # (b, l, d); (layers, b, l, per_layer_dim) for Gemma 4
@@ -522,7 +522,7 @@ def embedded(
 
 
 def logits_of(
-    base: Mapping[str, Any],  # arrays as `stacked` lays them out
+    base: Mapping[str, Any],  # arrays as stacked lays them out
     hidden: jax.Array,  # (b, p, d)
     config: GemmaConfig,  # of the base
     token_ids: jax.Array | None = None,  # int (n,), tokens whose logits are wanted; the whole vocabulary by default
@@ -600,7 +600,7 @@ def stacked(
 
 
 def block_bytes(
-    base: Mapping[str, Any],  # as `stacked` gives it
+    base: Mapping[str, Any],  # as stacked gives it
 ) -> int:  # bytes
     "What the decoder blocks' arrays take, which every step reads."
     return sum(array.nbytes for array in jax.tree.leaves(base["groups"]))

@@ -167,7 +167,7 @@ def _untouched_random_state() -> Iterator[None]:
 
 
 def preset_shapes(
-    path: str,  # of `resolve_preset`
+    path: str,  # of resolve_preset
 ) -> GemmaConfig:
     "The configuration of a preset, by building it without weights."
     with without_tensorflow(), _untouched_random_state(), without_values():
@@ -328,7 +328,7 @@ class Base:
         self,
         preset: str,  # as the user named it
         config: GemmaConfig,  # what the forward pass must know beside the arrays
-        arrays: dict[str, Any],  # as `stacked` lays them out, on their devices
+        arrays: dict[str, Any],  # as stacked lays them out, on their devices
         tokenizer_proto: bytes,  # SentencePiece model
         dtype: str,  # of the weights that are not quantized
         fingerprint: str,  # tells this base from any other: an adapter fits no other one
@@ -473,7 +473,7 @@ def quantized_kernel(
     path: str,  # KerasHub's, such as decoder_block_0/attention/query/kernel
     kernel: np.ndarray,  # in a float format
     mode: str,  # "int8" or "int4"
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # parts, as `unpack` takes them; Keras's variables, by path
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # parts, as unpack takes them; Keras's variables, by path
     "The kernel in whole numbers, as Keras quantizes it."
     dtype = np.float32 if mode == "int8" and kernel.dtype == np.float16 else kernel.dtype  # of the scales
     summed = (0, 1) if array_name(path) == "attention_output" else (kernel.ndim - 2,)
@@ -617,7 +617,7 @@ def held_bases() -> list[tuple[tuple, Base]]:  # keys and bases
 
 
 def release_bases(
-    path: str | None = None,  # as `resolve_preset` gives it; all by default
+    path: str | None = None,  # as resolve_preset gives it; all by default
     dtype: str | None = None,  # of these alone
 ) -> None:
     "Forget bases that are held, so that their memory can be freed."

@@ -131,7 +131,7 @@ def score_labels(
 
 def _score(
     base: Base,
-    adapter: Any,  # as `lend` gives it
+    adapter: Any,  # as lend gives it
     batch: Mapping[str, np.ndarray],
     label_ids: jax.Array | None,  # int32 (labels,) when every word is one token
 ) -> jax.Array:  # float32 (positions of all lines, labels), or (rows of all lines,) without label_ids
@@ -189,7 +189,7 @@ def label_probabilities(
     prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
     words: LabelWords,
     times: np.ndarray | None = None,  # int (n,), how often each stands in the user's rows, for the message
-    batch_size: int | None = None,  # see `score_labels`; by default 8 for a few prompts, else `scoring_batch_size()`
+    batch_size: int | None = None,  # see score_labels; by default 8 for a few prompts, else scoring_batch_size()
     progress: Callable[[int, int], None] | None = None,  # called with rows done and rows in all
 ) -> np.ndarray:  # float32 (n, labels), rows sum to 1
     "Probability of each label. Raises `RunError` where scores are not finite."

@@ -370,7 +370,7 @@ class LoraLayout:
 
 
 def first_state(
-    lora: Sequence[Mapping[str, Any]],  # as `stacked_lora` gives it
+    lora: Sequence[Mapping[str, Any]],  # as stacked_lora gives it
 ) -> dict[str, Any]:  # adapter, adam, step, loss_scale, steps_unscaled, metrics
     "The state of a fit that has not begun; the adapter is one vector."
     vector = np.concatenate([np.asarray(array).reshape(-1) for array in jax.tree.leaves(lora)])
@@ -382,7 +382,7 @@ def first_state(
 
 # %% ../nbs/04_training.ipynb #2fbced63
 def train_step(
-    state: Mapping[str, Any],  # of `first_state`
+    state: Mapping[str, Any],  # of first_state
     base: Mapping[str, Any],  # arrays of a base
     batch: Mapping[str, jax.Array],  # token_ids, padding_mask (b, l); positions, targets, weights (b, p)
     numbers: Mapping[str, Any],  # rate, decay, total_steps, warmup_steps, dropout, seed; scales of the adapter
@@ -616,7 +616,7 @@ class _Fit:
     words: LabelWords
     validation: Rows | None
     patience: int | None
-    numbers: dict[str, Any]  # of `train_step`
+    numbers: dict[str, Any]  # of train_step
     again: bool  # blocks are computed again in the backward pass
     callbacks: Sequence[keras.callbacks.Callback]
     progress: Callable[[dict[str, float]], None] | None
@@ -936,7 +936,7 @@ def train_adapter(
 
 def _numbers(
     base: Base, start: Adapter, recipe: Recipe, steps: int, dropout: float, seed: int
-) -> dict[str, Any]:  # of `train_step`
+) -> dict[str, Any]:  # of train_step
     total = steps if recipe.schedule == "linear" else 0
     numbers = {
         "rate": recipe.learning_rate, "decay": recipe.weight_decay, "total_steps": total,
