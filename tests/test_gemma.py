@@ -548,7 +548,9 @@ def on_eight_devices(*arguments):
     assert done.returncode == 0 and done.stdout == "equal\n", done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [
+    pytest.param(family, marks=[] if family in ("gemma3", "gemma4") else pytest.mark.slow) for family in FAMILIES
+])  # fmt: skip
 def test_eight_devices_compute_what_one_computes(family, tmp_path):
     """Eight heads of queries are divided by eight; two of keys are not, and are divided by two."""
     arguments = MODELS["gemma4"][1] if family == "gemma4" else dict(num_layers=4)
