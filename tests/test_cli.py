@@ -415,7 +415,7 @@ BAD_RUNS = {
     "no adapter_config.json": lambda run: (run / "adapter_config.json").unlink(),
     "cut adapter_config.json": with_bytes("adapter_config.json", b'{"r": 2,'),
     "adapter_config.json is a list": with_bytes("adapter_config.json", b"[]"),
-    "another rank": with_config(r=4),
+    "another rank": with_config(r=3),
     "rank missing": with_config(r=None),
     "rank of a wrong type": with_config(r="two"),
     "rank 0 saved": with_config(r=0),
