@@ -364,6 +364,20 @@ def _note(adapter: Adapter) -> str:
     return json.dumps(note | ({"last_bits": bits} if (bits := _last_bits(adapter)) else {}))
 
 # %% ../nbs/03_adapter.ipynb #c49c01ce
+def _saved_in_order(
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+) -> bytes:
+    "A safetensors file whose metadata are sorted: safetensors writes them in another order each time (0.8.0)."
+    data = safetensors.numpy.save(dict(tensors), dict(metadata))
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 def adapter_files(
     adapter: Adapter,
     base_name: str,  # preset of the base, for `base_model_name_or_path`
@@ -393,7 +407,7 @@ def adapter_files(
         tensors[f"base_model.model.model.{name}.lora_A.weight"] = lora_a
         tensors[f"base_model.model.model.{name}.lora_B.weight"] = lora_b
     return {
-        "adapter_model.safetensors": safetensors.numpy.save(tensors, {"format": "pt", _NOTE: _note(adapter)}),
+        "adapter_model.safetensors": _saved_in_order(tensors, {"format": "pt", _NOTE: _note(adapter)}),
         "adapter_config.json": json.dumps(config, indent=2) + "\n",
     }
 
