@@ -488,7 +488,7 @@ class FitHandle:
 
     def __init__(
         self,
-        fit: _Fit,  # the fit under way
+        fit: Any,  # the fit under way, a `_Fit`, which is defined below
     ):
         self.optimizer = _Rate(fit)
         self.stop_training = False
@@ -506,7 +506,7 @@ class FitHandle:
 class _Rate:
     "The learning rate at its highest, as Keras's callbacks read and set it."
 
-    def __init__(self, fit: _Fit):
+    def __init__(self, fit: Any):  # a `_Fit`
         self._fit = fit
 
     @property
