@@ -488,7 +488,7 @@ class FitHandle:
 
     def __init__(
         self,
-        fit: Any,  # the fit under way, a `_Fit`, which is defined below
+        fit: Any,  # the fit under way
     ):
         self.optimizer = _Rate(fit)
         self.stop_training = False
