@@ -443,9 +443,8 @@ def _kept(config: GemmaConfig, again: bool) -> Callable[..., bool]:
     "What `jax.checkpoint` keeps of a block: nothing, or what takes a product with the base to make again."
     if again:
         return jax.checkpoint_policies.nothing_saveable
-    unneeded = {"attended"} - ({"attended"} if config.post_attention_norm else set())
-    unneeded |= {"fed"} - ({"fed"} if config.post_ffw_norm or config.experts else set())
-    return jax.checkpoint_policies.save_only_these_names(*(set(KEPT) - unneeded))
+    needed = {"attended": config.post_attention_norm, "fed": config.post_ffw_norm or config.experts > 0}
+    return jax.checkpoint_policies.save_only_these_names(*(name for name in KEPT if needed.get(name, True)))
 
 
 def _tables(
