@@ -456,8 +456,6 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"target_modules is {modules!r}")
     if not isinstance(config.get("use_rslora", False), bool):
         raise ValueError(f"use_rslora is {config['use_rslora']!r}")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise RunError(f"it is of task {config['task_type']!r}, with a head of its own in the place of words")
     for key, value in config.items():
         if key not in (*_COMPUTED, *_OF_TRAINING) and value not in (None, False, "none", [], {}):
             raise RunError(f"it sets {key} to {value!r}, with which this package does not compute")
@@ -467,14 +465,21 @@ def _check_config(config: Any) -> None:
         raise RunError(f"init_lora_weights {config['init_lora_weights']!r} changed the base's weights too")
 
 # %% ../nbs/03_adapter.ipynb #1072c9ea
+def _check_task(config: Any, path: Path) -> None:
+    "Before everything else: a head brings further settings, and its task says best what is wrong."
+    if isinstance(config, dict) and (kind := config.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise RunError(
+            f"{path}: task_type is {kind!r}, whose answers come from a head of its own, not from label words. Train it "
+            "as CAUSAL_LM, with the label's word as the response."
+        )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
         config = json.loads(_read(path).decode())
+        _check_task(config, path)
         _check_config(config)
-        if (kind := config.get("task_type")) not in (None, "CAUSAL_LM"):
-            what = f"{path}: task_type is {kind!r}, whose answers come from a head of its own, not from label words."
-            raise RunError(f"{what} Train it as CAUSAL_LM, with the label's word as the response.")
         return config
     except (ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); train again or restore the file.") from None
