@@ -921,7 +921,7 @@ def _write_influence(folder: Path, rows: Any, clf: Any, number: int) -> None:
 
 # %% ../nbs/11_cli.ipynb #65c138a0
 def _predictions_of(
-    run: Path, file: str | None, reading: dict[str, Any] | None = None
+    run: Path, file: str | None, reading: dict[str, Any] | None = None, preset: str | None = None
 ) -> Any:  # id, comment, label, p_<label> ...
     "What a run has predicted without having seen it, or what it predicts for the rows of `file`."
     import pandas as pd
@@ -929,7 +929,7 @@ def _predictions_of(
     if file is not None:
         from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 
-        clf = GemmaLoraClassifier.load(run)
+        clf = GemmaLoraClassifier.load(run, preset)
         rows = _labelled_rows(file, clf, reading or {})
         return _prediction_table(rows, clf.classes_, clf.predict_proba(rows.comment), None)
     for name in ("oof_repeats.tsv", "oof.tsv", "predictions.tsv"):
@@ -959,6 +959,7 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of train, evaluate or cross-validate.")],
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
     rows: Annotated[str | None, typer.Option(help="Labelled comments for both runs to predict.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The base of both runs, where it has moved.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for compare.json and differences.tsv.")] = None,
     quiet: Quiet = False,
     reading: dict[str, Any] | None = None,
@@ -969,7 +970,7 @@ def compare(
     if first.resolve() == second.resolve():
         raise ValueError(f"{first} and {second} are one folder. Give two.")
     names = (str(first), str(second))
-    tables = [_predictions_of(run, rows, reading) for run in (first, second)]
+    tables = [_predictions_of(run, rows, reading, preset) for run in (first, second)]
     has_comments = all("comment" in table for table in tables)
     result, differences = compare_predictions(*_copies_as_comments(tables, (first, second)), names=names)
     print(result["comparison"]["sentence"])
@@ -1236,17 +1237,19 @@ def quickstart(
 # %% ../nbs/11_cli.ipynb #06a65597
 @app.command()
 @_guarded
+@_reads_a_file()
 def pretrain(
     corpus: Annotated[Path, typer.Argument(help="Rated reviews: TSV (rating, review), or e9t/nsmc's folder raw.")],
     out: Annotated[Path, typer.Option(help="Folder of the preset.")],
     rows: Annotated[int | None, typer.Option(help="Rows to show in all; by default as many as mini_ko saw.")] = None,
     comments: Annotated[
-        list[str] | None, typer.Option(help="Labelled comments for the last part: sample, sample_extra or a file.")
+        list[str] | None, typer.Option(help="Labelled comments for the last part: sample, or a file of any form.")
     ] = None,
     start: Annotated[str | None, typer.Option(help="Preset to go on from, such as mini_ko.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
 ) -> None:
     """Train a base like mini_ko on any corpus of rated reviews."""
     import pandas as pd
@@ -1255,7 +1258,7 @@ def pretrain(
     from gemma_lora_sentiment.pretraining import PretrainingSettings, pretrain_base, read_reviews
 
     reviews = read_reviews(corpus)
-    tables = [read_comments(name, labels=("0", "1")) for name in comments or ()]
+    tables = [read_comments(name, labels=("0", "1"), reading=_how(reading)) for name in comments or ()]
     own = pd.concat(tables, ignore_index=True) if tables else None
     given = {"rows": rows, "learning_rate": learning_rate, "comments_from": 0.0 if start else None}
     settings = PretrainingSettings(seed=seed, **{name: value for name, value in given.items() if value is not None})

@@ -1398,6 +1398,26 @@ def test_a_base_that_moved_is_given_with_preset(tiny, tmp_path):
         assert "--preset" in line and str(tmp_path / "base") in line and not Path(out).exists()
         done(command, "run", "train.tsv", "--out", out, "--preset", "moved")
         release_bases()
+    assert str(tmp_path / "base") in one_error_line(call("compare", "run", "judged", "--rows", "train.tsv"), 2)
+    shutil.copytree("run", "twin")
+    compared = done("compare", "run", "twin", "--rows", "train.tsv", "--preset", "moved")
+    assert "different answers on 0" in compared.stdout
+
+
+def test_pretrain_reads_labelled_comments_as_it_is_told(tmp_path, monkeypatch):
+    (tmp_path / "corpus.tsv").write_text("rating\treview\n9\t좋아요\n1\t별로\n", encoding="utf-8")
+    (tmp_path / "own.csv").write_text("글;점수\n국물이 좋아요;1\n다시 안 가요;0\n", encoding="cp949")
+    command = ["pretrain", "corpus.tsv", "--out", "base", "--comments", "own.csv"]
+    assert "--comment-column" in one_error_line(call(*command), 2)
+    seen = []
+
+    def pretrained(reviews, folder, comments, settings, **_):
+        seen.append(comments)
+        return {"parameters": 1, "held_out_accuracy": 1.0}
+
+    monkeypatch.setattr("gemma_lora_sentiment.pretraining.pretrain_base", pretrained)
+    done(*command, "--comment-column", "글", "--label-column", "점수", "--encoding", "cp949")
+    assert seen[0].comment.tolist() == ["국물이 좋아요", "다시 안 가요"] and seen[0].label.tolist() == ["1", "0"]
 
 
 def test_printing_never_fails_a_finished_command(tmp_path, trained):
