@@ -420,12 +420,49 @@ def test_what_is_measured_was_not_chosen_on():
     assert measured["accuracy_of_answers"] is None or measured["answered"] < 0.3
 
 
+@pytest.mark.parametrize("mistakes", [0, 1, 4])
+def test_few_mistakes_change_no_probability(mistakes):
+    """Sixty sure rows: the temperature of least log-loss without a mistake would be 0.1, without end."""
+    labels = [0, 1] * 30
+    probabilities = np.array([[0.97, 0.03], [0.03, 0.97]] * 30)
+    probabilities[:mistakes] = probabilities[:mistakes, ::-1]
+    decision = choose_decision(labels, probabilities, [0, 1])
+    assert decision["temperature"] == 1.0 and decision["mistakes"] == mistakes
+    assert f"{mistakes} mistake" in decision_text(decision) and "too few to judge" in decision_text(decision)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_temperature_is_shrunk_by_what_the_rows_can_tell(seed):
+    """Many rows find the temperature that spoilt them, few stay near 1, and repeats are no further evidence."""
+    found = {}
+    for n in (40, 4000):
+        labels, probabilities = some_rows(n, 2, seed)
+        spoilt = apply_temperature(probabilities, 1 / 3)
+        found[n] = fit_temperature(labels, spoilt, [0, 1], spread=0.5)
+        least = fit_temperature(labels, spoilt, [0, 1])
+        assert abs(np.log(found[n])) < abs(np.log(least)) + 1e-3  # of least log-loss, and never beyond it
+        twice = fit_temperature(np.tile(labels, 2), np.tile(spoilt, (2, 1)), [0, 1], spread=0.5, repeats=2)
+        assert twice == pytest.approx(found[n], rel=1e-3)
+    # the rows are a little less sure than they should be before they are spoilt
+    assert found[4000] == pytest.approx(fit_temperature(*some_rows(4000, 2, seed), [0, 1]) * 3, rel=0.02)
+    assert 1 < found[40] < found[4000] * 1.5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_temperature_is_stored_that_does_harm_when_it_is_tried(seed):
+    labels, probabilities = some_rows(60, 2, seed)
+    decision = choose_decision(labels, probabilities, [0, 1])
+    before, after = decision["measured"]["log_loss"]
+    assert after <= before and (decision["temperature"] == 1 or after < before)
+
+
 def test_decision_of_few_rows_and_of_one_class():
     few = choose_decision([0, 1], [[0.8, 0.2], [0.3, 0.7]], [0, 1])
-    assert few["measured"] is None and "temperature" in decision_text(few)
-    one = choose_decision([1, 1, 1], [[0.8, 0.2], [0.3, 0.7], [0.2, 0.8]], [0, 1])
+    assert few["measured"] is None and "a band needs 20 held-out comments; there are 2" in decision_text(few)
+    assert not apply_decision([[0.6, 0.4]], few).abstains.any()  # nothing is known, so nothing is withheld
+    one = choose_decision([1] * 21, [[0.8, 0.2], [0.3, 0.7], [0.2, 0.8]] * 7, [0, 1])
     assert one["temperature"] == 1.0 and one["measured"] is None
-    never = choose_decision([1, 1], [[0.8, 0.2], [0.7, 0.3]], [0, 1])
+    never = choose_decision([1] * 20, [[0.8, 0.2], [0.7, 0.3]] * 10, [0, 1])
     assert never["confidence"] is None and "no sureness is enough" in decision_text(never)
     assert apply_decision([[0.0, 1.0]], never).abstains.all()
 
