@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from .prompt import LabelWords, fill_lines, pack_arrays, scoring_arrays
 
 # %% auto #0
 __all__ = ['compiler_options', 'lend', 'put', 'score_labels', 'scoring_batch_size', 'log_softmax', 'label_probabilities',
-           'generate']
+           'score_tokens', 'generate']
 
 # %% ../nbs/03d_scoring.ipynb #4a7272c5
 def compiler_options(
@@ -203,6 +203,25 @@ def label_probabilities(
             "Fit again with dtype='bfloat16', whose range is that of float32."
         )
     return np.exp(log_softmax(scores)).astype(np.float32)
+
+# %% ../nbs/03d_scoring.ipynb #7be10002
+class _NextTokens(NamedTuple):
+    "Tokens as `score_labels` takes label words."
+
+    labels: Sequence[int]
+    scored_ids: Sequence[tuple[int]]
+    single_token: bool = True
+
+
+def score_tokens(
+    base: Base,
+    adapter: Adapter,
+    prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
+    token_ids: Sequence[int],  # of m tokens
+) -> np.ndarray:  # float32 (n, m), log-scores up to a constant a row
+    "How well each token goes on each prompt."
+    asked = _NextTokens(token_ids, [(token_id,) for token_id in token_ids])
+    return score_labels(base, adapter, prompts, asked, batch_size=8)
 
 # %% ../nbs/03d_scoring.ipynb #ae4bf2bc
 @lru_cache(maxsize=64)
