@@ -44,6 +44,7 @@ from gemma_lora_sentiment.prompt import (
     label_words,
 )
 from .scoring import generate, label_probabilities, log_softmax, score_labels
+from .search import choices_text, choose_words
 from gemma_lora_sentiment.training import (
     RECIPES,
     Recipe,
@@ -289,6 +290,10 @@ class _Fitting:
             needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
             del base  # before the other takes its place
             base = fall_back(self.preset, quantization, needed, self.devices, self.strategy)
+        words, choices = self._words_for(base, recipe, rows, words)
+        if choices.get("words"):
+            rows, validation = (part and replace(part, responses=[words.trained_ids[i] for i in part.label_index])
+                                for part in (rows, validation))  # fmt: skip
         adapter, history, buckets = start, pd.DataFrame(), ()
         if recipe.epochs:
             recipe, rematerialize = self._for_device(base, start, recipe, rows)
@@ -310,11 +315,24 @@ class _Fitting:
                     callback.set_model(None)  # or cloning and pickling would take the base along
         # Only now, so that a fit that fails leaves an earlier one as it was.
         self.classes_, self.words_, self.dtype_, self.base_fingerprint_ = classes, words, base.dtype, base.fingerprint
-        self.quantization_ = base.quantization
+        self.quantization_, self.choices_ = base.quantization, choices
         self.recipe_name_, self.recipe_ = recipe_name, recipe
         self.adapter_, self.history_, self.buckets_ = adapter, history, buckets
         self.best_epoch_ = _best_epoch(history)
         return self
+
+    def _words_for(
+        self, base: Base, recipe: Recipe, rows: Rows, words: LabelWords
+    ) -> tuple[LabelWords, dict[str, Any]]:  # words; what was chosen and by which evidence
+        "The labels' own words, or others by `recipe=\"auto\"`, where neither words nor an adapter are given."
+        given = self.label_words is not None or (self.warm_start and hasattr(self, "adapter_"))
+        if given or not _is_auto(self.recipe) or not recipe.epochs:
+            return words, {}
+        tokenizer = _tokenizer(base.tokenizer_proto)
+        chosen, evidence = choose_words(base, rows.prompts, rows.label_index, words, tokenizer, self.seed)
+        if self.verbose and evidence["words"]:
+            print(choices_text(evidence, chosen), file=sys.stderr, flush=True)
+        return chosen, evidence
 
     def _keras_can(self, base: Base) -> bool:
         "Whether the tutorial's recipe can be computed as the tutorial does, by Keras's own `fit`."
@@ -506,6 +524,7 @@ class _Persistence:
             "parameters": {name: _jsonable(value) for name, value in parameters.items() if name not in unsaved},
             "classes": {"dtype": self.classes_.dtype.kind, "values": [_plain(label) for label in self.classes_]},
             "words": list(self.words_.words),
+            "choices": self.choices_,
             "recipe_name": self.recipe_name_,
             "recipe": {name: _jsonable(value) for name, value in vars(self.recipe_).items()},
             "dtype": self.dtype_,
@@ -550,6 +569,7 @@ class _Persistence:
             clf.buckets_, clf.best_epoch_ = tuple(saved["buckets"]), saved["best_epoch"]
             clf.dtype_, clf.base_fingerprint_ = saved["dtype"], saved["base_fingerprint"]
             clf.quantization_ = saved.get("quantization", clf.quantization)
+            clf.choices_ = dict(saved.get("choices", {}))  # runs of earlier versions chose nothing
             labels, words = list(saved["classes"]["values"]), list(saved["words"])
             if len(labels) != len(words):
                 raise ValueError(f"{len(labels)} labels and {len(words)} words")
@@ -592,7 +612,7 @@ class _Persistence:
         clf.adapter_ = load_adapter(folder, base)
         clf.recipe_ = replace(recipe, epochs=0)
         clf.classes_, clf.dtype_, clf.base_fingerprint_ = classes, base.dtype, base.fingerprint
-        clf.quantization_ = base.quantization
+        clf.quantization_, clf.choices_ = base.quantization, {}
         clf.history_, clf.buckets_, clf.best_epoch_ = pd.DataFrame(), (), 0
         return clf
 

@@ -289,6 +289,8 @@ def _zero_shot(clf: Any, classes: Any, comments: Any) -> Any:  # float32 (n, n_c
     untrained = clone(clf).set_params(
         epochs=0, validation_fraction=0.0, patience=None, callbacks=None, checkpoint_dir=None, verbose=0
     )
+    if hasattr(clf, "words_"):
+        untrained.set_params(label_words=list(clf.words_.words))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ours has said already which comments were too long
         return untrained.fit(["-"] * len(classes), classes).predict_proba(comments)  # it learns its labels only
@@ -387,6 +389,7 @@ def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[
         "dtype": base.dtype if base else clf.dtype_,
         "quantization": base.quantization if base else clf.quantization_,
         "base_fingerprint": base.fingerprint if base else clf.base_fingerprint_,
+        "choices": getattr(clf, "choices_", {}),  # of this fit; cross-validation chooses in each fold anew
         **more,
         "versions": _versions(),
         "device": _device(),
@@ -751,9 +754,12 @@ def _refitted(clf: Any, rows: Any) -> Any:
     from sklearn.base import clone
 
     everything = clone(clf).set_params(epochs=max(1, clf.best_epoch_), validation_fraction=0.0, patience=None)
+    everything.set_params(label_words=list(clf.words_.words))  # those that were judged
     if clf.recipe_.epochs == 0:
         everything.set_params(epochs=0)
-    return everything.fit(rows.comment, rows.label)
+    everything.fit(rows.comment, rows.label)
+    everything.choices_ = clf.choices_
+    return everything
 
 # %% ../nbs/11_cli.ipynb #89dc319a
 @app.command("cross-validate")

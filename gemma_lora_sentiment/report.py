@@ -384,6 +384,10 @@ def _origin(description: Mapping[str, Any]) -> list[tuple[str, str, list[Element
         tables.append(_pairs("As they were given", settings))
     if recipe := description.get("recipe"):
         tables.append(_pairs("As they were resolved: the recipe", recipe))
+    if (choices := description.get("choices") or {}).get("words"):
+        names = {"words": "words, in the order of the labels", "loss": "loss of the base with them"}
+        names |= {"own_loss": "with the labels' own", "rows": "training rows asked"}
+        tables.append(_pairs("What the rows decided", {names[name]: choices[name] for name in names}))
     names = "epochs held_out refit folds repeats seed dtype base_fingerprint seconds finished".split()
     more = {name: description[name] for name in names if description.get(name) is not None}
     more |= {"run": _name_of(description["run"])} if "run" in description else {}

@@ -5,7 +5,7 @@
 # %% ../nbs/04b_search.ipynb #5ea00004
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .scoring import log_softmax, score_labels, score_tokens
 from .training import Recipe
 
 # %% auto #0
-__all__ = ['ROWS_ASKED', 'rows_to_ask', 'choose_words']
+__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choices_text']
 
 # %% ../nbs/04b_search.ipynb #5ea00007
 ROWS_ASKED = 128
@@ -80,6 +80,7 @@ def _assigned(
     return columns
 
 # %% ../nbs/04b_search.ipynb #5ea00013
+ROWS_OF_A_LABEL = 12  # with fewer of any label nothing is looked for
 _KNOWN = 0.35  # of the loss of guessing: own words of less are kept without a search
 _BELIEVED = 0.75  # of the loss of guessing: words that are found must have less
 _CANDIDATES = 64  # tokens
@@ -122,12 +123,12 @@ def choose_words(
     n_labels, untrained = len(words.labels), new_adapter(base, 1)
     asked = rows_to_ask(np.asarray(label_index), seed)
     given, index = [prompts[row] for row in asked], np.asarray(label_index)[asked]
-    weights, guessing = _evenly(index, n_labels) if n_labels == len(set(index)) else None, np.log(n_labels)
+    if min(np.bincount(index, minlength=n_labels)) < ROWS_OF_A_LABEL:
+        return words, {"rows": len(asked), "loss": None, "words": None}
+    weights, guessing = _evenly(index, n_labels), np.log(n_labels)
     own = _losses(score_labels(base, untrained, given, words), index)
-    if weights is None or not np.isfinite(own).all() or min(np.bincount(index)) < 4:
-        return words, {"rows": len(asked), "loss": None, "words": None}  # too few rows to tell
     evidence = {"rows": len(asked), "loss": round(float(weights @ own), 4), "words": None}
-    if weights @ own < _KNOWN * guessing:
+    if not np.isfinite(own).all() or weights @ own < _KNOWN * guessing:
         return words, evidence
     size = min(base.config.vocabulary_size, tokenizer.processor.get_piece_size())
     scores = log_softmax(score_tokens(base, untrained, given, range(size))).astype(np.float32)
@@ -144,3 +145,17 @@ def choose_words(
     ids, spoken = zip(*[candidates[column] for column in found], strict=True)
     chosen = replace(words, words=spoken, word_ids=tuple((token,) for token in ids))
     return chosen, {**evidence, "own_loss": evidence["loss"], "loss": round(float(loss), 4), "words": list(spoken)}
+
+# %% ../nbs/04b_search.ipynb #5ea00018
+def choices_text(
+    evidence: Mapping[str, Any],  # from choose_words
+    words: LabelWords,
+) -> str:  # one line
+    "Which words speak for the labels, and why."
+    if not evidence.get("words"):
+        return "The labels' own words speak for them."
+    spoken = ", ".join(f"{word!r} for {label!r}" for label, word in zip(words.labels, words.words, strict=True))
+    return (
+        f"Words that the base knows speak for the labels: {spoken}. On {evidence['rows']} training rows the base alone "
+        f"has a loss of {evidence['loss']:.3f} with them, {evidence['own_loss']:.3f} with the labels' own."
+    )

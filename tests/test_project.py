@@ -47,9 +47,10 @@ ROOM_IMPORTS = {
     "serving_files": {"data", "prompt"},
     "training": {"backend", "gemma", "prompt", "model", "memory", "adapter", "checkpoint", "scoring"},
     "tutorial": {*("backend", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "upstream")},
+    "search": {"adapter", "model", "prompt", "scoring", "training"},
     "classifier": {
         *("data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "scoring", "training"),
-        "tutorial",
+        *("tutorial", "search"),
     },
     "evaluation": {"data"},
     "analysis": {"data", "evaluation"},
