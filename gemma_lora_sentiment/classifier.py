@@ -159,7 +159,8 @@ class _Settings:
         self,
         base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
     ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
-        name, recipe = recipe_for(str(self.preset), self.recipe, base and base.parameter_count)
+        size = (base.parameter_count, base.config.hidden_dim) if base else (None, None)
+        name, recipe = recipe_for(str(self.preset), self.recipe, *size)
         fields = ("lora_rank", "target_layers", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length")
         given = {field: getattr(self, field) for field in (*fields, "loss_on")}
         return name, replace(recipe, **{field: value for field, value in given.items() if not _is_auto(value)})
