@@ -1,0 +1,111 @@
+"""What a fit decides by looking at its rows: the words that speak for the labels."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gemma_lora_sentiment import GemmaLoraClassifier, read_comments
+from gemma_lora_sentiment.model import load_base
+from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
+from gemma_lora_sentiment.search import choices_text, choose_words, rows_to_ask
+
+ROWS = read_comments("sample_validation").groupby("label").head(32)
+OTHERS = read_comments("sample_validation").groupby("label").tail(40)
+NAMES = {"0": "안 옴", "1": "다시 옴"}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("mini_ko")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return TextTokenizer(base.tokenizer_proto)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return GemmaLoraClassifier(epochs=1, max_length=96).fit(ROWS.comment, ROWS.label.map(NAMES))
+
+
+def asked(base, tokenizer, names, rows=ROWS, seed=0):
+    labels = sorted(set(names.values()))
+    index = np.array([labels.index(names[label]) for label in rows.label])
+    prompts = encode_prompts(rows.comment.tolist(), tokenizer, PromptTemplate(), 96, 8).token_ids
+    return choose_words(base, prompts, index, label_words(labels, tokenizer, PromptTemplate()), tokenizer, seed)
+
+
+@pytest.mark.parametrize("names", [{"0": "1", "1": "0"}, NAMES, {"0": "no", "1": "yes"}], ids=str)
+def test_words_come_in_the_order_that_the_rows_ask_for(base, tokenizer, names):
+    words, evidence = asked(base, tokenizer, names)
+    spoken = dict(zip(words.labels, words.words, strict=True))
+    assert (spoken[names["0"]], spoken[names["1"]]) == ("0", "1") and words.labels == tuple(sorted(names.values()))
+    assert words.single_token and evidence["loss"] < evidence["own_loss"] and evidence["words"] == list(words.words)
+    assert json.loads(json.dumps(evidence)) == evidence
+    assert asked(base, tokenizer, names) == (words, evidence)
+    line = choices_text(evidence, words)
+    assert "\n" not in line and f"'1' for {names['1']!r}" in line and f"{evidence['own_loss']:.3f}" in line
+
+
+def test_words_that_mean_nothing_are_not_taken_for_labels_that_nothing_can_know(base, tokenizer):
+    own = label_words(["a", "b"], tokenizer, PromptTemplate())
+    prompts = encode_prompts(ROWS.comment.tolist(), tokenizer, PromptTemplate(), 96, 8).token_ids
+    for seed in range(5):
+        coins = np.random.default_rng(seed).permutation(np.arange(len(ROWS)) % 2)
+        assert choose_words(base, prompts, coins, own, tokenizer, seed)[0] == own
+
+
+def test_few_rows_of_a_label_choose_nothing(base, tokenizer):
+    few = ROWS.groupby("label").head(11)
+    words, evidence = asked(base, tokenizer, NAMES, few)
+    assert words.words == ("다시 옴", "안 옴") and evidence == {"rows": 22, "loss": None, "words": None}
+
+
+def test_rows_are_asked_of_each_label():
+    index = np.array([0] * 500 + [1] * 90 + [2] * 3)
+    rows = rows_to_ask(index, 1)
+    assert np.bincount(index[rows]).tolist() == [42, 42, 3] and (np.diff(rows) > 0).all()
+    assert not np.array_equal(rows, rows_to_ask(index, 2))
+
+
+def test_labels_stay_the_users_own(fitted, tmp_path):
+    assert fitted.classes_.tolist() == ["다시 옴", "안 옴"] and fitted.words_.words == ("1", "0")
+    truth = OTHERS.label.map(NAMES)
+    assert (fitted.predict(OTHERS.comment) == truth).mean() > 0.7
+    assert fitted.get_params()["label_words"] is None
+    fitted.save(tmp_path / "run")
+    loaded = GemmaLoraClassifier.load(tmp_path / "run")
+    assert loaded.words_ == fitted.words_ and loaded.choices_ == fitted.choices_
+    assert np.array_equal(loaded.predict_proba(OTHERS.comment[:9]), fitted.predict_proba(OTHERS.comment[:9]))
+    path = tmp_path / "run" / "classifier.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved["choices"]["words"] == ["1", "0"]
+    del saved["choices"]  # as earlier versions wrote it
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert GemmaLoraClassifier.load(tmp_path / "run", verify=False).choices_ == {}
+
+
+def test_a_fit_that_goes_on_decides_the_same(fitted, tmp_path):
+    labels = ROWS.label.map(NAMES)
+    clf = GemmaLoraClassifier(epochs=1, max_length=96, checkpoint_dir=tmp_path)
+    clf.fit(ROWS.comment, labels)
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    again = GemmaLoraClassifier(epochs=1, max_length=96, checkpoint_dir=tmp_path).fit(ROWS.comment, labels)
+    assert folders == sorted(path.name for path in tmp_path.iterdir()) and again.choices_ == fitted.choices_
+    for path, array in fitted.adapter_.arrays.items():
+        assert np.array_equal(array, clf.adapter_.arrays[path]) and np.array_equal(array, again.adapter_.arrays[path])
+
+
+@pytest.mark.parametrize("given", [
+    dict(recipe="mini_ko"), dict(epochs=0), dict(label_words=["다시 옴", "안 옴"]),
+    dict(label_words={"다시 옴": "good", "안 옴": "bad"}),
+], ids=str)  # fmt: skip
+def test_what_is_given_is_not_decided(given, monkeypatch):
+    def never(*_):
+        raise AssertionError("nothing was to be chosen")
+
+    monkeypatch.setattr("gemma_lora_sentiment.classifier.choose_words", never)
+    clf = GemmaLoraClassifier(**{"epochs": 1, "max_length": 64, **given})
+    assert clf.fit(ROWS.comment[:8], ["다시 옴", "안 옴"] * 4).choices_ == {}
