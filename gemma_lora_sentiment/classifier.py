@@ -44,7 +44,7 @@ from gemma_lora_sentiment.prompt import (
     label_words,
 )
 from .scoring import generate, label_probabilities, log_softmax, score_labels
-from .search import choices_text, choose_words
+from .search import choices_text, choose_steps, choose_strength, choose_words
 from gemma_lora_sentiment.training import (
     RECIPES,
     Recipe,
@@ -291,7 +291,7 @@ class _Fitting:
             needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
             del base  # before the other takes its place
             base = fall_back(self.preset, quantization, needed, self.devices, self.strategy)
-        words, choices = self._words_for(base, recipe, rows, words)
+        words, recipe, choices = self._choices_for(base, recipe_name, recipe, rows, words)
         if choices.get("words"):
             rows, validation = (part and replace(part, responses=[words.trained_ids[i] for i in part.label_index])
                                 for part in (rows, validation))  # fmt: skip
@@ -314,6 +314,7 @@ class _Fitting:
             finally:
                 for callback in self.callbacks or ():
                     callback.set_model(None)  # or cloning and pickling would take the base along
+            adapter = replace(adapter, alpha=adapter.alpha * choices.get("strength", 1.0))
         # Only now, so that a fit that fails leaves an earlier one as it was.
         self.classes_, self.words_, self.dtype_, self.base_fingerprint_ = classes, words, base.dtype, base.fingerprint
         self.quantization_, self.choices_ = base.quantization, choices
@@ -322,18 +323,21 @@ class _Fitting:
         self.best_epoch_ = _best_epoch(history)
         return self
 
-    def _words_for(
-        self, base: Base, recipe: Recipe, rows: Rows, words: LabelWords
-    ) -> tuple[LabelWords, dict[str, Any]]:  # words; what was chosen and by which evidence
-        "The labels' own words, or others by `recipe=\"auto\"`, where neither words nor an adapter are given."
-        given = self.label_words is not None or (self.warm_start and hasattr(self, "adapter_"))
-        if given or not _is_auto(self.recipe) or not recipe.epochs:
-            return words, {}
-        tokenizer = _tokenizer(base.tokenizer_proto)
-        chosen, evidence = choose_words(base, rows.prompts, rows.label_index, words, tokenizer, self.seed)
-        if self.verbose and evidence["words"]:
-            print(choices_text(evidence, chosen), file=sys.stderr, flush=True)
-        return chosen, evidence
+    def _choices_for(
+        self, base: Base, name: str, recipe: Recipe, rows: Rows, words: LabelWords
+    ) -> tuple[LabelWords, Recipe, dict[str, Any]]:  # words, recipe, and by which evidence they were chosen
+        "What `recipe=\"auto\"` decides by the rows: words, steps and strength, where they are not given."
+        if not _is_auto(self.recipe) or not recipe.epochs or (self.warm_start and hasattr(self, "adapter_")):
+            return words, recipe, {}
+        tokenizer, given = _tokenizer(base.tokenizer_proto), self.label_words is not None
+        words, choices = choose_words(base, rows.prompts, rows.label_index, words, tokenizer, self.seed, given)
+        of_rows = choose_steps(name, recipe, choices, len(rows))
+        free = {field: getattr(of_rows, field) for field in ("epochs", "batch_size") if _is_auto(getattr(self, field))}
+        if _is_auto(self.lora_alpha):
+            choices["strength"] = choose_strength(choices, len(words.labels))
+        if self.verbose:
+            print(choices_text(choices, words), file=sys.stderr, flush=True)
+        return words, replace(recipe, **free), choices
 
     def _keras_can(self, base: Base) -> bool:
         "Whether the tutorial's recipe can be computed as the tutorial does, by Keras's own `fit`."

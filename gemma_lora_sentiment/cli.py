@@ -389,7 +389,7 @@ def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[
         "dtype": base.dtype if base else clf.dtype_,
         "quantization": base.quantization if base else clf.quantization_,
         "base_fingerprint": base.fingerprint if base else clf.base_fingerprint_,
-        "choices": getattr(clf, "choices_", {}),  # of this fit; cross-validation chooses in each fold anew
+        "choices": getattr(clf, "choices_", {}),  # of this fit; cross-validation decides in each fold anew
         **more,
         "versions": _versions(),
         "device": _device(),
@@ -758,7 +758,8 @@ def _refitted(clf: Any, rows: Any) -> Any:
     if clf.recipe_.epochs == 0:
         everything.set_params(epochs=0)
     everything.fit(rows.comment, rows.label)
-    everything.choices_ = clf.choices_
+    strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
+    everything.choices_ = clf.choices_ | strength
     return everything
 
 # %% ../nbs/11_cli.ipynb #89dc319a

@@ -384,10 +384,12 @@ def _origin(description: Mapping[str, Any]) -> list[tuple[str, str, list[Element
         tables.append(_pairs("As they were given", settings))
     if recipe := description.get("recipe"):
         tables.append(_pairs("As they were resolved: the recipe", recipe))
-    if (choices := description.get("choices") or {}).get("words"):
-        names = {"words": "words, in the order of the labels", "loss": "loss of the base with them"}
-        names |= {"own_loss": "with the labels' own", "rows": "training rows asked"}
-        tables.append(_pairs("What the rows decided", {names[name]: choices[name] for name in names}))
+    choices = description.get("choices") or {}
+    names = {"words": "words, in the order of the labels", "loss": "loss of the base by the words"}
+    names |= {"own_loss": "loss by the labels' own", "strength": "strength of the adapter"}
+    names |= {"rows": "training rows asked"}
+    if shown := {names[name]: choices[name] for name in names if choices.get(name) is not None}:
+        tables.append(_pairs("What the rows decided", shown))
     names = "epochs held_out refit folds repeats seed dtype base_fingerprint seconds finished".split()
     more = {name: description[name] for name in names if description.get(name) is not None}
     more |= {"run": _name_of(description["run"])} if "run" in description else {}

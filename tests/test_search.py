@@ -1,6 +1,7 @@
 """What a fit decides by looking at its rows: the words that speak for the labels."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from gemma_lora_sentiment import GemmaLoraClassifier, read_comments
 from gemma_lora_sentiment.model import load_base
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
-from gemma_lora_sentiment.search import choices_text, choose_words, rows_to_ask
+from gemma_lora_sentiment.search import choices_text, choose_steps, choose_strength, choose_words, rows_to_ask
+from gemma_lora_sentiment.training import RECIPES
 
 ROWS = read_comments("sample_validation").groupby("label").head(32)
 OTHERS = read_comments("sample_validation").groupby("label").tail(40)
@@ -63,6 +65,39 @@ def test_few_rows_of_a_label_choose_nothing(base, tokenizer):
     assert words.words == ("다시 옴", "안 옴") and evidence == {"rows": 22, "loss": None, "words": None}
 
 
+def test_a_base_that_does_not_say_the_words_takes_more_and_smaller_steps(base, tokenizer):
+    coins = np.arange(len(ROWS)) % 2
+    own = label_words(["왼쪽 문", "오른쪽 문"], tokenizer, PromptTemplate())
+    prompts = encode_prompts(ROWS.comment.tolist(), tokenizer, PromptTemplate(), 96, 8).token_ids
+    words, evidence = choose_words(base, prompts, coins, own, tokenizer)
+    assert words == own and evidence["said"] < 0.1
+    recipe = choose_steps("mini_ko", RECIPES["mini_ko"], evidence, 64)
+    assert (recipe.batch_size, recipe.epochs) == (4, 12)
+    clf = GemmaLoraClassifier(epochs=1, max_length=64).fit(ROWS.comment, np.array(own.labels)[coins])
+    assert (clf.recipe_.batch_size, clf.recipe_.epochs) == (4, 1)  # what is given stays
+    for names in ({"0": "0", "1": "1"}, NAMES):
+        assert choose_steps("mini_ko", RECIPES["mini_ko"], asked(base, tokenizer, names)[1], 64) == RECIPES["mini_ko"]
+
+
+@pytest.mark.parametrize("rows, epochs", [(20, 12), (100, 12), (300, 4), (5000, 4)])
+def test_gemma_gets_the_steps_that_it_was_measured_with(rows, epochs):
+    assert choose_steps("gemma", RECIPES["gemma"], {"said": 0.0}, rows) == replace(RECIPES["gemma"], epochs=epochs)
+    assert choose_steps("tutorial", RECIPES["tutorial"], {"said": 0.0}, rows) == RECIPES["tutorial"]
+
+
+def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
+    """The adapter is the one of full strength, with half its alpha; whoever gives alpha has decided."""
+    rows = read_comments("sample_test").groupby("label").head(16)
+    known = {"rows": 32, "loss": 0.1, "words": None}
+    monkeypatch.setattr("gemma_lora_sentiment.classifier.choose_words", lambda *given: (given[3], dict(known)))
+    fits = [GemmaLoraClassifier(epochs=1, max_length=64, **given).fit(rows.comment, rows.label)
+            for given in ({}, {"lora_alpha": 8.0})]  # fmt: skip
+    assert [clf.adapter_.alpha for clf in fits] == [4.0, 8.0]
+    assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
+    assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
+    assert [choose_strength({"loss": loss}, 2) for loss in (None, 0.1, 0.4, 2.0)] == [1.0, 0.5, 1.0, 1.0]
+
+
 def test_rows_are_asked_of_each_label():
     index = np.array([0] * 500 + [1] * 90 + [2] * 3)
     rows = rows_to_ask(index, 1)
@@ -98,10 +133,7 @@ def test_a_fit_that_goes_on_decides_the_same(fitted, tmp_path):
         assert np.array_equal(array, clf.adapter_.arrays[path]) and np.array_equal(array, again.adapter_.arrays[path])
 
 
-@pytest.mark.parametrize("given", [
-    dict(recipe="mini_ko"), dict(epochs=0), dict(label_words=["다시 옴", "안 옴"]),
-    dict(label_words={"다시 옴": "good", "안 옴": "bad"}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("given", [dict(recipe="mini_ko"), dict(epochs=0), dict(recipe="tutorial")], ids=str)
 def test_what_is_given_is_not_decided(given, monkeypatch):
     def never(*_):
         raise AssertionError("nothing was to be chosen")
@@ -109,3 +141,9 @@ def test_what_is_given_is_not_decided(given, monkeypatch):
     monkeypatch.setattr("gemma_lora_sentiment.classifier.choose_words", never)
     clf = GemmaLoraClassifier(**{"epochs": 1, "max_length": 64, **given})
     assert clf.fit(ROWS.comment[:8], ["다시 옴", "안 옴"] * 4).choices_ == {}
+
+
+@pytest.mark.parametrize("given", [["good", "bad"], {"다시 옴": "good", "안 옴": "bad"}], ids=str)
+def test_words_that_are_given_are_kept(given, base, tokenizer):
+    clf = GemmaLoraClassifier(epochs=1, max_length=64, label_words=given).fit(ROWS.comment, ROWS.label.map(NAMES))
+    assert clf.words_.words == ("good", "bad") and clf.choices_["words"] is None and clf.choices_["loss"] > 0
