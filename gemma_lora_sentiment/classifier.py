@@ -334,7 +334,7 @@ class _Fitting:
         of_rows = choose_steps(name, recipe, choices, len(rows))
         free = {field: getattr(of_rows, field) for field in ("epochs", "batch_size") if _is_auto(getattr(self, field))}
         if _is_auto(self.lora_alpha):
-            choices["strength"] = choose_strength(choices, len(words.labels))
+            choices["strength"] = choose_strength(choices, len(words.labels), len(rows))
         if self.verbose:
             print(choices_text(choices, words), file=sys.stderr, flush=True)
         return words, replace(recipe, **free), choices

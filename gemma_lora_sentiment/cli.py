@@ -1206,7 +1206,7 @@ def quickstart(
     comments: Comments = True,
     quiet: Quiet = False,
 ) -> None:
-    """The whole job offline on the bundled sample and base: fine-tune, evaluate, plot, submit."""
+    """The whole job offline on bundled comments and base: fine-tune, evaluate, plot, submit."""
     started = time.perf_counter()
     from sklearn.model_selection import train_test_split
 
@@ -1215,12 +1215,12 @@ def quickstart(
     from gemma_lora_sentiment.submission import write_submission
 
     clf = _classifier(quiet, {"seed": seed, "quantization": quantization})
-    sample, test = read_comments("sample"), read_comments("sample_test")
-    strata = sample.label + sample.kind
-    rows, _ = train_test_split(sample, train_size=300, random_state=seed, stratify=strata)
+    unseen, test = read_comments("sample_validation"), read_comments("sample_test")  # by mini_ko, in pre-training
+    strata = unseen.label + unseen.kind
+    rows, _ = train_test_split(unseen, train_size=300, random_state=seed, stratify=strata)
     _say(quiet, describe_comments(rows, test).to_string(header=False))
     with _folder(out) as folder:
-        _say(quiet, f"fine-tuning mini_ko on {len(rows)} of the sample's rows")
+        _say(quiet, f"fine-tuning mini_ko on {len(rows)} comments that it has not met")
         threading.Thread(target=_import_what_follows, daemon=True).start()
         clf.fit(rows.comment, rows.label)
         metrics, baseline, answers = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_, comments)
@@ -1233,7 +1233,7 @@ def quickstart(
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         _write_json(folder / "metrics.json", metrics)
         more = {"epochs": clf.best_epoch_}
-        _write_json(folder / "run.json", _run_description("quickstart", "sample", rows, clf, more))
+        _write_json(folder / "run.json", _run_description("quickstart", "sample_validation", rows, clf, more))
         write_report(folder, comments=comments)
     if not comments:
         _warn_of_comments(out)

@@ -176,18 +176,23 @@ def _said(scores: np.ndarray, words: LabelWords) -> float:  # of log-probabiliti
     return round(float(np.exp(scores[:, first]).sum(axis=1).mean()), 4)
 
 # %% ../nbs/04b_search.ipynb #5ea00021
+_ROWS_OF_KNOWLEDGE = 300  # rows that weigh as much as what a base knows
+
+
 def choose_strength(
     evidence: Mapping[str, Any],  # from choose_words
     n_labels: int,
-) -> float:  # factor for the trained adapter
-    "Half where the base alone knows the task, all where it has it to learn or nothing is known."
-    known = evidence.get("loss") is not None and evidence["loss"] < _KNOWN * np.log(n_labels)
-    return 0.5 if known else 1.0
+    n_rows: int,  # trained on
+) -> float:  # factor for the trained adapter, from 0.5 to 1
+    "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
+    if evidence.get("loss") is None or evidence["loss"] > _BELIEVED * np.log(n_labels):
+        return 1.0
+    return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
 
 # %% ../nbs/04b_search.ipynb #5ea00024
 _STEPS = {"mini_ko": (4, 288), "gemma": (16, 76)}  # rows a step at most, steps at least
 _MOST_EPOCHS = 12
-_SPOKEN = 0.5  # probability that a base which knows the words goes on with one of them
+_SPOKEN = 0.2  # probability that a base which knows the words goes on with one of them
 
 
 def choose_steps(
@@ -213,13 +218,14 @@ def choices_text(
     guessing = np.log(len(words.labels))
     if evidence.get("loss") is None:
         return "Too few rows of a label to decide anything by them."
-    half = " The adapter speaks with half its strength." if evidence.get("strength") == 0.5 else ""
+    strength = evidence.get("strength", 1.0)
+    part = f" The trained adapter speaks with {strength:.0%} of its strength." if strength < 1 else ""
     if not evidence["words"]:
         loss = f"has a loss of {evidence['loss']:.3f} ({guessing:.3f} is guessing)"
-        return f"By the words for the labels the base alone {loss}.{half}"
+        return f"By the words for the labels the base alone {loss}.{part}"
     spoken = ", ".join(f"{word!r} for {label!r}" for label, word in zip(words.labels, words.words, strict=True))
     return (
         f"Words that the base knows speak for the labels: {spoken}. By them the base alone parts {evidence['rows']} "
         f"training rows with a loss of {evidence['loss']:.3f}, by the labels' own with {evidence['own_loss']:.3f} "
-        f"({guessing:.3f} is guessing).{half}"
+        f"({guessing:.3f} is guessing).{part}"
     )

@@ -95,7 +95,8 @@ def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
     assert [clf.adapter_.alpha for clf in fits] == [4.0, 8.0]
     assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
     assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
-    assert [choose_strength({"loss": loss}, 2) for loss in (None, 0.1, 0.4, 2.0)] == [1.0, 0.5, 1.0, 1.0]
+    assert [choose_strength({"loss": loss}, 2, 32) for loss in (None, 0.1, 0.4, 2.0)] == [1.0, 0.5, 0.5, 1.0]
+    assert [choose_strength(known, 2, n) for n in (300, 900)] == [0.5, 0.75]
 
 
 def test_rows_are_asked_of_each_label():
