@@ -331,7 +331,7 @@ class _Fitting:
             return words, recipe, {}
         tokenizer, given = _tokenizer(base.tokenizer_proto), self.label_words is not None
         words, choices = choose_words(base, rows.prompts, rows.label_index, words, tokenizer, self.seed, given)
-        of_rows = choose_steps(name, recipe, choices, len(rows))
+        of_rows = choose_steps(name, recipe, choices, len(words.labels), len(rows))
         free = {field: getattr(of_rows, field) for field in ("epochs", "batch_size") if _is_auto(getattr(self, field))}
         if _is_auto(self.lora_alpha):
             choices["strength"] = choose_strength(choices, len(words.labels), len(rows))

@@ -185,7 +185,8 @@ def choose_strength(
     n_rows: int,  # trained on
 ) -> float:  # factor for the trained adapter, from 0.5 to 1
     "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
-    if evidence.get("loss") is None or evidence["loss"] > _BELIEVED * np.log(n_labels):
+    loss = evidence.get("loss")
+    if loss is None or loss > _BELIEVED * np.log(n_labels) or evidence["words"]:
         return 1.0
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
 
@@ -199,10 +200,13 @@ def choose_steps(
     name: str,  # of the recipe: "mini_ko" or "gemma"; others are not changed
     recipe: Recipe,
     evidence: Mapping[str, Any],  # from choose_words
+    n_labels: int,
     n_rows: int,  # to train on
 ) -> Recipe:  # with its rows a step and its epochs
     "Smaller steps and more of them, where the base has the task to learn."
-    if name not in _STEPS or evidence.get("said", 1.0) > _SPOKEN:
+    loss, is_said = evidence.get("loss"), evidence.get("said", 1.0) > _SPOKEN
+    is_known = loss is not None and loss < _KNOWN * np.log(n_labels)
+    if name not in _STEPS or (is_said and (is_known or not evidence["words"])):
         return recipe
     at_most, steps = _STEPS[name]
     batch_size = min(recipe.batch_size, at_most)

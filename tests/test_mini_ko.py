@@ -136,6 +136,11 @@ def test_quickstart_ends_in_a_table_offline(quickstart):
     assert metrics["n"] == len(read_comments("sample_test"))
     assert {"accuracy", "macro_f1", "roc_auc", "log_loss", "classes", "baseline_accuracy", "seconds"} <= set(metrics)
     assert metrics["accuracy"] > metrics["baseline_accuracy"]
+    alone = metrics["baselines"]["zero_shot"]  # fine-tuning is not to make things worse
+    assert metrics["log_loss"] < alone["log_loss"] and metrics["accuracy"] > alone["accuracy"] - 0.01
+    choices = json.loads((out / "run.json").read_text())["choices"]
+    assert choices["strength"] == 0.5 and "speaks with 50% of its strength" in result.stderr
+    assert "strength of the adapter" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_quickstart_leaves_figures_and_a_submission(quickstart):

@@ -295,7 +295,7 @@ def test_report_tells_where_numbers_come_from(trained_quietly, evaluated_quietly
 def test_quickstart_without_comments(work, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_classifier", lambda *_: GemmaLoraClassifier(str(work / "tiny"), epochs=1, lora_rank=2))
     done("quickstart", "--out", tmp_path / "run", "--no-comments", "--quiet")
-    sample = {*read_comments("sample").comment, *read_comments("sample_test").comment}
+    sample = {*read_comments("sample_validation").comment, *read_comments("sample_test").comment}
     sample = {comment for comment in sample if len(comment) > 8}  # a shorter one may be an ordinary word
     texts = texts_in(tmp_path / "run").items()
     assert not [(name, comment) for name, text in texts for comment in sample if comment in text]

@@ -71,18 +71,28 @@ def test_a_base_that_does_not_say_the_words_takes_more_and_smaller_steps(base, t
     prompts = encode_prompts(ROWS.comment.tolist(), tokenizer, PromptTemplate(), 96, 8).token_ids
     words, evidence = choose_words(base, prompts, coins, own, tokenizer)
     assert words == own and evidence["said"] < 0.1
-    recipe = choose_steps("mini_ko", RECIPES["mini_ko"], evidence, 64)
+    recipe = choose_steps("mini_ko", RECIPES["mini_ko"], evidence, 2, 64)
     assert (recipe.batch_size, recipe.epochs) == (4, 12)
     clf = GemmaLoraClassifier(epochs=1, max_length=64).fit(ROWS.comment, np.array(own.labels)[coins])
     assert (clf.recipe_.batch_size, clf.recipe_.epochs) == (4, 1)  # what is given stays
     for names in ({"0": "0", "1": "1"}, NAMES):
-        assert choose_steps("mini_ko", RECIPES["mini_ko"], asked(base, tokenizer, names)[1], 64) == RECIPES["mini_ko"]
+        assert asked(base, tokenizer, names)[1]["said"] > 0.3
 
 
 @pytest.mark.parametrize("rows, epochs", [(20, 12), (100, 12), (300, 4), (5000, 4)])
 def test_gemma_gets_the_steps_that_it_was_measured_with(rows, epochs):
-    assert choose_steps("gemma", RECIPES["gemma"], {"said": 0.0}, rows) == replace(RECIPES["gemma"], epochs=epochs)
-    assert choose_steps("tutorial", RECIPES["tutorial"], {"said": 0.0}, rows) == RECIPES["tutorial"]
+    evidence = {"loss": 0.69, "words": None, "said": 0.01}
+    assert choose_steps("gemma", RECIPES["gemma"], evidence, 2, rows) == replace(RECIPES["gemma"], epochs=epochs)
+    assert choose_steps("tutorial", RECIPES["tutorial"], evidence, 2, rows) == RECIPES["tutorial"]
+
+
+@pytest.mark.parametrize("evidence, more", [
+    ({"loss": 0.13, "words": None}, False), ({"loss": 0.5, "words": None, "said": 0.8}, False),
+    ({"loss": 0.13, "words": ["1", "0"], "said": 0.8}, False), ({"loss": 0.5, "words": ["1", "0"], "said": 0.8}, True),
+    ({"loss": 0.5, "words": None, "said": 0.1}, True), ({"loss": None, "words": None}, False),
+], ids=str)  # fmt: skip
+def test_more_steps_where_there_is_more_to_learn(evidence, more):
+    assert (choose_steps("mini_ko", RECIPES["mini_ko"], evidence, 2, 100).batch_size == 4) == more
 
 
 def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
@@ -95,7 +105,9 @@ def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
     assert [clf.adapter_.alpha for clf in fits] == [4.0, 8.0]
     assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
     assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
-    assert [choose_strength({"loss": loss}, 2, 32) for loss in (None, 0.1, 0.4, 2.0)] == [1.0, 0.5, 0.5, 1.0]
+    losses = (None, 0.1, 0.4, 2.0)
+    assert [choose_strength({**known, "loss": loss}, 2, 32) for loss in losses] == [1.0, 0.5, 0.5, 1.0]
+    assert choose_strength({**known, "words": ["1", "0"]}, 2, 32) == 1.0
     assert [choose_strength(known, 2, n) for n in (300, 900)] == [0.5, 0.75]
 
 
