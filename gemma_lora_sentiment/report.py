@@ -135,7 +135,10 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
         lines.append(_tag("p", f"{advice}{doubt}."))
     untrained = (metrics.get("baselines") or {}).get("zero_shot")
     if untrained is not None and untrained["accuracy"] >= metrics["accuracy"] - 1e-9:
-        lines.append(_tag("p", "Fine-tuning gained nothing on these comments. ", untrained["comparison"]["sentence"]))
+        gained, losses = "gained nothing", [each.get("log_loss") for each in (metrics, untrained)]
+        if None not in losses and losses[0] < losses[1]:
+            gained = f"made the probabilities better (log-loss {losses[0]:.3f} against {losses[1]:.3f}), not the answers,"
+        lines.append(_tag("p", f"Fine-tuning {gained} on these comments. ", untrained["comparison"]["sentence"]))
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
