@@ -137,7 +137,8 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
     if untrained is not None and untrained["accuracy"] >= metrics["accuracy"] - 1e-9:
         gained, losses = "gained nothing", [each.get("log_loss") for each in (metrics, untrained)]
         if None not in losses and losses[0] < losses[1]:
-            gained = f"made the probabilities better (log-loss {losses[0]:.3f} against {losses[1]:.3f}), not the answers,"
+            better = f"log-loss {losses[0]:.3f} against {losses[1]:.3f}"
+            gained = f"made the probabilities better ({better}), not the answers,"
         lines.append(_tag("p", f"Fine-tuning {gained} on these comments. ", untrained["comparison"]["sentence"]))
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
