@@ -166,7 +166,7 @@ def test_an_export_without_its_adapter_would_be_noticed(base, adapter, tmp_path,
 ])  # fmt: skip
 def test_exports_of_google_s_bases_carry_the_notice(preset, vocabulary, google, tmp_path):
     base = types.SimpleNamespace(preset=preset, config=types.SimpleNamespace(vocabulary_size=vocabulary))
-    export._write_notices(tmp_path, base, "the card")
+    export.write_notices(tmp_path, base, "the card")
     readme = (tmp_path / "README.md").read_text()
     notice = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
     assert (notice in readme) == ("license: gemma" in readme) == (tmp_path / "NOTICE").is_file() == google
