@@ -32,9 +32,10 @@ def _next_tokens(
     post: Callable[[str, dict[str, Any]], Any],  # path and body -> answer
     token_ids: Sequence[int],  # the prompt
     wanted: Collection[int],  # ids of next tokens
+    written: int,  # id of a token of whole characters, which the server is made to write
 ) -> dict[int, float]:  # id -> log-probability
     body = {"prompt": list(token_ids), "n_predict": 1, "temperature": 0, "cache_prompt": False}
-    body["logit_bias"] = [[min(wanted), 1000.0]]
+    body["logit_bias"] = [[written, 1000.0]]
     found: dict[int, float] = {}
     for candidates in _CANDIDATES:
         answer = post("/completion", {**body, "n_probs": candidates})
@@ -50,6 +51,7 @@ def _word_scores(
     post: Callable[[str, dict[str, Any]], Any],
     prompt: Sequence[int],  # token ids
     word_ids: Sequence[Sequence[int]],  # token ids of each word
+    written: int,  # as _next_tokens takes it
 ) -> list[float]:  # log-probability of each word after the prompt
     "Tokens that follow the same beginning share a request."
     wanted: dict[tuple[int, ...], set[int]] = {}
@@ -58,7 +60,7 @@ def _word_scores(
             wanted.setdefault(tuple(ids[:position]), set()).add(token)
     found = {}
     for before, tokens in wanted.items():
-        for token, log_probability in _next_tokens(post, [*prompt, *before], tokens).items():
+        for token, log_probability in _next_tokens(post, [*prompt, *before], tokens, written).items():
             found[*before, token] = log_probability
     return [sum(found[tuple(ids[: end + 1])] for end in range(len(ids))) for ids in word_ids]
 
@@ -99,10 +101,12 @@ def answer_questions() -> None:
     def token_ids(text: str, special: bool) -> list[int]:
         return post("/tokenize", {"content": text, "add_special": True, "parse_special": special})["tokens"]
 
+    # where there is no piece for it, its token is its byte, which is a whole character too
+    written = token_ids("0", False)[-1]
     scores, seconds = [], []
     for prompt in asked["prompts"]:
         started = time.perf_counter()
-        scores.append(_word_scores(post, prompt, asked["word_ids"]))
+        scores.append(_word_scores(post, prompt, asked["word_ids"], written))
         seconds.append(time.perf_counter() - started)
     ids = {name: [token_ids(text, name == "as_prompt") for text in asked["texts"]] for name in ("plain", "as_prompt")}
     spent = {"milliseconds": 1000 * statistics.median(seconds or [0.0]), "memory": _peak_memory()}
@@ -156,6 +160,6 @@ def ask_llamacpp(
 
 def _reason(log: str) -> str:  # one line
     "The first error that it logs, or the last line."
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line.strip(" ^~") for line in log.splitlines() if line.strip(" ^~")] or ["it said nothing"]
     errors = [line for line in lines if "error" in line.lower() or " E " in line]
-    return re.sub(r"^[\d.]+ E ", "", (errors or lines[-1:])[0])[:300]
+    return re.sub(r"^[\d.]+ [EW] ", "", (errors or lines[-1:])[0])[:300]
