@@ -95,12 +95,14 @@ _ALLOWED = {  # share of decisions that change; nats of a near-tie; share of the
     "f16": (0.01, 0.1, 0.03),
     "bf16": (0.01, 0.2, 0.1),
     "q8_0": (0.02, 0.5, 0.3),
+    "quantized": (0.02, 0.5, 0.3),
 }
+_REMEDIES = {"f16": "This base cannot be exported.", "quantized": "Export it merged, as f16."}
 
 
 def check_proof(
     proof: Proof,
-    outtype: str = "f16",  # how the weights are stored: "f16", "bf16", or "q8_0" for every quantization
+    outtype: str = "f16",  # how the weights are stored: "f16", "bf16", "q8_0", or "quantized" otherwise
 ) -> None:
     """Raise `RunError` for a file with which llama.cpp decides otherwise.
 
@@ -113,8 +115,8 @@ def check_proof(
     close = proof.log_odds <= of_log_odds * max(1.0, proof.largest)  # not where it is no number
     if changed > share * proof.comments or not close:
         raise RunError(
-            f"With weights of {outtype}, {proof.text}: more than this package lets pass; nothing was exported. Try "
-            "f16; if it is that already, this base cannot be exported."
+            f"With {outtype} weights {proof.text}: more than this package lets pass; nothing was exported. "
+            f"{_REMEDIES.get(outtype, 'Try f16.')}"
         )
 
 # %% ../nbs/03e_gguf_export.ipynb #03e00013
@@ -138,8 +140,8 @@ def _write_beside(
 
 
 def _check_outtype(outtype: str) -> None:
-    if outtype not in _ALLOWED:
-        raise ModelError(f"outtype {outtype!r} is not one of {', '.join(_ALLOWED)}. Choose one of these.")
+    if outtype not in _BYTES:
+        raise ModelError(f"outtype {outtype!r} is not one of {', '.join(_BYTES)}. Choose one of these.")
 
 
 _BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight
@@ -218,7 +220,7 @@ def export_gguf_lora(
                 folder / "base.gguf", base.config.family, base.arguments, dict(base.weights()), base.tokenizer_proto
             )
             proof = compare_with_llamacpp(model, base, adapter, template, words, comments, max_length, lora)
-            check_proof(proof, "q8_0" if base_file else "f16")
+            check_proof(proof, "quantized" if base_file else "f16")
             (folder / "base.gguf").unlink(missing_ok=True)
         _write_beside(folder, texts, base, proof, merged=False)
     return proof

@@ -318,11 +318,14 @@ def real():
 
 def test_an_adapter_of_gemma3_270m_is_proven_over_its_own_file(real, tmp_path):
     pytest.importorskip("xllamacpp")
-    adapter = random_adapter(real, 4, 4.0, ("query", "value"), 0.07)
-    comments = read_comments("sample_test").comment[:6].tolist()
-    proof = export_gguf_lora(tmp_path / "a", real, adapter, TEMPLATE, words_of(real), comments)
+    words, adapter = words_of(real), new_adapter(real, 4, ("ffw_linear",))
+    embeddings = real.weight("token_embedding/embeddings")
+    towards_one = embeddings[words.scored_ids[1][0]] - embeddings[words.scored_ids[0][0]]
+    adapter.arrays["decoder_block_17/ffw_linear/lora_kernel_b"][0] = 20 * towards_one / np.linalg.norm(towards_one)
+    comments = read_comments("sample_test").comment[:4].tolist()
+    proof = export_gguf_lora(tmp_path / "a", real, adapter, TEMPLATE, words, comments)
     model = gguf_export.resolve_preset(real.preset)
-    far = compare_with_llamacpp(model, real, adapter, TEMPLATE, words_of(real), comments[:1])
+    far = compare_with_llamacpp(model, real, adapter, TEMPLATE, words, comments[:1])
     assert far.log_odds > 3 * proof.log_odds, "the adapter does something"
     assert "ai.google.dev/gemma/terms" in (tmp_path / "a" / "NOTICE").read_text()
     assert f"FROM {model}" in (tmp_path / "a" / "Modelfile").read_text()
