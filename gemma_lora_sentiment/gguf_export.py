@@ -101,7 +101,7 @@ _REMEDIES = {"f16": "This base cannot be exported.", "quantized": "Export it mer
 
 
 def check_proof(
-    proof: Proof,
+    proof: Proof,  # as compare_with_llamacpp gives it
     outtype: str = "f16",  # how the weights are stored: "f16", "bf16", "q8_0", or "quantized" otherwise
 ) -> None:
     """Raise `RunError` for a file with which llama.cpp decides otherwise.
