@@ -70,6 +70,7 @@ def _started_server(asked: dict[str, Any]) -> Any:  # xllamacpp.Server
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = asked["model"], asked["context"], 1, False
+    params.cache_ram_mib = 0  # or it keeps what it computed for every prompt
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
     if asked["lora"]:
         adapter = xllamacpp.CommonAdapterLoraInfo()
