@@ -202,6 +202,19 @@ def test_mistakes_of_the_command_are_one_line(arguments, word, run, tmp_path, pr
     assert os.listdir(tmp_path) == ["FULL"] and os.listdir(tmp_path / "FULL") == ["x"]
 
 
+def test_beside_the_checkpoint_lie_its_labels_and_the_commands(run, tmp_path, pretended, monkeypatch):
+    clf = GemmaLoraClassifier.load(run)
+    monkeypatch.setattr(
+        export, "_reloaded_logits", lambda _, prompts: export._adapted_logits(clf._loaded_base(), clf.adapter_, prompts)
+    )
+    result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "Mine"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    labels = json.loads((tmp_path / "Mine" / "labels.json").read_text())["labels"]
+    assert [label["label"] for label in labels] == clf.classes_.tolist()
+    readme = (tmp_path / "Mine" / "README.md").read_text()
+    assert "vllm serve . --served-model-name mine" in readme and "vllm serve BASE --enable-lora" in readme
+
+
 @pytest.mark.parametrize("preset", ["tiny", "mini_ko"])
 def test_live_command(preset, tiny, tmp_path):
     transformers = pytest.importorskip("transformers", reason="install the [hf] extra for the live tests")
