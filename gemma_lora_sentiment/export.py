@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import sentencepiece
 
 from . import __version__
 from .adapter import _PEFT_MODULES, _PER_HEAD, Adapter, RunError, lora_scales, stacked_lora
-from .gemma import hidden_at, logits_of, stacked, with_scales
+from .gemma import array_shapes, hidden_at, logits_of, stacked, with_scales
 from .model import BUNDLED_PRESETS, Base, ModelError
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'transformers_config', 'merged_tensors', 'check_extra', 'export_checkpoint']
+__all__ = ['TOLERANCE', 'transformers_config', 'MergedWeights', 'merged_tensors', 'write_notices', 'new_folder', 'check_room',
+           'check_mergeable', 'check_extra', 'export_checkpoint']
 
 # %% ../nbs/03b_export.ipynb #ex0006ab
 def _refuse(what: str) -> ModelError:
@@ -142,11 +144,26 @@ def _delta(adapter: Adapter, layer_path: str) -> np.ndarray | None:  # float32, 
     return np.float32(adapter.alpha / divisor) * (a @ adapter.arrays[f"{layer_path}/lora_kernel_b"])
 
 
-def _merged(base: Base, adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:  # path of the variable, float32 value
-    for path, array in base.weights():
-        value = array.astype(np.float32)
-        delta = _delta(adapter, path.rsplit("/", 1)[0])
-        yield path, value if delta is None else value + delta
+class MergedWeights(Mapping[str, np.ndarray]):
+    """Weights with the adapter added, float32, by path of the Keras variable; each is made when it is asked for."""
+
+    def __init__(
+        self,
+        base: Base,  # not quantized
+        adapter: Adapter,
+    ):
+        self.base, self.adapter = base, adapter
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        value = self.base.weight(path).astype(np.float32)
+        delta = _delta(self.adapter, path.rsplit("/", 1)[0])
+        return value if delta is None else value + delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(array_shapes(self.base.config))
+
+    def __len__(self) -> int:
+        return len(array_shapes(self.base.config))
 
 # %% ../nbs/03b_export.ipynb #ex0012ab
 def merged_tensors(
@@ -155,7 +172,7 @@ def merged_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:  # Transformers' name, float32 tensor
     "The weights with the adapter merged in, under Transformers' names and in its shapes, one at a time."
     model_type = _model_type(base)
-    for path, value in _merged(base, adapter):
+    for path, value in MergedWeights(base, adapter).items():
         layer = path.split("/")[-2]
         if layer in _PER_HEAD:  # (heads, hidden, head size) -> (heads x head size, hidden)
             value = value.transpose(0, 2, 1).reshape(-1, value.shape[1])
@@ -232,18 +249,27 @@ _GOOGLES_VOCABULARY = 256_000  # pieces; of Gemma 1 and 2, and fewer than Gemma 
 
 
 def _is_googles(base: Base) -> bool:
-    own = base.preset in BUNDLED_PRESETS or Path(base.preset).is_dir()
+    own = base.preset in BUNDLED_PRESETS or Path(base.preset).exists()
     return not own or base.config.vocabulary_size >= _GOOGLES_VOCABULARY
 
 
-def _write_notices(folder: Path, base: Base, card: str) -> None:
+def write_notices(
+    folder: Path,  # gets README.md, and NOTICE where the base is Google's
+    base: Base,
+    card: str,  # Markdown for README.md
+    library: str = "transformers",  # that reads the files, as Hugging Face's hub calls it
+    merged: bool = True,  # False: the folder holds the adapter alone
+) -> None:
+    "Say what was done to whose weights, and pass on the terms."
     made = f"gemma_lora_sentiment {__version__}"
     licence = "license: gemma\n" if _is_googles(base) else ""
     licence = "license: apache-2.0\n" if base.preset in BUNDLED_PRESETS else licence
-    name = Path(base.preset).name if Path(base.preset).is_dir() else base.preset
+    name = Path(base.preset).name if Path(base.preset).exists() else base.preset
     changed = f"The weights of {name} were modified: a LoRA adapter was trained and merged into them with {made}."
+    if not merged:
+        changed = f"A LoRA adapter of {name} was trained with {made}; the weights of {name} are not in this folder."
     notice = f"\n{_NOTICE}\n" if _is_googles(base) else ""
-    head = f"---\nlibrary_name: transformers\n{licence}---\n# {name}, fine-tuned\n\n"
+    head = f"---\nlibrary_name: {library}\n{licence}---\n# {name}, fine-tuned\n\n"
     (folder / "README.md").write_text(f"{head}{changed}\n{notice}\n{card}\n", encoding="utf-8")
     if _is_googles(base):
         terms = "Whoever passes this on passes on these terms and this notice with it."
@@ -268,7 +294,8 @@ def _adapted_logits(base: Base, adapter: Adapter, prompts: Sequence[np.ndarray])
 
 
 def _rounded_logits(base: Base, adapter: Adapter, prompts: Sequence[np.ndarray], dtype: str) -> list[np.ndarray]:
-    rounded = {path: value.astype(jnp.dtype(dtype)).astype(np.float32) for path, value in _merged(base, adapter)}
+    merged = MergedWeights(base, adapter).items()
+    rounded = {path: value.astype(jnp.dtype(dtype)).astype(np.float32) for path, value in merged}
     return _logits(base, stacked(rounded, base.config), [{} for _ in base.config.groups], prompts)
 
 
@@ -323,6 +350,55 @@ def _probes(base: Base, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:  # i
     ids = np.random.default_rng(0).integers(4, base.config.vocabulary_size, length).astype(np.int32)
     return [*(np.asarray(prompt, np.int32) for prompt in prompts), np.concatenate([[2], ids]).astype(np.int32)]
 
+# %% ../nbs/03b_export.ipynb #ex0025bb
+@contextmanager
+def new_folder(
+    to: Path,  # does not exist, or is an empty folder
+) -> Iterator[Path]:  # a temporary folder beside it, to write in
+    "A folder that appears whole or not at all. Raises `RunError` where something is there already."
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to} exists already. Give a folder that does not, or is empty.")
+    existed = next(parent for parent in to.absolute().parents if parent.exists())
+    temporary = None
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        os.replace(temporary, to)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for made in to.absolute().parents:
+            if made == existed or any(made.iterdir()):
+                break
+            made.rmdir()
+        raise
+
+
+def check_room(
+    folder: Path,  # where files will be written
+    needed: int,  # bytes
+) -> None:
+    "Raise `OSError` where the disk has not that much free."
+    free = shutil.disk_usage(folder).free
+    if free < 1.05 * needed:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f}. Make room.")
+
+
+def check_mergeable(
+    base: Base,
+    adapter: Adapter,
+) -> None:
+    "Raise `ModelError` unless base and adapter can be added up without rounding, and are then the same model."
+    if base.dtype != "float32" or base.quantization:
+        raise ModelError("An adapter is merged into float32 weights; load the base with dtype='float32'.")
+    if outside := [path for path in adapter.arrays if not path.startswith("decoder_block_")]:
+        raise ModelError(
+            f"The adapter is on {outside[0].split('/')[0]}, which is embedding and head of a Gemma at once: merged, it "
+            "would change both. Train without it."
+        )
+
 # %% ../nbs/03b_export.ipynb #ex0026ab
 TOLERANCE = 1e-4  # between logits, relative to the largest of them where that is above 1
 
@@ -344,6 +420,7 @@ def export_checkpoint(
     prompts: Sequence[np.ndarray] = (),  # int32 token ids of prompts to compare logits on
     dtype: str = "float32",  # of the checkpoint: "float32", "bfloat16" or "float16"
     card: str = "",  # Markdown for README.md
+    beside: Mapping[str, str] | None = None,  # further files: name -> text
 ) -> dict[str, float]:  # largest differences of logits: "transformers", to what was written; "rounding", to 16 bits
     """Write base and adapter as one checkpoint for Transformers, and prove it.
 
@@ -352,37 +429,16 @@ def export_checkpoint(
     """
     check_extra()
     to = Path(to)
-    if base.dtype != "float32" or base.quantization:
-        raise ModelError("An adapter is merged into float32 weights; load the base with dtype='float32'.")
+    check_mergeable(base, adapter)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"dtype {dtype!r} is not one of float32, bfloat16, float16. Choose one of these.")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RunError(f"{to} exists already. Give a folder that does not, or is empty.")
     config = transformers_config(base, dtype)
-    existed = next(parent for parent in to.absolute().parents if parent.exists())
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
-    try:
-        _check_room(to.parent, base, dtype)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-        temporary.chmod(0o755)
-        differences = _write_and_prove(temporary, base, adapter, _probes(base, prompts), config, dtype, card)
-        os.replace(temporary, to)
-    except BaseException:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for made in to.absolute().parents:
-            if made == existed or any(made.iterdir()):
-                break
-            made.rmdir()
-        raise
+    with new_folder(to) as folder:
+        check_room(folder.parent, base.parameter_count * jnp.dtype(dtype).itemsize)
+        differences = _write_and_prove(folder, base, adapter, _probes(base, prompts), config, dtype, card)
+        for name, text in (beside or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
     return differences
-
-
-def _check_room(folder: Path, base: Base, dtype: str) -> None:
-    needed, free = base.parameter_count * jnp.dtype(dtype).itemsize, shutil.disk_usage(folder).free
-    if free < 1.05 * needed:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f}. Make room.")
 
 
 def _write_and_prove(
@@ -399,7 +455,7 @@ def _write_and_prove(
     _write_json(folder / "generation_config.json", ids)
     _write_tokenizer(folder, base.tokenizer_proto)
     _check_tokenizer(folder, base.tokenizer_proto)
-    _write_notices(folder, base, card)
+    write_notices(folder, base, card)
     _write_weights(folder, merged_tensors(base, adapter), dtype)
     adapted = _adapted_logits(base, adapter, prompts)
     expected = adapted if dtype == "float32" else _rounded_logits(base, adapter, prompts, dtype)

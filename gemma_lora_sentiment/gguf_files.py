@@ -727,6 +727,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, proto: bytes, vocabulary: int) -> No
         raise _unwritable(f"its tokenizer has {len(pieces):,} pieces and its embedding {vocabulary:,} rows")
     if _algorithm(proto) != _BPE:
         raise _unwritable("its tokenizer does no byte-pair encoding")
+    if sum(piece.kind == _BYTE for piece in pieces) != 256:  # llama.cpp answers an unknown character with an error
+        raise _unwritable("its tokenizer has no pieces for bytes, of which llama.cpp makes unknown characters")
     ids = {piece.text: number for number, piece in enumerate(pieces)}
     pieces += [Piece(f"[PAD{number}]", -10_000.0, _UNUSED) for number in range(len(pieces), vocabulary)]
     spaced = [piece.text.replace("▁", " ") if piece.kind == _USER_DEFINED else piece.text for piece in pieces]

@@ -370,7 +370,14 @@ class Base:
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:  # KerasHub's path, array in the base's dtype
         "Each weight of a base that is not quantized, one after another."
         for path in array_shapes(self.config):
-            yield path, np.asarray(on_every_process(self._at(path)))
+            yield path, self.weight(path)
+
+    def weight(
+        self,
+        path: str,  # KerasHub's, as `weights` gives it
+    ) -> np.ndarray:  # in the base's dtype
+        "One weight of a base that is not quantized."
+        return np.asarray(on_every_process(self._at(path)))
 
     def _at(self, path: str) -> jax.Array:
         name = array_name(path)

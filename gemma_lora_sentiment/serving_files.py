@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from .data import DataError, fold_whitespace
 from .prompt import LabelWords, PromptTemplate, TextTokenizer, encode_prompts
 
 # %% auto #0
-__all__ = ['labels_json', 'prompts_that_differ', 'chat_template', 'modelfile', 'serving_readme']
+__all__ = ['labels_json', 'prompts_that_differ', 'chat_template', 'modelfile', 'served_name', 'serving_readme']
 
 # %% ../nbs/03c_serving_files.ipynb #5e0600aa
 def labels_json(
@@ -78,6 +80,13 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/03c_serving_files.ipynb #5e1900aa
+def served_name(
+    folder: str | Path,  # of the export
+) -> str:  # letters, digits, dots, dashes
+    "What Ollama and servers may call it."
+    return re.sub(r"[^a-z0-9._-]+", "-", Path(folder).absolute().name.lower()).strip("-._") or "model"
+
+
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -87,19 +96,18 @@ def serving_readme(
     base: str = "",  # preset of the base, for an adapter
     rank: int = 8,  # of the adapter as it is saved
 ) -> str:  # Markdown
-    "The commands that serve what was exported. Raises `DataError` for a rank beyond vLLM's largest."
-    if rank > _RANKS_OF_VLLM[-1]:
-        raise DataError(
-            f"vLLM takes adapters of rank {_RANKS_OF_VLLM[-1]} at most, this one has {rank}. Serve the merged folder."
-        )
-    largest = next(size for size in _RANKS_OF_VLLM if size >= rank)
+    "The commands that serve what was exported. Raises `DataError` for another kind."
+    largest = next((size for size in _RANKS_OF_VLLM if size >= rank), None)
+    lora = f"`vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules {name}=RUN`"
+    if largest is None:
+        lora = f"not this one of rank {rank}: vLLM takes {_RANKS_OF_VLLM[-1]} at most"
     ollama = f"Ollama: `ollama create {name} -f Modelfile && ollama run {name}`"
     commands = {
         "gguf": ["llama.cpp: `llama-server -m model.gguf`", ollama],
         "gguf-lora": ["llama.cpp: `llama-server -m BASE.gguf --lora adapter.gguf`", ollama],
         "hf": [
             f"vLLM, merged: `vllm serve . --served-model-name {name}`",
-            f"vLLM, adapter: `vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules {name}=RUN`",
+            f"vLLM, adapter: {lora}",
         ],
     }
     if kind not in commands:
@@ -107,4 +115,4 @@ def serving_readme(
     asked = "`labels.json` holds the prompt and the token ids of the label words; ask for their probabilities."
     cached = "llama.cpp answers a prompt that it kept a little differently: send `cache_prompt` as false."
     listed = "".join(f"- {command}\n" for command in commands[kind])
-    return f"# {name}\n\n{asked}\n\n{listed}" + ("" if kind == "hf" else f"\n{cached}\n")
+    return f"## Serve it\n\n{asked}\n\n{listed}" + ("" if kind == "hf" else f"\n{cached}\n")

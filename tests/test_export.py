@@ -166,7 +166,7 @@ def test_an_export_without_its_adapter_would_be_noticed(base, adapter, tmp_path,
 ])  # fmt: skip
 def test_exports_of_google_s_bases_carry_the_notice(preset, vocabulary, google, tmp_path):
     base = types.SimpleNamespace(preset=preset, config=types.SimpleNamespace(vocabulary_size=vocabulary))
-    export._write_notices(tmp_path, base, "the card")
+    export.write_notices(tmp_path, base, "the card")
     readme = (tmp_path / "README.md").read_text()
     notice = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
     assert (notice in readme) == ("license: gemma" in readme) == (tmp_path / "NOTICE").is_file() == google
@@ -200,6 +200,19 @@ def test_mistakes_of_the_command_are_one_line(arguments, word, run, tmp_path, pr
     result = CliRunner().invoke(app, ["export", str(run), "--quiet", *arguments])
     assert result.exit_code == 2 and word in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert os.listdir(tmp_path) == ["FULL"] and os.listdir(tmp_path / "FULL") == ["x"]
+
+
+def test_beside_the_checkpoint_lie_its_labels_and_the_commands(run, tmp_path, pretended, monkeypatch):
+    clf = GemmaLoraClassifier.load(run)
+    monkeypatch.setattr(
+        export, "_reloaded_logits", lambda _, prompts: export._adapted_logits(clf._loaded_base(), clf.adapter_, prompts)
+    )
+    result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "Mine"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    labels = json.loads((tmp_path / "Mine" / "labels.json").read_text())["labels"]
+    assert [label["label"] for label in labels] == clf.classes_.tolist()
+    readme = (tmp_path / "Mine" / "README.md").read_text()
+    assert "vllm serve . --served-model-name mine" in readme and "vllm serve BASE --enable-lora" in readme
 
 
 @pytest.mark.parametrize("preset", ["tiny", "mini_ko"])

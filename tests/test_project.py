@@ -45,6 +45,11 @@ ROOM_IMPORTS = {
     "checkpoint": {"adapter"},
     "export": {"gemma", "model", "adapter"},
     "serving_files": {"data", "prompt"},
+    "llamacpp": set(),
+    "gguf_export": {
+        *("data", "prompt", "gguf_files", "llamacpp", "model", "adapter", "scoring", "export", "serving_files"),
+        *("tables",),
+    },
     "training": {"backend", "gemma", "prompt", "model", "memory", "adapter", "checkpoint", "scoring"},
     "tutorial": {*("backend", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "upstream")},
     "search": {"adapter", "model", "prompt", "scoring", "training"},
@@ -69,12 +74,12 @@ ROOM_IMPORTS = {
     "cli": {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "evaluation", "analysis", "report", "figures"),
-        *("submission", "pretraining", "benchmark", "scale", "upstream"),
+        *("submission", "pretraining", "benchmark", "scale", "upstream", "gguf_export", "serving_files"),
     },
 }
 ROOMS_WITHOUT_KERAS = [
     *("tables", "data", "prompt", "credentials", "serving_files", "evaluation", "analysis", "report", "figures"),
-    "submission",
+    *("submission", "llamacpp"),
 ]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
