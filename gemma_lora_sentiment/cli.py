@@ -1294,34 +1294,110 @@ def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
 @_guarded
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
-    to: Annotated[Path, typer.Option(help="Folder of the checkpoint; it must not exist, or be empty.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: that of the run.")] = "auto",
+    to: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
+    format: Annotated[str, typer.Option(help="hf: Transformers, vLLM; gguf, gguf-lora: llama.cpp, Ollama.")] = "hf",
+    outtype: Annotated[str | None, typer.Option(help="Of gguf: f16, bf16 or q8_0; by default f16.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of hf: float32, bfloat16 or float16; auto: that of the run.")] = "auto",
     preset: MovedPreset = None,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a run into its base as a checkpoint for Transformers and vLLM, and prove it by loading it."""
-    from gemma_lora_sentiment.export import check_extra, export_checkpoint
-
-    check_extra()
+    """Write a run for other programs, merged into its base or as an adapter, and prove it by loading it there."""
+    _check_export(format, outtype, dtype)
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.model import load_base, release_bases
 
     clf = GemmaLoraClassifier.load(run, preset)
-    base = clf._loaded_base()
+    if format == "hf":
+        _export_checkpoint(clf, to, dtype, quiet)
+    else:
+        _export_gguf(clf, run, to, format, outtype or "f16", quiet)
+
+
+def _check_export(format: str, outtype: str | None, dtype: str) -> None:
+    if format not in ("hf", "gguf", "gguf-lora"):
+        raise ValueError(f"--format {format!r} is not one of hf, gguf, gguf-lora. Choose one of these.")
+    if outtype is not None and format != "gguf":
+        raise ValueError(f"--outtype is for --format gguf, and this is {format}. Leave it out.")
+    if dtype != "auto" and format != "hf":
+        raise ValueError(f"--dtype is for --format hf, and this is {format}. Leave it out, or give --outtype.")
+    if format == "hf":
+        from gemma_lora_sentiment.export import check_extra
+
+        check_extra()
+
+
+def _float32_base(clf: Any, quiet: bool) -> Any:
+    "The run's base as it can be merged into."
+    from gemma_lora_sentiment.model import load_base, release_bases
+
+    if clf.dtype_ == "float32" and not clf.quantization_:
+        return clf._loaded_base()
+    _say(quiet, f"loading {clf.preset} in float32, to merge without rounding twice")
+    release_bases()
+    return load_base(clf.preset, "float32")
+
+
+def _export_checkpoint(clf: Any, to: Path, dtype: str, quiet: bool) -> None:
+    from gemma_lora_sentiment.adapter import padded_pairs
+    from gemma_lora_sentiment.export import export_checkpoint
+    from gemma_lora_sentiment.prompt import PromptTemplate
+    from gemma_lora_sentiment.serving_files import labels_json, served_name, serving_readme
+
+    base = _float32_base(clf, quiet)
     comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
     prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
-    if base.dtype != "float32" or base.quantization:
-        _say(quiet, f"loading {clf.preset} in float32, to merge without rounding twice")
-        del base
-        release_bases()
-        base = load_base(clf.preset, "float32")
+    rank = next(iter(padded_pairs(clf.adapter_).values()))[0].shape[0]
+    name = "BASE" if Path(clf.preset).exists() else str(clf.preset)
+    card = f"{_card(clf)}\n\n{serving_readme(served_name(to), 'hf', name, rank)}"
+    beside = {"labels.json": labels_json(PromptTemplate(clf.template), clf.words_)}
     dtype = clf.dtype_ if dtype == "auto" else dtype
     _say(quiet, f"merging into {base.parameter_count:,} parameters, then loading them with Transformers")
-    found = export_checkpoint(to, base, clf.adapter_, prompts, dtype, _card(clf))
+    found = export_checkpoint(to, base, clf.adapter_, prompts, dtype, card, beside)
     print(f"logits in Transformers differ by at most {found['transformers']:.1e} from the run's")
     if dtype != "float32":
         print(f"rounding to {dtype} moved logits by at most {found['rounding']:.1e}")
     print(f"{dtype} checkpoint saved in {to}")
+
+
+def _export_gguf(clf: Any, run: Path, to: Path, format: str, outtype: str, quiet: bool) -> None:
+    from gemma_lora_sentiment.gguf_export import export_gguf, export_gguf_lora
+    from gemma_lora_sentiment.prompt import PromptTemplate
+
+    if clf.quantization_:
+        raise ValueError(
+            f"{run} was trained on a base quantized to {clf.quantization_}, with which llama.cpp does not compute. "
+            "Train again without --quantization, or export it with --format hf."
+        )
+    base, comments = _float32_base(clf, quiet), _held_out_comments(run)
+    template, length = PromptTemplate(clf.template), clf.recipe_.max_length
+    _say(quiet, f"writing {format}, then asking llama.cpp about {len(comments)} comments")
+    if format == "gguf":
+        proof = export_gguf(to, base, clf.adapter_, template, clf.words_, comments, outtype, length, _card(clf))
+    else:
+        proof = export_gguf_lora(to, base, clf.adapter_, template, clf.words_, comments, length, _card(clf))
+    if proof is None:
+        print("not proven: xllamacpp is not installed (pip install 'gemma_lora_sentiment[llamacpp]')")
+    else:
+        share = len(proof.changed) / proof.comments
+        print(f"{share:.1%} of the decisions change: {proof.text}")
+        if proof.misread:
+            print(f"given as text, {proof.misread} of {proof.comments} prompts get other token ids: send token ids")
+    print(f"{'adapter.gguf' if format == 'gguf-lora' else f'model.gguf, {outtype},'} saved in {to}")
+
+
+_PROVEN_ON = 100  # comments at most
+
+
+def _held_out_comments(run: Path) -> list[str]:
+    "Of the run where it keeps them, of the bundled sample where not."
+    import pandas as pd
+
+    from gemma_lora_sentiment.data import read_comments
+
+    found, path = [], run / "predictions.tsv"
+    if path.is_file():
+        kept = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
+        found = [text for text in kept.get("comment", ()) if text.strip()]
+    return (found or read_comments("sample_test").comment.tolist())[:_PROVEN_ON]
 
 # %% ../nbs/11_cli.ipynb #fcbdba3e
 @app.command()
