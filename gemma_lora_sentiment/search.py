@@ -82,7 +82,8 @@ def _assigned(
 
 # %% ../nbs/04b_search.ipynb #5ea00013
 ROWS_OF_A_LABEL = 12  # with fewer of any label nothing is looked for
-_KNOWN = 0.35  # of the loss of guessing: own words of less are kept without a search
+_SETTLED = 0.2  # of the loss of guessing: own words of less are kept without a search
+_KNOWN = 0.35  # of the loss of guessing: words of less leave little to learn
 _BELIEVED = 0.75  # of the loss of guessing: words that are found must have less
 _CANDIDATES = 64  # tokens
 
@@ -154,7 +155,7 @@ def choose_words(
     evidence = {"rows": len(asked), "loss": round(float(weights @ own), 4), "words": None}
     if not np.isfinite(own).all():
         return words, {**evidence, "loss": None}
-    if keep or weights @ own < _KNOWN * guessing:
+    if keep or weights @ own < _SETTLED * guessing:
         return words, evidence
     size = min(base.config.vocabulary_size, tokenizer.processor.get_piece_size())
     scores = log_softmax(score_tokens(base, untrained, given, range(size))).astype(np.float32)
@@ -181,7 +182,7 @@ _ROWS_OF_KNOWLEDGE = 300  # rows that weigh as much as what a base knows
 
 def choose_strength(
     evidence: Mapping[str, Any],  # from choose_words
-    n_labels: int,
+    n_labels: int,  # distinct labels
     n_rows: int,  # trained on
 ) -> float:  # factor for the trained adapter, from 0.5 to 1
     "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
@@ -200,7 +201,7 @@ def choose_steps(
     name: str,  # of the recipe: "mini_ko" or "gemma"; others are not changed
     recipe: Recipe,
     evidence: Mapping[str, Any],  # from choose_words
-    n_labels: int,
+    n_labels: int,  # distinct labels
     n_rows: int,  # to train on
 ) -> Recipe:  # with its rows a step and its epochs
     "Smaller steps and more of them, where the base has the task to learn."
