@@ -43,7 +43,8 @@ from .upstream import without_drawing, without_values
 # %% auto #0
 __all__ = ['BUNDLED_PRESETS', 'GEMMA3_270M_GGUF', 'LayerRanks', 'GEMMA_2B_CONFIG', 'tiny_gemma', 'resolve_preset',
            'preset_shapes', 'lora_targets', 'lora_shapes', 'complete_arguments', 'lora_parameter_count', 'mesh_for',
-           'Base', 'on_every_process', 'quantized_kernel', 'load_base', 'held_bases', 'release_bases']
+           'Base', 'on_every_process', 'check_conversion', 'quantized_kernel', 'load_base', 'held_bases',
+           'release_bases']
 
 # %% ../nbs/02_model.ipynb #bdd8d6b4
 with without_tensorflow():
@@ -421,6 +422,51 @@ def on_every_process(
         return array
     return jax.device_put(array, jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec()))
 
+# %% ../nbs/02_model.ipynb #c0ffee02
+def _rotary_bases(settings: Mapping[str, Any]) -> dict[str, float]:  # by kind of layer, or "every layer"
+    "As Transformers 5 writes them (`rope_parameters`), and earlier versions."
+    parameters = settings.get("rope_parameters") or {}
+    found = {"every layer": parameters.get("rope_theta", settings.get("rope_theta"))}
+    found |= {kind: (parameters.get(kind) or {}).get("rope_theta") for kind in _LAYER_KINDS}
+    if "rope_local_base_freq" in settings:
+        found |= {"every layer": None, "sliding_attention": settings["rope_local_base_freq"]}
+        found |= {"full_attention": settings.get("rope_theta")}
+    return {kind: float(base) for kind, base in found.items() if base is not None}
+
+
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+_ACTIVATIONS = (None, "gelu", "gelu_pytorch_tanh")  # Transformers takes the first two of a Gemma for the third
+
+
+def check_conversion(
+    settings: Mapping[str, Any],  # config.json of a folder of Transformers
+    config: GemmaConfig,  # what KerasHub made of it
+    source: str,  # for messages
+) -> None:
+    "Raise `ModelError` where the folder says what KerasHub's conversion passes over."
+    text = {**settings, **(settings.get("text_config") or {})}
+    kinds = [_LAYER_KINDS[layer.window > 0] for layer in config.layers]
+    bases = {kind: layer.rope_base for kind, layer in zip(kinds, config.layers, strict=True)}
+    expected = {  # what is said -> what it would have to be
+        "tie_word_embeddings": (text.get("tie_word_embeddings", True), True),
+        "attention_bias": (text.get("attention_bias", False), False),
+        "rms_norm_eps": (text.get("rms_norm_eps", config.norm_epsilon), config.norm_epsilon),
+        "layer_types": (text.get("layer_types") or kinds, kinds),
+    }
+    activation = text.get("hidden_activation", text.get("hidden_act"))
+    expected["hidden_activation"] = (activation, activation if activation in _ACTIVATIONS else "gelu_pytorch_tanh")
+    for kind, base in _rotary_bases(text).items():
+        alone = bases.get("full_attention", base)  # Gemma 3 has another for its local layers, by default
+        expected[f"rope_theta of {kind}"] = (base, alone if kind == "every layer" else bases.get(kind, base))
+    scalar, ours = text.get("query_pre_attn_scalar"), config.query_scale**-2
+    expected["query_pre_attn_scalar"] = (scalar, scalar if scalar is None or np.isclose(scalar, ours) else round(ours))
+    for name, (said, wanted) in expected.items():
+        if said != wanted:
+            raise ModelError(
+                f"{source}: {name} is {str(said)[:60]}, and this package computes this Gemma with {str(wanted)[:60]} "
+                "alone. Give the Gemma that it was made from."
+            )
+
 # %% ../nbs/02_model.ipynb #7b1c9f2d
 def _on_host() -> contextlib.AbstractContextManager:
     "Where a base is read and quantized: inside, arrays are made in the host's memory."
@@ -595,6 +641,9 @@ def _from_keras_hub(preset: str, path: str, dtype: str) -> _ReadBase:
         family, arguments = _family(backbone), _arguments(backbone)
         shapes = array_shapes(gemma_config(family, arguments))
         arrays: dict[str, Any] = {v.path: np.asarray(v.value) for v in backbone.variables if v.path in shapes}
+    if (Path(path) / "config.json").is_file() and _is_hugging_face(path):
+        settings = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        check_conversion(settings, gemma_config(family, arguments), str(preset))
     proto = _tokenizer_proto(preset, path, arguments["vocabulary_size"])
     del backbone
     gc.collect()  # Keras's layers hold their arrays in cycles

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -225,6 +226,45 @@ def test_the_fingerprint_of_a_hugging_face_folder_does_not_depend_on_what_was_lo
     (held,) = [base for key, base in held_bases() if key[0] == str(folder)]
     release_bases(str(folder))
     assert load_base(folder).fingerprint == first and load_base(folder) is not held
+
+
+HUGGING_FACE = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize("family, says, named", [
+    ("hf_gemma", dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    ("hf_gemma", dict(rope_parameters={"rope_theta": 5e5}), "rope_theta"),
+    ("hf_gemma", dict(rope_parameters=None, rope_theta=5e5), "rope_theta"),
+    ("hf_gemma", dict(hidden_activation="silu"), "hidden_activation"),
+    ("hf_gemma", dict(rms_norm_eps=1e-5), "rms_norm_eps"),
+    ("hf_gemma", dict(attention_bias=True), "attention_bias"),
+    ("hf_gemma2", dict(layer_types=["full_attention"] * 2), "layer_types"),
+    ("hf_gemma2", dict(query_pre_attn_scalar=100), "query_pre_attn_scalar"),
+    ("hf_gemma3", dict(layer_types=["full_attention", *["sliding_attention"] * 5]), "layer_types"),
+    ("hf_gemma3", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_theta of full_attention"),
+    ("hf_gemma3", dict(rope_parameters={"sliding_attention": {"rope_theta": 1e6}}), "rope_theta of sliding_attention"),
+    ("hf_gemma3", dict(rope_parameters=None, rope_theta=1e6, rope_local_base_freq=5e4), "rope_theta of sliding"),
+], ids=str)  # fmt: skip
+def test_what_keras_hub_passes_over_in_a_hugging_face_folder_is_refused_by_name(family, says, named, tmp_path):
+    folder = shutil.copytree(HUGGING_FACE / family, tmp_path / family)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **says}))
+    with pytest.raises(ModelError, match=named) as error:
+        load_base(folder, "float32")
+    assert "\n" not in str(error.value) and not [key for key, _ in held_bases() if key[0] == str(folder)]
+
+
+@pytest.mark.parametrize("family, says", [
+    ("hf_gemma", dict(hidden_activation=None, hidden_act="gelu")), ("hf_gemma2", dict(layer_types=None)),
+    ("hf_gemma3", dict(rope_parameters=None, rope_theta=1e6)),
+    ("hf_gemma3", dict(rope_parameters=None, rope_theta=1e6, rope_local_base_freq=1e4)),
+], ids=str)  # fmt: skip
+def test_what_earlier_versions_of_transformers_wrote_is_taken(family, says, tmp_path):
+    folder = shutil.copytree(HUGGING_FACE / family, tmp_path / family)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **says}))
+    base, usual = load_base(folder, "float32"), load_base(HUGGING_FACE / family, "float32")
+    assert base.fingerprint == usual.fingerprint and base.config == usual.config
 
 
 def test_a_folder_written_anew_is_loaded_anew(tmp_path):
