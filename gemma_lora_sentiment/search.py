@@ -153,6 +153,7 @@ def choose_words(
     weights, guessing = _evenly(index, n_labels), np.log(n_labels)
     own = _losses(score_labels(base, untrained, given, words), index)
     evidence = {"rows": len(asked), "loss": round(float(weights @ own), 4), "words": None}
+    evidence["worst"] = round(float(max(own[index == label].mean() for label in range(n_labels))), 4)
     if not np.isfinite(own).all():
         return words, {**evidence, "loss": None}
     if keep or weights @ own < _SETTLED * guessing:
@@ -186,8 +187,7 @@ def choose_strength(
     n_rows: int,  # trained on
 ) -> float:  # factor for the trained adapter, from 0.5 to 1
     "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
-    loss = evidence.get("loss")
-    if loss is None or loss > _BELIEVED * np.log(n_labels) or evidence["words"]:
+    if evidence.get("loss") is None or evidence["worst"] > _BELIEVED * np.log(n_labels) or evidence["words"]:
         return 1.0
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
 

@@ -98,7 +98,7 @@ def test_more_steps_where_there_is_more_to_learn(evidence, more):
 def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
     """The adapter is the one of full strength, with half its alpha; whoever gives alpha has decided."""
     rows = read_comments("sample_test").groupby("label").head(16)
-    known = {"rows": 32, "loss": 0.1, "words": None}
+    known = {"rows": 32, "loss": 0.1, "worst": 0.2, "words": None}
     monkeypatch.setattr("gemma_lora_sentiment.classifier.choose_words", lambda *given: (given[3], dict(known)))
     fits = [GemmaLoraClassifier(epochs=1, max_length=64, **given).fit(rows.comment, rows.label)
             for given in ({}, {"lora_alpha": 8.0})]  # fmt: skip
@@ -106,7 +106,8 @@ def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
     assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
     assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
     losses = (None, 0.1, 0.4, 2.0)
-    assert [choose_strength({**known, "loss": loss}, 2, 32) for loss in losses] == [1.0, 0.5, 0.5, 1.0]
+    assert [choose_strength({**known, "loss": loss, "worst": loss}, 2, 32) for loss in losses] == [1.0, 0.5, 0.5, 1.0]
+    assert choose_strength({**known, "worst": 0.6}, 2, 32) == 1.0  # one of the labels is not known
     assert choose_strength({**known, "words": ["1", "0"]}, 2, 32) == 1.0
     assert [choose_strength(known, 2, n) for n in (300, 900)] == [0.5, 0.75]
 
