@@ -335,7 +335,7 @@ class _Fitting:
         free = {field: getattr(of_rows, field) for field in ("epochs", "batch_size") if _is_auto(getattr(self, field))}
         if _is_auto(self.lora_alpha):
             choices["strength"] = choose_strength(choices, len(words.labels), len(rows))
-        if self.verbose:
+        if self.verbose and choices["loss"] is not None:
             print(choices_text(choices, words), file=sys.stderr, flush=True)
         return words, replace(recipe, **free), choices
 

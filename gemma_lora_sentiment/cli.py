@@ -754,7 +754,7 @@ def _refitted(clf: Any, rows: Any) -> Any:
     from sklearn.base import clone
 
     everything = clone(clf).set_params(epochs=max(1, clf.best_epoch_), validation_fraction=0.0, patience=None)
-    everything.set_params(label_words=list(clf.words_.words))  # those that were judged
+    everything.set_params(label_words=list(clf.words_.words), batch_size=clf.recipe_.batch_size)  # as was judged
     if clf.recipe_.epochs == 0:
         everything.set_params(epochs=0)
     everything.fit(rows.comment, rows.label)

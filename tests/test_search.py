@@ -161,3 +161,20 @@ def test_what_is_given_is_not_decided(given, monkeypatch):
 def test_words_that_are_given_are_kept(given, base, tokenizer):
     clf = GemmaLoraClassifier(epochs=1, max_length=64, label_words=given).fit(ROWS.comment, ROWS.label.map(NAMES))
     assert clf.words_.words == ("good", "bad") and clf.choices_["words"] is None and clf.choices_["loss"] > 0
+
+
+def test_a_refit_takes_the_words_and_steps_that_were_judged(tmp_path):
+    from typer.testing import CliRunner
+
+    from gemma_lora_sentiment.cli import app
+
+    rows = ROWS.assign(label=np.array(["왼쪽 문", "오른쪽 문"])[np.arange(len(ROWS)) % 2])
+    rows[["id", "comment", "label"]].to_csv(tmp_path / "rows.tsv", sep="\t", index=False, quoting=3)
+    arguments = ["train", str(tmp_path / "rows.tsv"), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "run" / "classifier.json").read_text(encoding="utf-8"))
+    assert run["recipe"]["batch_size"] == saved["recipe"]["batch_size"] == 4
+    assert run["choices"]["said"] == saved["choices"]["said"] < 0.2 and saved["words"] == ["오른쪽 문", "왼쪽 문"]
+    assert "training rows asked" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
