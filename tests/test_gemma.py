@@ -558,8 +558,9 @@ def test_eight_devices_compute_what_one_computes(family, tmp_path):
     on_eight_devices("(None,)", folder)
 
 
-def test_eight_devices_compute_what_one_computes_of_a_quantized_base(tmp_path):
-    on_eight_devices("('int8', 'int4')", tiny_gemma(tmp_path, "gemma2", 5, num_layers=4, num_query_heads=8))
+@pytest.mark.parametrize("mode", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_eight_devices_compute_what_one_computes_of_a_quantized_base(mode, tmp_path):
+    on_eight_devices(f"({mode!r},)", tiny_gemma(tmp_path, "gemma2", 5, num_layers=4, num_query_heads=8))
 
 
 # --- 16 bits
