@@ -160,7 +160,8 @@ def test_browser_shows_the_numbers_of_the_file(browser, crossed, tmp_path):
     assert not [tag for tag, _ in page.elements if tag in ("script", "iframe", "link", "object")]
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert re.search("<title>(.*?)</title>", dom)[1] == "rows.tsv"
-    wrong = read_comments(crossed / "wrong.tsv").comment
+    # as it stands: reading takes tags of web exports away
+    wrong = pd.read_csv(crossed / "wrong.tsv", sep="\t", dtype=str, quoting=3, keep_default_na=False).comment
     assert len(wrong) and all(comment in page.text for comment in wrong.head(20))
     assert set(read_comments(crossed / "conflicts.tsv").id) == {"10", "copy"} and "Copies with different" in page.text
     sentence = metrics["comparison"]["sentence"]
