@@ -32,7 +32,7 @@ from gemma_lora_sentiment.data import (
     whole_file,
     write_table,
 )
-from .tables import FORMATS, DataError, Dialect, format_of, listed, raw_cells, tab_field
+from .tables import FORMATS, DataError, Dialect, composed, format_of, listed, raw_cells, tab_field
 
 # %% ../nbs/07_submission.ipynb #02143847
 _BREAKS = re.compile(r"[\t\r\n]+")
@@ -292,9 +292,12 @@ def _text_of(sample: _Sample, labels: list[str]) -> bytes:
     return (EXCEL_MARK if sample.form.byte_order_mark else b"") + text.encode()
 
 
-def _typed(label: str, examples: list) -> Any:
+def _kinds_of(examples: list) -> set[type]:
+    return {type(example) for example in examples if example is not None}
+
+
+def _typed(label: str, kinds: set[type]) -> Any:
     "A label in the type that the sample's labels have."
-    kinds = {type(example) for example in examples if example is not None}
     if kinds == {bool}:
         return label.casefold() == "true"
     return next((kind(label) for kind in (int, float) if kinds == {kind}), label)
@@ -305,8 +308,8 @@ def _write_json(path: Path, sample: _Sample, labels: list[str]) -> None:
     lines = [line for line in text.splitlines() if line.strip()]
     rows = json.loads(text) if sample.form.is_array else [json.loads(line) for line in lines]
     rows = [row for row in rows if len(row) == 1 or any(value not in (None, "") for value in row.values())]
-    examples = [row.get(sample.label_column) for row in rows]
-    rows = [{**row, sample.label_column: _typed(label, examples)} for row, label in zip(rows, labels, strict=True)]
+    kinds = _kinds_of([row.get(sample.label_column) for row in rows])
+    rows = [{**row, sample.label_column: _typed(label, kinds)} for row, label in zip(rows, labels, strict=True)]
     if sample.form.is_array:
         written = json.dumps(rows, ensure_ascii=False, indent=1 if len(lines) > 1 else None)
     else:
@@ -322,9 +325,9 @@ def _write_excel(path: Path, sample: _Sample, labels: list[str]) -> None:
     if sample.is_added:
         header = next(row for row in sheet.iter_rows() if any(cell.value is not None for cell in row))[0].row
         sheet.cell(header, column, sample.label_column)
-    examples = [sheet.cell(place, column).value for place in sample.cells.index]
+    kinds = _kinds_of([sheet.cell(place, column).value for place in sample.cells.index])
     for place, label in zip(sample.cells.index, labels, strict=True):
-        sheet.cell(place, column, _typed(label, examples))
+        sheet.cell(place, column, _typed(label, kinds))
     book.save(path)
 
 
@@ -337,7 +340,8 @@ def _write_parquet(path: Path, sample: _Sample, labels: list[str]) -> None:
         table = table.append_column(sample.label_column, pyarrow.array(labels))
     else:
         place, kind = table.schema.get_field_index(sample.label_column), table.schema.field(sample.label_column).type
-        values = [_typed(label, table.column(place).to_pylist()) for label in labels]
+        kinds = _kinds_of(table.column(place).to_pylist())
+        values = [_typed(label, kinds) for label in labels]
         table = table.set_column(place, table.schema.field(place), pyarrow.array(values, kind))
     pyarrow.parquet.write_table(table, path)
 
@@ -417,8 +421,8 @@ def sample_comments(
         return _own_comments(sample, reading)
     rows = _read_sample(sample, reading._replace(comment_column=None))
     path = locate(text_from)
-    names = read_table(path).columns
-    id_column = reading.id_column if reading.id_column in names else None
+    names = {composed(str(name)) for name in read_table(path).columns}
+    id_column = reading.id_column if composed(reading.id_column or "") in names else None
     found = list(checked_batches(path, None, Reading(id_column=id_column, comment_column=reading.comment_column)))
     comments, ids = (found[0].comments, found[0].ids) if found else ([], [])
     if found and found[0].columns["id"] is not None and rows.has_ids:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from datetime import datetime
 from pathlib import Path
 
@@ -335,3 +336,11 @@ def test_real_sample():
     assert [row.rpartition("\t")[2] for row in rows[1:-1]] == [str(label) for label in predictions]
     assert check_submission(path, REAL)["value"].tolist() == [100, 50, 50]
     assert len(pd.read_csv(path, sep="\t")) == 100
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_comments_of_another_file_are_matched_by_an_id_of_any_unicode_form(form, tmp_path):
+    (tmp_path / "s.csv").write_text("번호,target\n7,0\n9,0\n", encoding="utf-8")
+    (tmp_path / "t.csv").write_text("번호,댓글\n9,구번\n7,칠번\n", encoding="utf-8")
+    reading = Reading(id_column=unicodedata.normalize(form, "번호"))
+    assert sample_comments(tmp_path / "s.csv", tmp_path / "t.csv", reading) == ["칠번", "구번"]
