@@ -681,6 +681,9 @@ def _excel_rows(file: BinaryIO, given: Dialect, name: str) -> tuple[Dialect, Ite
     except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, zlib.error, SyntaxError) as error:
         problem = f"not a whole Excel file ({shown(str(error))}). Save it again as .xlsx, or as CSV in UTF-8."
         raise DataError(problem, source=name) from None
+    except (AttributeError, TypeError):  # openpyxl 3.1 on an empty chart sheet
+        problem = "an Excel file that openpyxl cannot read, for its charts perhaps. Save the sheet as CSV in UTF-8."
+        raise DataError(problem, source=name) from None
     titles = tuple(sheet.title for sheet in book.worksheets)
     chosen = titles[0] if given.sheet is None and titles else given.sheet
     if chosen not in titles and str(chosen).isdecimal() and 1 <= int(chosen) <= len(titles):

@@ -457,3 +457,15 @@ def test_what_is_written_is_read(data, tmp_path):
             assert len(raw) == len(table) + 1 and {len(row) for row in raw} == {3}
     finally:
         path.unlink()
+
+
+def test_an_excel_file_that_openpyxl_stumbles_over_is_refused_in_one_line(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["comment", "label"])
+    book.active.append(["국물이 좋아요", "1"])
+    book.create_chartsheet("차트", 0)
+    book.save(tmp_path / "chart.xlsx")
+    with pytest.raises(DataError, match="Save the sheet as CSV") as error:
+        read_comments(tmp_path / "chart.xlsx")
+    assert "\n" not in str(error.value)
