@@ -151,9 +151,10 @@ class _Settings:
         _check_not_forked()
         return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
 
-    def _needs(self) -> dict[str, int]:  # of choose_quantization: rank, batch_size, length
+    def _needs(self) -> dict[str, Any]:  # of choose_quantization
         recipe = self._resolved_recipe()[1]
-        return {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
+        needs = {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
+        return needs | {"target_layers": recipe.target_layers}
 
     def _resolved_recipe(
         self,
@@ -644,11 +645,12 @@ class GemmaLoraClassifier(
     def __init__(
         self,
         preset: str = "mini_ko",  # bundled base, KerasHub preset, kaggle:// or hf:// handle, or folder
-        recipe: str = "auto",  # a named set of hyperparameters, "auto" for the preset's own, or "tutorial"
+        recipe: str = "auto",  # a named set of hyperparameters; "auto": the preset's own, as the rows ask for it
         template: str = TUTORIAL_TEMPLATE,  # text with {instruction} and {response}
-        label_words: Mapping[Any, str] | Sequence[str] | None = None,  # label -> word, or a word for each sorted label
+        # label -> word, or a word for each sorted label; None: the labels' own, or others by recipe="auto"
+        label_words: Mapping[Any, str] | Sequence[str] | None = None,  # see choose_words
         lora_rank: int | str = "auto",  # columns of A and rows of B; at least 1
-        lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": alpha = rank
+        lora_alpha: float | str = "auto",  # the adapter is scaled by alpha / rank; "auto": rank, see choose_strength
         lora_dropout: float = 0.0,  # share of A's rows dropped each step
         target_layers: Sequence[str] | str = "auto",  # names of the layers with LoRA; "all"; "auto": the recipe's
         learning_rate: float | str = "auto",  # at its highest

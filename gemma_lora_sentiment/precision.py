@@ -18,7 +18,7 @@ from .credentials import _check_kaggle, _handle, access_explained, find_credenti
 
 # First: it chooses Keras's backend before keras is imported.
 from .backend import ModelError, choose_dtype, device_bytes  # isort: skip
-from .model import Base, complete_arguments, load_base, release_bases, resolve_preset  # isort: skip
+from .model import Base, complete_arguments, load_base, lora_targets, release_bases, resolve_preset  # isort: skip
 from .memory import memory_estimate  # isort: skip
 
 import jax
@@ -140,9 +140,10 @@ def choose_quantization(
     preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
     dtype: str = "auto",  # of what is not quantized, see choose_dtype
     limit: int | None = None,  # bytes; by default the memory of the device
-    rank: int = 8,  # of LoRA on query and value
+    rank: int = 8,  # of LoRA
     batch_size: int = 16,  # rows
     length: int = 256,  # tokens
+    target_layers: Sequence[str] | str = ("query", "value"),  # names of the layers with LoRA, or "all"
     found: tuple[str, dict[str, Any]] | None = None,  # family and configuration; by default those of preset_config
 ) -> tuple[str | None, str]:  # None, "int8" or "int4", and why
     "The first of none, int8 and int4 whose estimate fits. Raises `ModelError` when not even int4 does."
@@ -155,7 +156,8 @@ def choose_quantization(
     dtype = choose_dtype(dtype)[0]
     for quantization in (None, "int8", "int4"):
         planned = planned_base(found[1], dtype, quantization, found[0])
-        needed = memory_estimate(planned, rank, batch_size=batch_size, length=length)["total"]
+        targets = lora_targets(planned.config) if target_layers == "all" else target_layers
+        needed = memory_estimate(planned, rank, targets, batch_size, length)["total"]
         if needed < 0.9 * limit:
             return quantization, f"estimated at {needed / 1e9:.4g} GB of the device's {limit / 1e9:.4g} GB"
     raise ModelError(
@@ -170,7 +172,7 @@ def base_for_device(
     quantization: str | None = None,  # None, "int8", "int4", or "auto": see choose_quantization
     devices: int | Sequence[Any] | None = None,  # see load_base
     strategy: str | None = None,  # likewise
-    **needs: int,  # rank, batch_size, length: what a step must hold
+    **needs: Any,  # rank, batch_size, length, target_layers: what a step must hold
 ) -> Base:
     "`load_base`, where auto means what this device can do, and what an earlier batch has shown."
     if dtype == "auto":

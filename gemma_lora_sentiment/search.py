@@ -45,7 +45,7 @@ def _losses(
     return -log_softmax(scores - scores.mean(axis=0))[np.arange(len(scores)), label_index]
 
 
-_LIKED = 0.1  # nats of a word's own improbability that weigh as much as one nat of loss between the words
+_LIKED = 0.1  # weight of a word's own improbability beside the loss between the words
 
 
 def _costs(
@@ -58,7 +58,7 @@ def _costs(
 def _evenly(label_index: np.ndarray, n_labels: int) -> np.ndarray:  # float64 (n,), sum 1, each label the same
     return (1 / np.bincount(label_index, minlength=n_labels) / n_labels)[label_index]
 
-
+# %% ../nbs/04b_search.ipynb #5ea00033
 def _assigned(
     scores: np.ndarray,  # float (n, m), log-probabilities of m tokens
     label_index: np.ndarray,  # int (n,); each label has a row
@@ -105,7 +105,7 @@ def _candidates(
             break
     return found
 
-
+# %% ../nbs/04b_search.ipynb #5ea00031
 _PARTS = 5
 
 
@@ -134,6 +134,12 @@ def _most_often_found(
     words = max(found, key=lambda each: len(found[each]))  # the first of those found as often
     return words, np.isin(part, found[words])
 
+# %% ../nbs/04b_search.ipynb #5ea00032
+def _said(scores: np.ndarray, words: LabelWords) -> float:  # of log-probabilities over the vocabulary
+    "How probable it is that the base goes on with the first token of one of the words, in the mean."
+    first = sorted({ids[0] for ids in words.word_ids})
+    return round(float(np.exp(scores[:, first]).sum(axis=1).mean()), 4)
+
 # %% ../nbs/04b_search.ipynb #5ea00014
 def choose_words(
     base: Base,
@@ -142,7 +148,7 @@ def choose_words(
     words: LabelWords,  # the labels' own
     tokenizer: TextTokenizer,
     seed: int = 0,
-    keep: bool = False,  # True: the words are given; how the base does by them is asked all the same
+    keep: bool = False,  # True: the words are given, and only the evidence is wanted
 ) -> tuple[LabelWords, dict[str, Any]]:  # words; the evidence, as JSON can hold it
     "The labels' own words, or tokens that the base already ties to these rows."
     n_labels, untrained = len(words.labels), new_adapter(base, 1)
@@ -156,11 +162,13 @@ def choose_words(
     evidence["worst"] = round(float(max(own[index == label].mean() for label in range(n_labels))), 4)
     if not np.isfinite(own).all():
         return words, {**evidence, "loss": None}
-    if keep or weights @ own < _SETTLED * guessing:
+    if weights @ own < _SETTLED * guessing:
         return words, evidence
     size = min(base.config.vocabulary_size, tokenizer.processor.get_piece_size())
     scores = log_softmax(score_tokens(base, untrained, given, range(size))).astype(np.float32)
     evidence["said"] = _said(scores, words)
+    if keep:
+        return words, evidence
     found, judges = _most_often_found(scores, index, n_labels, tokenizer)
     ids, spoken = zip(*found, strict=True)
     tried = _losses(scores[judges][:, ids], index[judges])
@@ -170,12 +178,6 @@ def choose_words(
     chosen = replace(words, words=spoken, word_ids=tuple((token,) for token in ids))
     evidence |= {"own_loss": evidence["loss"], "loss": round(float(loss), 4), "words": list(spoken)}
     return chosen, {**evidence, "said": _said(scores, chosen)}
-
-
-def _said(scores: np.ndarray, words: LabelWords) -> float:  # of log-probabilities over the vocabulary
-    "How probable it is that the base goes on with the first token of one of the words, in the mean."
-    first = sorted({ids[0] for ids in words.word_ids})
-    return round(float(np.exp(scores[:, first]).sum(axis=1).mean()), 4)
 
 # %% ../nbs/04b_search.ipynb #5ea00021
 _ROWS_OF_KNOWLEDGE = 300  # rows that weigh as much as what a base knows

@@ -642,7 +642,8 @@ def test_results_on_stdout_and_progress_on_stderr(trained):
 
 def test_saved_adapter_is_fitted_on_all_rows(trained, tiny):
     rows = read_comments(trained / "train.tsv")
-    same = GemmaLoraClassifier(tiny, epochs=2, lora_rank=2, label_words=["0", "1"]).fit(rows.comment, rows.label)
+    same = GemmaLoraClassifier(tiny, epochs=2, lora_rank=2, label_words=["0", "1"], batch_size=16)
+    same.fit(rows.comment, rows.label)
     saved = GemmaLoraClassifier.load(trained / "run")
     assert same.adapter_.arrays.keys() == saved.adapter_.arrays.keys()
     assert all(np.array_equal(array, saved.adapter_.arrays[name]) for name, array in same.adapter_.arrays.items())

@@ -19,7 +19,7 @@ from gemma_lora_sentiment.benchmark import SHAPES, BenchmarkSettings, _base_of
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.memory import memory_estimate
-from gemma_lora_sentiment.model import keras_nlp, load_base, release_bases, tiny_gemma
+from gemma_lora_sentiment.model import keras_nlp, load_base, lora_targets, release_bases, tiny_gemma
 from gemma_lora_sentiment.precision import choose_quantization, fall_back, overflows, planned_base
 
 COMMENTS = ["맛있어요 최고예요", "친절해요 또 갈게요", "맛이 없어요 별로예요", "불친절해요 실망했어요"] * 2
@@ -145,6 +145,8 @@ def test_auto_quantization_is_the_first_that_fits(tiny):
     def needed(how):
         return memory_estimate(planned_base(config_of(tiny), "float32", how), 8, length=256)["total"]
 
+    with pytest.raises(ModelError, match="even in int4"):  # enough for LoRA on two layers, not for LoRA on all
+        choose_quantization(tiny, "float32", int(needed(None) / 0.9) + 2, target_layers="all")
     for how in (None, "int8", "int4"):
         assert choose_quantization(tiny, "float32", int(needed(how) / 0.9) + 2)[0] == how
     with pytest.raises(ModelError, match="even in int4"):
@@ -168,9 +170,11 @@ def test_quantization_auto_is_resolved_at_fit_and_saved(tiny, tmp_path, monkeypa
 OPTIONS = ["--rank", "2", "--batch-size", "4", "--epochs", "1"]
 
 
-def needed(config, how, **needs):
+def needed(config, how, target_layers=("query", "value"), **needs):
     """Bytes of a step, as `choose_quantization` estimates them, in float32."""
-    return memory_estimate(planned_base(config, "float32", how), **needs)["total"]
+    planned = planned_base(config, "float32", how)
+    targets = lora_targets(planned.config) if target_layers == "all" else target_layers
+    return memory_estimate(planned, targets=targets, **needs)["total"]
 
 
 @pytest.fixture
@@ -178,7 +182,7 @@ def memory(tiny, monkeypatch):
     """Gives the device the memory at which this quantization is chosen; "unknown": it reports none."""
 
     def give(how, **needs):
-        needs = needs or dict(rank=2, batch_size=4, length=256)
+        needs = needs or dict(rank=2, batch_size=4, length=256, target_layers="all")  # of mini_ko's recipe
         limit = None if how == "unknown" else int(needed(config_of(tiny), how, **needs) / 0.9) + 2
         monkeypatch.setattr(precision, "device_bytes", lambda: limit)
 
