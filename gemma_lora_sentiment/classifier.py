@@ -9,15 +9,15 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
 from . import __version__
@@ -44,11 +44,13 @@ from gemma_lora_sentiment.prompt import (
     label_words,
 )
 from .scoring import generate, label_probabilities, log_softmax, score_labels
+from .side_by_side import fits_together, gains_side_by_side, shape_of_fits, train_side_by_side
 from .search import choices_text, choose_steps, choose_strength, choose_words
 from gemma_lora_sentiment.training import (
     RECIPES,
     Recipe,
     Rows,
+    choose_shapes,
     class_weights,
     fit_to_device,
     print_progress,
@@ -252,6 +254,51 @@ def _best_epoch(history: pd.DataFrame) -> int:  # 1-based; 0 when nothing was tr
     return int(history.epoch[history.val_loss.idxmin()] if "val_loss" in history else history.epoch.iloc[-1])
 
 # %% ../nbs/05_classifier.ipynb #797d5bc3
+@dataclass(frozen=True)
+class _Job:
+    "A fit that is ready to begin."
+
+    base: Base
+    recipe_name: str
+    recipe: Recipe
+    words: LabelWords
+    start: Adapter
+    rows: Rows
+    validation: Rows | None
+    choices: dict[str, Any]
+    classes: np.ndarray
+    again: bool  # decoder blocks are computed twice
+
+    @property
+    def program(self) -> tuple[Any, ...]:  # equal for fits that one program can train
+        shape = (self.recipe.batch_size, max(map(len, self.rows.responses)), self.again)
+        return id(self.base), self.start.rank, self.start.targets, *shape
+
+
+def _trained_together(
+    jobs: Sequence[_Job],
+    seed: int,
+    lora_dropout: float,
+) -> list[tuple[Adapter, pd.DataFrame, tuple[int, ...]] | None]:  # of each; None: to be trained by itself
+    "Fits of one program side by side, as many as there is room for."
+    results: list[Any] = [None] * len(jobs)
+    can = [i for i, job in enumerate(jobs) if job.recipe.epochs and choose_shapes(job.rows, job.recipe, seed)[1]]
+    for program in dict.fromkeys(jobs[i].program for i in can):
+        members = [i for i in can if jobs[i].program == program]
+        first = jobs[members[0]]
+        shape = shape_of_fits(*zip(*[(jobs[i].rows, jobs[i].recipe, seed) for i in members], strict=True))
+        room = fits_together(first.base, first.start.rank, first.start.targets, shape)
+        for chunk in (members[i : i + room] for i in range(0, len(members), room)):
+            if len(chunk) > 1:
+                several = zip(*[(jobs[i].start, jobs[i].rows, jobs[i].recipe) for i in chunk], strict=True)
+                trained = train_side_by_side(
+                    first.base, *several, [seed] * len(chunk), lora_dropout, first.again
+                )  # fmt: skip
+                for i, result in zip(chunk, trained, strict=True):
+                    results[i] = result
+    return results
+
+
 class _Fitting:
     "From comments and labels to a trained adapter."
 
@@ -272,6 +319,36 @@ class _Fitting:
         `RunError` when training does not converge to finite numbers, memory is short (then it is a `MemoryError`
         too), or a checkpoint is damaged or in use; `OSError` when none can be written.
         """
+        job = self._ready(X, y, sample_weight)
+        return self._take(job, *self._trained(job))
+
+    def fit_many(
+        self,
+        parts: Sequence[tuple[Sequence[str], Sequence[Any]]],  # comments and labels of each fit
+    ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
+        """Fit clones to several sets of rows, the folds of a cross-validation say.
+
+        On a GPU they are trained side by side, as many as there is room for, unless validation, callbacks, checkpoints
+        or several devices are asked for; the probabilities are those of fits one by one, up to rounding (1e-3).
+        Elsewhere one is fitted after another. Raises as `fit` does.
+        """
+        apart = self.callbacks or self.checkpoint_dir or self.validation_fraction or self.devices or self.strategy
+        if apart or not gains_side_by_side():
+            for comments, labels in parts:
+                yield clone(self).fit(comments, labels)
+            return
+        clones = [clone(self) for _ in parts]
+        jobs = [each._ready(*part) for each, part in zip(clones, parts, strict=True)]
+        for each, job, result in zip(clones, jobs, _trained_together(jobs, self.seed, self.lora_dropout), strict=True):
+            yield each._take(job, *(each._trained(job) if result is None else result))
+
+    def _ready(
+        self,
+        X: Sequence[str],
+        y: Sequence[Any],
+        sample_weight: Sequence[float] | None = None,
+    ) -> _Job:
+        "All that training needs; every mistake of the user is found here."
         comments = _check_comments(X)
         if not comments:
             raise DataError("X holds no comments. Give at least two, with different labels.")
@@ -281,45 +358,57 @@ class _Fitting:
         if sample_weight is not None:
             weights = weights * _check_sample_weight(sample_weight, len(comments))
         prompts = self._encode(comments, base, words, recipe)
-        rows = Rows(prompts, [words.trained_ids[i] for i in index], index, weights)
-        validation = None
+        rows, validation = Rows(prompts, [words.trained_ids[i] for i in index], index, weights), None
         if self.validation_fraction:
             kept, held_out = _split_rows(comments, index, self.validation_fraction, self.seed)
             rows, validation = rows.take(kept), rows.take(held_out)
-        first = [[*row, *rows.responses[i]] for i, row in enumerate(rows.prompts[: recipe.batch_size])]
-        if _is_auto(self.dtype) and overflows(base, first):
-            length, quantization = int(rows.lengths.max()), base.quantization
-            needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
-            del base  # before the other takes its place
-            base = fall_back(self.preset, quantization, needed, self.devices, self.strategy)
+        base = self._in_range(base, start, recipe, rows)
         words, recipe, choices = self._choices_for(base, recipe_name, recipe, rows, words)
         if choices.get("words"):
             rows, validation = (part and replace(part, responses=[words.trained_ids[i] for i in part.label_index])
                                 for part in (rows, validation))  # fmt: skip
-        adapter, history, buckets = start, pd.DataFrame(), ()
-        if recipe.epochs:
-            recipe, rematerialize = self._for_device(base, start, recipe, rows)
-            try:
-                common = dict(
-                    validation=validation, patience=self.patience, seed=self.seed, callbacks=self.callbacks or (),
-                    progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
-                    settings={"template": self.template, "labels": list(map(str, classes)), "words": list(words.words)},
-                )  # fmt: skip
-                if recipe_name == "tutorial" and recipe.loss_on == "text" and self._keras_can(base):
-                    adapter, history, buckets = train_tutorial(base, start, rows, words, recipe, **common)
-                else:
-                    adapter, history, buckets = train_adapter(
-                        base, start, rows, words, recipe, lora_dropout=self.lora_dropout,
-                        rematerialize=rematerialize, **common,
-                    )  # fmt: skip
-            finally:
-                for callback in self.callbacks or ():
-                    callback.set_model(None)  # or cloning and pickling would take the base along
-            adapter = replace(adapter, alpha=adapter.alpha * choices.get("strength", 1.0))
-        # Only now, so that a fit that fails leaves an earlier one as it was.
-        self.classes_, self.words_, self.dtype_, self.base_fingerprint_ = classes, words, base.dtype, base.fingerprint
-        self.quantization_, self.choices_ = base.quantization, choices
-        self.recipe_name_, self.recipe_ = recipe_name, recipe
+        recipe, again = self._for_device(base, start, recipe, rows) if recipe.epochs else (recipe, False)
+        return _Job(base, recipe_name, recipe, words, start, rows, validation, choices, classes, again)
+
+    def _in_range(self, base: Base, start: Adapter, recipe: Recipe, rows: Rows) -> Base:
+        "The base, or with `dtype=\"auto\"` one of a wider format where its numbers overflow on the first rows."
+        first = [[*row, *rows.responses[i]] for i, row in enumerate(rows.prompts[: recipe.batch_size])]
+        if not _is_auto(self.dtype) or not overflows(base, first):
+            return base
+        length, quantization = int(rows.lengths.max()), base.quantization
+        needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
+        del base  # before the other takes its place; the caller's own name for it goes with its return
+        return fall_back(self.preset, quantization, needed, self.devices, self.strategy)
+
+    def _trained(self, job: _Job) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as train_adapter gives them
+        "One fit by itself."
+        if not job.recipe.epochs:
+            return job.start, pd.DataFrame(), ()
+        common = dict(
+            validation=job.validation, patience=self.patience, seed=self.seed, callbacks=self.callbacks or (),
+            progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
+            settings={"template": self.template, "labels": list(map(str, job.classes)), "words": list(job.words.words)},
+        )  # fmt: skip
+        given = (job.base, job.start, job.rows, job.words, job.recipe)
+        try:
+            if job.recipe_name == "tutorial" and job.recipe.loss_on == "text" and self._keras_can(job.base):
+                return train_tutorial(*given, **common)
+            return train_adapter(*given, lora_dropout=self.lora_dropout, rematerialize=job.again, **common)
+        finally:
+            for callback in self.callbacks or ():
+                callback.set_model(None)  # or cloning and pickling would take the base along
+
+    def _take(
+        self, job: _Job, adapter: Adapter, history: pd.DataFrame, buckets: tuple[int, ...]
+    ) -> GemmaLoraClassifier:  # itself
+        "Be fitted. Only now, so that a fit that fails leaves an earlier one as it was."
+        if job.recipe.epochs:
+            adapter = replace(adapter, alpha=adapter.alpha * job.choices.get("strength", 1.0))
+        self.classes_, self.words_, self.dtype_ = job.classes, job.words, job.base.dtype
+        self.base_fingerprint_, self.quantization_, self.choices_ = (
+            job.base.fingerprint, job.base.quantization, job.choices
+        )  # fmt: skip
+        self.recipe_name_, self.recipe_ = job.recipe_name, job.recipe
         self.adapter_, self.history_, self.buckets_ = adapter, history, buckets
         self.best_epoch_ = _best_epoch(history)
         return self

@@ -262,6 +262,17 @@ def _check_estimators(
             )
 
 
+def _fitted(
+    estimator: BaseEstimator,
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],  # comments and labels of each fold's training rows
+) -> Iterator[BaseEstimator]:  # a fitted clone for each fold
+    "One fit after another, or as the estimator does it where it has a way for several."
+    if hasattr(estimator, "fit_many"):
+        yield from estimator.fit_many(parts)
+    else:
+        yield from (clone(estimator).fit(*part) for part in parts)
+
+
 def _oof_table(
     fold_of_row: np.ndarray,  # int64 (n,)
     labels: np.ndarray,  # (n,)
@@ -305,11 +316,12 @@ def cross_validate(
     for splits in all_splits:
         fold_of_row = np.zeros(len(texts), dtype=np.int64)
         probabilities = {name: np.zeros((len(texts), len(classes))) for name in estimators}
-        for fold, (train, test) in enumerate(splits):
+        parts = [(texts[train], targets[train]) for train, _ in splits]
+        in_turn = {name: _fitted(estimator, parts) for name, estimator in estimators.items()}
+        for fold, (_, test) in enumerate(splits):
             fold_of_row[test] = fold
-            for name, estimator in estimators.items():
-                fitted = clone(estimator).fit(texts[train], targets[train])
-                probabilities[name][test] = _predict_in_order(fitted, texts[test], classes)
+            for name, fitted in in_turn.items():
+                probabilities[name][test] = _predict_in_order(next(fitted), texts[test], classes)
                 done += 1
                 if progress is not None:
                     progress(done, total, name)

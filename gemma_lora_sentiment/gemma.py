@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name as mark
 # %% auto #0
 __all__ = ['LORA_LAYERS', 'INT4_BLOCK', 'KEPT', 'OUTSIDE', 'Layer', 'GemmaConfig', 'gemma_config', 'array_shapes', 'block_shapes',
            'rms_norm', 'rotary_angles', 'rotate', 'unpack', 'project', 'may_see', 'attend', 'soft_cap', 'feed_forward',
-           'route', 'experts', 'block', 'hidden_at', 'embedded', 'logits_of', 'with_scales', 'drop_inputs',
-           'array_name', 'stacked', 'block_bytes']
+           'route', 'experts', 'block', 'hidden_at', 'through_blocks', 'row_means', 'embedded', 'logits_of',
+           'with_scales', 'drop_inputs', 'array_name', 'stacked', 'block_bytes']
 
 # %% ../nbs/01d_gemma.ipynb #5ba365c1
 @dataclass(frozen=True)
@@ -475,12 +475,28 @@ def hidden_at(
 ) -> jax.Array:  # (b, p, d); (b, l, d) where the batch has no positions
     "Normalized hidden states of the last block at some positions."
     rows, places = batch["padding_mask"], batch.get("positions")
+    few = places is not None and 2 * places.shape[1] <= rows.shape[1]  # else picking costs more than it saves
+    x, _ = through_blocks(base, adapter, batch, config, again, places if few else None)
+    hidden = rms_norm(x, base["final_norm"], config.norm_epsilon, config.norm_offset)
+    return hidden if few or places is None else _picked(hidden, places)
+
+
+def through_blocks(
+    base: Mapping[str, Any],  # arrays as stacked lays them out
+    adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
+    batch: Mapping[str, jax.Array],  # int token_ids, padding_mask (b, l)
+    config: GemmaConfig,  # of the base
+    again: bool = False,  # True: blocks are computed again in the backward pass, for less memory
+    places: jax.Array | None = None,  # int (b, p), where the last block is wanted; everywhere by default
+    look: Callable[[jax.Array], jax.Array] | None = None,  # of the hidden states (b, l, d) that a block leaves
+) -> tuple[jax.Array, jax.Array | None]:  # (b, p, d), of the last block; what `look` gave, (layers, ...)
+    "From token ids through all blocks."
+    rows, seen_of = batch["padding_mask"], []
     x, of_layers = embedded(base, batch["token_ids"], config)
     lent: dict[int, tuple[jax.Array, jax.Array]] = {}
-    few = places is not None and 2 * places.shape[1] <= rows.shape[1]  # else picking costs more than it saves
     for (first, end), arrays, lora in zip(config.groups, base["groups"], adapter, strict=True):
         layers, is_last = config.layers[first:end], end == len(config.layers)
-        layer, chosen = layers[0], places if few and is_last else None
+        layer, chosen = layers[0], places if is_last else None
         borrowed = None if layer.keys_from is None else lent[layer.keys_from]
         own = None if of_layers is None else of_layers[first:end]
 
@@ -495,11 +511,33 @@ def hidden_at(
         compute = jax.checkpoint(compute, prevent_cse=end - first == 1, policy=_kept(config, again))
         each = (arrays, lora, which, own)
         if end - first > 1:
-            x, _ = jax.lax.scan(lambda x, each, compute=compute: (compute(x, each)[0], None), x, each)
-            continue
-        x, lent[first] = compute(x, jax.tree.map(lambda array: array[0], each))
-    hidden = rms_norm(x, base["final_norm"], config.norm_epsilon, config.norm_offset)
-    return hidden if few or places is None else _picked(hidden, places)
+            def onward(x, each, compute=compute):
+                x, _ = compute(x, each)
+                return x, None if look is None else look(x)
+
+            x, looks = jax.lax.scan(onward, x, each)
+        else:
+            x, lent[first] = compute(x, jax.tree.map(lambda array: array[0], each))
+            looks = None if look is None else look(x)[None]
+        seen_of.append(looks)
+    return x, None if look is None else jnp.concatenate(seen_of)
+
+
+def row_means(
+    base: Mapping[str, Any],  # arrays as stacked lays them out
+    adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
+    batch: Mapping[str, jax.Array],  # int token_ids, padding_mask, counted (b, l)
+    config: GemmaConfig,  # of the base
+    rows: int,  # of a line, at most
+) -> jax.Array:  # float32 (layers, b, rows, d)
+    "What every block leaves, the mean over tokens: `counted` says for which row of the line, from 1; 0: for none."
+    members = jax.nn.one_hot(batch["counted"] - 1, rows, dtype=jnp.float32)  # (b, l, rows)
+    counts = jnp.maximum(members.sum(axis=1), 1.0)
+
+    def look(x: jax.Array) -> jax.Array:
+        return jnp.einsum("blr,bld->brd", members, x.astype(jnp.float32)) / counts[..., None]
+
+    return through_blocks(base, adapter, batch, config, look=look)[1]
 
 
 def embedded(

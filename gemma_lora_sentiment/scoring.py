@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .adapter import Adapter, RunError, lora_scales, stacked_lora
-from .gemma import GemmaConfig, hidden_at, logits_of, with_scales
+from .gemma import GemmaConfig, hidden_at, logits_of, row_means, with_scales
 from .model import Base, on_every_process
 from .prompt import LabelWords, fill_lines, pack_arrays, scoring_arrays
 
 # %% auto #0
 __all__ = ['compiler_options', 'lend', 'put', 'score_labels', 'scoring_batch_size', 'log_softmax', 'label_probabilities',
-           'score_tokens', 'generate']
+           'score_tokens', 'mean_states', 'generate']
 
 # %% ../nbs/03d_scoring.ipynb #4a7272c5
 def compiler_options(
@@ -222,6 +222,40 @@ def score_tokens(
     "How well each token goes on each prompt."
     asked = _NextTokens(token_ids, [(token_id,) for token_id in token_ids])
     return score_labels(base, adapter, prompts, asked, batch_size=8)
+
+# %% ../nbs/03d_scoring.ipynb #7be10012
+@lru_cache(maxsize=16)
+def _means_program(config: GemmaConfig, rows: int) -> Callable[..., jax.Array]:
+    return jax.jit(partial(row_means, config=config, rows=rows), compiler_options=compiler_options())
+
+
+def mean_states(
+    base: Base,
+    comments: Sequence[np.ndarray],  # n comments, int32 token ids, <bos> first; at least one more
+    batch_size: int | None = None,  # rows of mean length a step; by default scoring_batch_size()
+) -> np.ndarray:  # float32 (n, layers, d)
+    "The mean hidden state of each comment's tokens after every block of the base alone."
+    lengths = np.array([len(ids) for ids in comments])
+    means = np.zeros((len(comments), len(base.config.layers), base.config.hidden_dim), np.float32)
+    if not len(comments):
+        return means
+    without = [{} for _ in base.config.groups]
+    with base.lock:
+        for length, places, lines in _scoring_steps(lengths, (), batch_size or scoring_batch_size(), base.replicas):
+            arrays = ("token_ids", "padding_mask", "counted")
+            batch = {name: np.zeros((len(lines), length), np.int32) for name in arrays}
+            for line, rows in enumerate(lines):
+                ends = np.cumsum(lengths[rows])
+                for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
+                    start = end - lengths[row]
+                    batch["token_ids"][line, start:end] = comments[row]
+                    batch["padding_mask"][line, start:end] = batch["counted"][line, start + 1 : end] = place + 1
+            found = _means_program(base.config, places)(base.arrays, without, put(base, batch, rows=True))
+            found = np.asarray(on_every_process(found))  # (layers, lines, places, d)
+            for line, rows in enumerate(lines):
+                means[rows] = found[:, line, : len(rows)].swapaxes(0, 1)
+    return means
+
 
 # %% ../nbs/03d_scoring.ipynb #ae4bf2bc
 @lru_cache(maxsize=64)

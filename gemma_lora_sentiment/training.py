@@ -48,8 +48,9 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 # %% auto #0
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
-           'LoraLayout', 'first_state', 'train_step', 'runs_apart', 'FitHandle', 'OutOfMemory', 'validation_numbers',
-           'part_of_checkpoint', 'fit_identity', 'fit_to_device', 'train_adapter', 'print_progress']
+           'LoraLayout', 'first_state', 'train_step', 'runs_apart', 'FitHandle', 'not_finite', 'OutOfMemory',
+           'validation_numbers', 'part_of_checkpoint', 'fit_identity', 'fit_to_device', 'train_adapter', 'step_numbers',
+           'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -203,8 +204,11 @@ class Packing:
         epochs: int,  # whose batches must fit
         seed: int = 0,  # of the batches
         replicas: int = 1,  # lines must divide into so many parts
+        lines: int | None = None,  # given where several fits share a shape
     ) -> Packing:
         "The lines with the fewest tokens that hold every batch of every epoch."
+        if lines:
+            return cls._longest(lengths, batch_size, epochs, seed, lines)
         most = min(batch_size, len(lengths))
         sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
         candidates = {min(n, -(-most // replicas)) * replicas for n in sizes}
@@ -532,6 +536,16 @@ class _Rate:
         self._fit.numbers["rate"] = np.float32(rate)
 
 # %% ../nbs/04_training.ipynb #5634d7cb
+def not_finite(
+    what: str,  # the loss or the adapter, and when
+    value: float,
+    dtype: str,  # that the base computes in
+) -> RunError:
+    "What a fit ends with whose numbers are no numbers."
+    wider = "" if dtype == "float32" else ", or use dtype='float32'"
+    return RunError(f"{what} is not finite ({value}), computed in {dtype}. Lower learning_rate{wider}.")
+
+
 class _Guard:
     "Ends a fit whose loss is not finite, or whose adapter does not move."
 
@@ -551,16 +565,12 @@ class _Guard:
         while self.losses and (wait or len(self.losses) > 8 or self.losses[0][2].is_ready()):
             epoch, batch, loss = self.losses.popleft()
             if not np.isfinite(float(loss)):
-                raise self.error(f"The loss of batch {batch + 1} of epoch {epoch + 1}", float(loss))
-
-    def error(self, what: str, value: float) -> RunError:
-        wider = "" if self.dtype == "float32" else ", or use dtype='float32'"
-        return RunError(f"{what} is not finite ({value}), computed in {self.dtype}. Lower learning_rate{wider}.")
+                raise not_finite(f"The loss of batch {batch + 1} of epoch {epoch + 1}", float(loss), self.dtype)
 
     def look(self, arrays: dict[str, np.ndarray], when: str, counted: bool = True) -> None:
         "Raise when B has not moved, or is not finite."
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise self.error(f"The adapter after {when}", float("nan"))
+            raise not_finite(f"The adapter after {when}", float("nan"), self.dtype)
         self.moved = self.moved or any(
             not np.array_equal(array, self.start.arrays[path])
             for path, array in arrays.items()
@@ -929,7 +939,7 @@ def train_adapter(
         apart = runs_apart(base, steps)
         more |= {"blocks_apart": True} if apart else {}
         base.lay_out(apart)
-        numbers = _numbers(base, start, recipe, steps, lora_dropout, seed)
+        numbers = step_numbers(base, start, recipe, steps, lora_dropout, seed)
         fit = _Fit(
             base, start, recipe, batches, words, validation, patience, numbers, rematerialize, callbacks, progress,
             None, checkpoint_steps,
@@ -948,9 +958,15 @@ def train_adapter(
             return _train(fit, (folder, identity), lengths)
 
 
-def _numbers(
-    base: Base, start: Adapter, recipe: Recipe, steps: int, dropout: float, seed: int
+def step_numbers(
+    base: Base,
+    start: Adapter,  # its alpha and rank count
+    recipe: Recipe,
+    steps: int,  # of the whole fit
+    dropout: float,  # share of the input features that A does not see in a step
+    seed: int,
 ) -> dict[str, Any]:  # of train_step
+    "What may differ between fits of one program."
     total = steps if recipe.schedule == "linear" else 0
     numbers = {
         "rate": recipe.learning_rate, "decay": recipe.weight_decay, "total_steps": total,

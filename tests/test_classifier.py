@@ -969,3 +969,78 @@ def test_warm_start_goes_on_from_the_fitted_adapter(make, tmp_path):
         with pytest.raises(ModelError, match=said) as error:
             GemmaLoraClassifier.load(tmp_path / "run").set_params(**change).fit(COMMENTS, rows)
         assert one_line(error)
+
+
+# --- several fits at once ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What a GPU would gain, and the chunks that were trained side by side; room for four fits."""
+    chunks = []
+
+    def noted(base, starts, *rest):
+        chunks.append(len(starts))
+        return trained(base, starts, *rest)
+
+    trained = room.train_side_by_side
+    monkeypatch.setattr(room, "gains_side_by_side", lambda: True)
+    monkeypatch.setattr(room, "fits_together", lambda *shape: 4)
+    monkeypatch.setattr(room, "train_side_by_side", noted)
+    return chunks
+
+
+PARTS = [(COMMENTS[i:] + COMMENTS[:i], LABELS[i:] + LABELS[:i]) for i in (0, 2, 4)] + [
+    (COMMENTS[:-i], LABELS[:-i]) for i in (2, 4)
+]  # one fit of ten of these is of rows with a line each, and so is made by itself
+
+
+def test_fits_side_by_side_are_fits_one_by_one(make, as_on_a_gpu):
+    clf = make(lora_dropout=0.1, seed=3)
+    together = list(clf.fit_many(PARTS))
+    assert as_on_a_gpu == [4] and not hasattr(clf, "classes_")
+    for fitted, (comments, labels) in zip(together, PARTS, strict=True):
+        alone = make(lora_dropout=0.1, seed=3).fit(comments, labels)
+        assert np.abs(fitted.predict_proba(COMMENTS) - alone.predict_proba(COMMENTS)).max() < 1e-3
+        assert fitted.get_params() == alone.get_params() and fitted.recipe_ == alone.recipe_
+        assert fitted.history_.epoch.tolist() == alone.history_.epoch.tolist()
+        np.testing.assert_allclose(fitted.history_.loss, alone.history_.loss, atol=1e-3)
+        assert fitted.best_epoch_ == alone.best_epoch_
+        assert np.abs(fitted.predict_proba(COMMENTS) - make().fit(COMMENTS, LABELS).predict_proba(COMMENTS)).max() > 0
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [{"validation_fraction": 0.5}, {"callbacks": []}, {"loss_on": "text"}, {"epochs": 0}, {"devices": 1}],
+    ids=str,
+)
+def test_fits_that_cannot_share_a_program_are_made_one_by_one(make, as_on_a_gpu, apart):
+    clf = make(**apart)
+    together = list(clf.fit_many(PARTS[:2]))
+    assert as_on_a_gpu == ([2] if apart == {"callbacks": []} else [])
+    for fitted, part in zip(together, PARTS[:2], strict=True):
+        alone = make(**apart).fit(*part)
+        assert np.abs(fitted.predict_proba(COMMENTS) - alone.predict_proba(COMMENTS)).max() < 1e-3
+
+
+def test_fits_of_other_shapes_have_programs_of_their_own(make, as_on_a_gpu):
+    of_words = [(COMMENTS, ["bad", "good"] * 6)] * 2
+    together = list(make(max_length=32).fit_many([*PARTS[:2], *of_words]))
+    assert as_on_a_gpu == [2, 2] and [fitted.classes_.tolist() for fitted in together[1:3]] == [[0, 1], ["bad", "good"]]
+
+
+def test_a_cross_validation_trains_its_folds_side_by_side(make, as_on_a_gpu, monkeypatch):
+    from gemma_lora_sentiment.evaluation import cross_validate
+
+    together = cross_validate({"ours": make()}, COMMENTS, LABELS, folds=3)
+    assert as_on_a_gpu == [3]
+    monkeypatch.setattr(room, "gains_side_by_side", lambda: False)
+    alone = cross_validate({"ours": make()}, COMMENTS, LABELS, folds=3)
+    assert as_on_a_gpu == [3] and together.fold.tolist() == alone.fold.tolist()
+    assert np.abs(together.ours_p_1 - alone.ours_p_1).max() < 1e-3
+
+
+def test_a_loss_that_is_not_finite_ends_fits_side_by_side(make, as_on_a_gpu):
+    with pytest.raises(RunError, match="not finite .* Lower learning_rate"):
+        list(make(learning_rate=1e30).fit_many(PARTS))
+    assert as_on_a_gpu == [4]
