@@ -250,7 +250,7 @@ def _judge(
     _write_rows(folder / "wrong.tsv", wrong, comments)
     evaluation.save_figures(
         folder / "figures", rows.label, probabilities, classes,
-        history if history is not None and len(history) else None, theirs.get("baseline"),
+        history if history is not None and len(history) else None, _to_draw(theirs),
     )  # fmt: skip
     return metrics, metrics["baseline"], classes[probabilities.argmax(axis=1)]
 
@@ -262,22 +262,43 @@ def _import_what_follows() -> None:
     importlib.import_module("matplotlib.pyplot")
 
 
-def _fitted_baseline(rows: Any, seed: int) -> dict[str, Any]:
+def _baselines(clf: Any) -> dict[str, Any]:  # unfitted, by name
+    "What ours is compared with, but the base itself."
     from gemma_lora_sentiment.evaluation import simple_baselines
+    from gemma_lora_sentiment.features import FrozenGemmaClassifier
 
-    return {name: other.fit(list(rows.comment), rows.label) for name, other in simple_baselines(seed).items()}
+    max_length = (clf.recipe_ if hasattr(clf, "recipe_") else clf._resolved_recipe()[1]).max_length
+    frozen = FrozenGemmaClassifier(
+        clf.preset, clf.template, max_length, getattr(clf, "dtype_", clf.dtype),
+        getattr(clf, "quantization_", clf.quantization), clf.devices, clf.strategy, clf.seed,
+    )  # fmt: skip
+    return {**simple_baselines(clf.seed), "frozen": frozen}
+
+
+def _fitted_baselines(rows: Any, clf: Any) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: other.fit(list(rows.comment), rows.label) for name, other in _baselines(clf).items()}
+
+
+def _to_draw(theirs: dict[str, Any]) -> dict[str, Any] | None:  # by the name in a figure
+    "The classifiers that are drawn beside ours."
+    from gemma_lora_sentiment.evaluation import OTHERS
+
+    return {OTHERS[name].drawn: theirs[name] for name in ("baseline", "frozen") if name in theirs} or None
 
 
 def _print_comparison(ours: dict[str, Any], baseline: dict[str, Any] | None) -> None:
     "The verdict first, then the table."
     from gemma_lora_sentiment.analysis import decision_text, metrics_table
-    from gemma_lora_sentiment.evaluation import verdict
+    from gemma_lora_sentiment.evaluation import OTHERS, frozen_verdict, verdict
 
     if baseline is not None:
         print(verdict(ours, baseline))
         print(ours["comparison"]["sentence"])
-    names = {"baseline": "TF-IDF baseline", "zero_shot": "zero-shot", "most_frequent": "most frequent class"}
-    others = {names[name]: ours["baselines"][name] for name in names if name in ours["baselines"]}
+    if simpler := frozen_verdict(ours):
+        print(simpler)
+    others = {other.short: ours["baselines"][name] for name, other in OTHERS.items() if name in ours["baselines"]}
     print(metrics_table({"gemma + LoRA": ours, **others}).to_string())
     print(decision_text(ours["decision"]))
 
@@ -305,17 +326,16 @@ def _add_analysis(
 ) -> None:
     from gemma_lora_sentiment import analysis
     from gemma_lora_sentiment.data import duplicate_groups, fingerprint
+    from gemma_lora_sentiment.evaluation import OTHERS
 
     groups = duplicate_groups(rows.comment)
     metrics["fingerprint"] = fingerprint(rows)
     metrics["intervals"] = analysis.metric_intervals(rows.label, probabilities, classes, groups=groups)
-    names = {"baseline": "the TF-IDF baseline", "zero_shot": "the base itself"}
-    names["most_frequent"] = "the most frequent class"
     baselines = {}
     for name, values in theirs.items():
         baselines[name] = analysis.metrics_with_intervals(rows.label, values, classes, groups)
         baselines[name]["comparison"] = analysis.paired_comparison(
-            rows.label, probabilities, values, classes, groups=groups, names=("gemma + LoRA", names[name])
+            rows.label, probabilities, values, classes, groups=groups, names=("gemma + LoRA", OTHERS[name].said)
         )
     tfidf = baselines.get("baseline")
     metrics |= {"baseline_accuracy": tfidf["accuracy"] if tfidf else None, "baseline": tfidf, "baselines": baselines}
@@ -721,7 +741,7 @@ def train(
         clf.set_params(checkpoint_dir=checkpoints)
         _say(quiet, f"fitting on {len(kept)} rows, {len(held_out)} held out")
         clf.fit(kept.comment, kept.label)
-        metrics, baseline, _ = _judge(folder, held_out, clf, _fitted_baseline(kept, clf.seed), clf.history_, comments)
+        metrics, baseline, _ = _judge(folder, held_out, clf, _fitted_baselines(kept, clf), clf.history_, comments)
         judged, history = clf, clf.history_
         if refit:
             _say(quiet, f"fitting on all {len(rows)} rows for {clf.best_epoch_} epochs")
@@ -808,7 +828,7 @@ def cross_validate(
     evaluation.fold_indices(rows.label, duplicate_groups(rows.comment), folds, seed)  # can it be cut at all?
     _say_how_read(quiet, rows)
     with _folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:
-        groups, simple = duplicate_groups(rows.comment), evaluation.simple_baselines(seed)
+        groups, simple = duplicate_groups(rows.comment), _baselines(clf)
         settings = {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
         oof = evaluation.cross_validate(
             {"ours": clf, "baseline": simple.pop("baseline")}, rows.comment, rows.label, **settings,
@@ -831,8 +851,8 @@ def cross_validate(
         if repeats > 1:
             every = pd.concat([table.assign(repeat=repeat) for repeat, table in enumerate(tables)])
             _write_rows(folder / "oof_repeats.tsv", every, comments, numbered=True)
-        first, theirs_first = layers["ours"][0], layers["baseline"][0]
-        evaluation.save_figures(folder / "figures", rows.label, first, classes, baseline=theirs_first)
+        first, drawn = layers["ours"][0], _to_draw({name: each[0] for name, each in theirs.items() if each.ndim == 3})
+        evaluation.save_figures(folder / "figures", rows.label, first, classes, baseline=drawn)
         wrong = evaluation.wrong_rows(rows.comment, rows.label, first, classes, rows["id"])
         _write_rows(folder / "wrong.tsv", wrong, comments)
         suspects = analysis.likely_label_errors(
@@ -853,7 +873,7 @@ def cross_validate(
     print(f"{cuts}, {metrics['n']} rows, {metrics['seconds']:.0f} s; written to {out}")
 
 # %% ../nbs/11_cli.ipynb #a1997b04
-def _baseline_of_run(run: Path, seed: int) -> tuple[Any | None, str]:  # baseline or None, and why not
+def _baselines_of_run(run: Path, clf: Any) -> tuple[Any | None, str]:  # fitted baselines or None, and why not
     from gemma_lora_sentiment.data import fingerprint, read_comments
 
     try:
@@ -863,7 +883,7 @@ def _baseline_of_run(run: Path, seed: int) -> tuple[Any | None, str]:  # baselin
         return None, f"no baseline: the run's training rows are not there ({_one_line(error)})"
     if fingerprint(rows) != data["fingerprint"]:
         return None, f"no baseline: {data['source']} has changed since the run"
-    return _fitted_baseline(rows, seed), ""
+    return _fitted_baselines(rows, clf), ""
 
 
 def _labelled_rows(file: str, clf: Any, reading: dict[str, Any]) -> Any:
@@ -898,7 +918,7 @@ def evaluate(
     clf = GemmaLoraClassifier.load(run, preset)
     rows = _labelled_rows(file, clf, reading)
     _say_how_read(quiet, rows)
-    baseline_clf, why_not = _baseline_of_run(run, clf.seed)
+    baseline_clf, why_not = _baselines_of_run(run, clf)
     if why_not:
         _say(quiet, why_not)
     more = {"reading": reading, "run": str(run), **_warn_if_seen(file, str(clf.preset))}
@@ -1223,7 +1243,7 @@ def quickstart(
         _say(quiet, f"fine-tuning mini_ko on {len(rows)} comments that it has not met")
         threading.Thread(target=_import_what_follows, daemon=True).start()
         clf.fit(rows.comment, rows.label)
-        metrics, baseline, answers = _judge(folder, test, clf, _fitted_baseline(rows, seed), clf.history_, comments)
+        metrics, baseline, answers = _judge(folder, test, clf, _fitted_baselines(rows, clf), clf.history_, comments)
         clf.save(folder)
         clf.history_.to_csv(folder / "history.csv", index=False)
         if comments:

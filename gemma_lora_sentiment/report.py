@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 
 from .analysis import decision_text
 from .data import whole_file
-from .evaluation import verdict
+from .evaluation import OTHERS, frozen_verdict, verdict
 
 # %% ../nbs/06b_report.ipynb #7510162d
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # no HTML may hold these
@@ -133,6 +133,8 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
         advice = "The baseline needs no GPU and trains in a second: use it for such comments"
         doubt = "" if compared is not None and compared["p_value"] < 0.05 else ", unless more rows turn the difference"
         lines.append(_tag("p", f"{advice}{doubt}."))
+    if simpler := frozen_verdict(metrics):
+        lines.append(_tag("p", simpler))
     untrained = (metrics.get("baselines") or {}).get("zero_shot")
     if untrained is not None and untrained["accuracy"] >= metrics["accuracy"] - 1e-9:
         gained, losses = "gained nothing", [each.get("log_loss") for each in (metrics, untrained)]
@@ -144,9 +146,7 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "roc_auc": "ROC AUC", "log_loss": "log-loss"}
-_NAMES = {
-    "baseline": "TF-IDF baseline", "zero_shot": "base, zero-shot", "most_frequent": "most frequent class"
-}  # fmt: skip
+_NAMES = {name: other.short for name, other in OTHERS.items()}
 
 
 def _measure(metrics: Mapping[str, Any], name: str) -> ElementTree.Element:

@@ -820,7 +820,7 @@ def test_cross_validate_repeated_with_bad_labels(tmp_path, tiny):
 
 def test_metrics_say_how_sure_they_are(trained):
     metrics = json.loads((trained / "run" / "metrics.json").read_text())
-    assert set(metrics["baselines"]) == {"baseline", "most_frequent", "zero_shot"}
+    assert set(metrics["baselines"]) == {"baseline", "frozen", "most_frequent", "zero_shot"}
     for one in (metrics, *metrics["baselines"].values()):
         assert set(one["intervals"]) == {"accuracy", "macro_f1", "roc_auc", "log_loss"}
         low, high = one["intervals"]["accuracy"]

@@ -55,8 +55,10 @@ ROOM_IMPORTS = {
     "search": {"adapter", "model", "prompt", "scoring", "training"},
     "classifier": {
         *("data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "scoring", "training"),
-        *("tutorial", "search"),
+        *("tutorial", "search", "side_by_side"),
     },
+    "side_by_side": {"adapter", "backend", "gemma", "memory", "model", "scoring", "training"},
+    "features": {"adapter", "data", "model", "precision", "prompt", "scoring"},
     "evaluation": {"data"},
     "analysis": {"data", "evaluation"},
     "report": {"data", "evaluation", "analysis"},
@@ -73,7 +75,7 @@ ROOM_IMPORTS = {
     },
     "cli": {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
-        *("checkpoint", "training", "export", "classifier", "evaluation", "analysis", "report", "figures"),
+        *("checkpoint", "training", "export", "classifier", "features", "evaluation", "analysis", "report", "figures"),
         *("submission", "pretraining", "benchmark", "scale", "upstream", "gguf_export", "serving_files"),
     },
 }
