@@ -269,31 +269,35 @@ class _Job:
     classes: np.ndarray
     again: bool  # decoder blocks are computed twice
 
-    @property
-    def program(self) -> tuple[Any, ...]:  # equal for fits that one program can train
-        shape = (self.recipe.batch_size, max(map(len, self.rows.responses)), self.again)
+    def program(
+        self, clf: GemmaLoraClassifier
+    ) -> tuple[Any, ...] | None:  # equal for fits that one program can train; None for one that must train by itself
+        "What a program of several fits depends on."
+        apart = clf.callbacks or clf.checkpoint_dir or clf.validation_fraction or clf.devices or clf.strategy
+        if apart or not self.recipe.epochs or choose_shapes(self.rows, self.recipe, clf.seed)[1] is None:
+            return None
+        shape = (self.recipe.batch_size, max(map(len, self.rows.responses)), self.again, clf.lora_dropout)
         return id(self.base), self.start.rank, self.start.targets, *shape
 
 
 def _trained_together(
     jobs: Sequence[_Job],
-    seed: int,
-    lora_dropout: float,
+    classifiers: Sequence[GemmaLoraClassifier],  # of each job
 ) -> list[tuple[Adapter, pd.DataFrame, tuple[int, ...]] | None]:  # of each; None: to be trained by itself
     "Fits of one program side by side, as many as there is room for."
     results: list[Any] = [None] * len(jobs)
-    can = [i for i, job in enumerate(jobs) if job.recipe.epochs and choose_shapes(job.rows, job.recipe, seed)[1]]
-    for program in dict.fromkeys(jobs[i].program for i in can):
-        members = [i for i in can if jobs[i].program == program]
-        first = jobs[members[0]]
-        shape = shape_of_fits(*zip(*[(jobs[i].rows, jobs[i].recipe, seed) for i in members], strict=True))
+    programs = [job.program(clf) for job, clf in zip(jobs, classifiers, strict=True)]
+    for program in dict.fromkeys(program for program in programs if program is not None):
+        members = [i for i, each in enumerate(programs) if each == program]
+        first, dropout = jobs[members[0]], classifiers[members[0]].lora_dropout
+        fits = {i: (jobs[i].rows, jobs[i].recipe, classifiers[i].seed) for i in members}
+        shape = shape_of_fits(*zip(*fits.values(), strict=True))
         room = fits_together(first.base, first.start.rank, first.start.targets, shape)
         for chunk in (members[i : i + room] for i in range(0, len(members), room)):
             if len(chunk) > 1:
-                several = zip(*[(jobs[i].start, jobs[i].rows, jobs[i].recipe) for i in chunk], strict=True)
-                trained = train_side_by_side(
-                    first.base, *several, [seed] * len(chunk), lora_dropout, first.again
-                )  # fmt: skip
+                several = zip(*[fits[i] for i in chunk], strict=True)
+                starts = [jobs[i].start for i in chunk]
+                trained = train_side_by_side(first.base, starts, *several, dropout, first.again)
                 for i, result in zip(chunk, trained, strict=True):
                     results[i] = result
     return results
@@ -325,21 +329,22 @@ class _Fitting:
     def fit_many(
         self,
         parts: Sequence[tuple[Sequence[str], Sequence[Any]]],  # comments and labels of each fit
+        parameters: Sequence[Mapping[str, Any]] | None = None,  # of each fit, in place of this classifier's
     ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
-        """Fit clones to several sets of rows, the folds of a cross-validation say.
+        """Fit clones to several sets of rows, or with several settings: the folds of a cross-validation, a sweep.
 
         On a GPU they are trained side by side, as many as there is room for, unless validation, callbacks, checkpoints
         or several devices are asked for; the probabilities are those of fits one by one, up to rounding (1e-3).
         Elsewhere one is fitted after another. Raises as `fit` does.
         """
-        apart = self.callbacks or self.checkpoint_dir or self.validation_fraction or self.devices or self.strategy
-        if apart or not gains_side_by_side():
-            for comments, labels in parts:
-                yield clone(self).fit(comments, labels)
+        clones = [clone(self).set_params(**each) for each in parameters or [{}] * len(parts)]
+        if not gains_side_by_side():
+            for each, part in zip(clones, parts, strict=True):
+                yield each.fit(*part)
             return
-        clones = [clone(self) for _ in parts]
         jobs = [each._ready(*part) for each, part in zip(clones, parts, strict=True)]
-        for each, job, result in zip(clones, jobs, _trained_together(jobs, self.seed, self.lora_dropout), strict=True):
+        results = _trained_together(jobs, clones)
+        for each, job, result in zip(clones, jobs, results, strict=True):
             yield each._take(job, *(each._trained(job) if result is None else result))
 
     def _ready(

@@ -1029,6 +1029,16 @@ def test_fits_of_other_shapes_have_programs_of_their_own(make, as_on_a_gpu):
     assert as_on_a_gpu == [2, 2] and [fitted.classes_.tolist() for fitted in together[1:3]] == [[0, 1], ["bad", "good"]]
 
 
+def test_settings_side_by_side(make, as_on_a_gpu):
+    settings = [{"seed": 1}, {"learning_rate": 0.05, "epochs": 3}, {"lora_alpha": 2.0}, {"lora_rank": 2}]
+    together = list(make().fit_many([PARTS[0]] * 4, settings))
+    assert as_on_a_gpu == [3]  # another rank is another program
+    for fitted, parameters in zip(together, settings, strict=True):
+        alone = make(**parameters).fit(*PARTS[0])
+        assert fitted.get_params() == alone.get_params() and len(fitted.history_) == alone.recipe_.epochs
+        assert np.abs(fitted.predict_proba(COMMENTS) - alone.predict_proba(COMMENTS)).max() < 1e-3
+
+
 def test_a_cross_validation_trains_its_folds_side_by_side(make, as_on_a_gpu, monkeypatch):
     from gemma_lora_sentiment.evaluation import cross_validate
 
