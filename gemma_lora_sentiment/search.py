@@ -194,8 +194,11 @@ def choose_strength(
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
 
 # %% ../nbs/04b_search.ipynb #5ea00024
-_STEPS = {"mini_ko": (4, 288), "gemma": (16, 76)}  # rows a step at most, steps at least
-_MOST_EPOCHS = 12
+_STEPS = {  # rows a step and steps, the first of which are taken that do not need more epochs than stand beside them
+    "mini_ko": ((4, 288, 12),),
+    "gemma": ((16, 142, 9), (4, 288, 12)),
+}  # fmt: skip
+_LEAST_EPOCHS = {"mini_ko": 3, "gemma": 4}
 _SPOKEN = 0.2  # probability that a base which knows the words goes on with one of them
 
 
@@ -211,10 +214,13 @@ def choose_steps(
     is_known = loss is not None and loss < _KNOWN * np.log(n_labels)
     if name not in _STEPS or (is_said and (is_known or not evidence["words"])):
         return recipe
-    at_most, steps = _STEPS[name]
-    batch_size = min(recipe.batch_size, at_most)
-    epochs = min(_MOST_EPOCHS, round(steps * batch_size / n_rows))
-    return replace(recipe, batch_size=batch_size, epochs=max(recipe.epochs, epochs))
+    for rows_a_step, steps, most in _STEPS[name]:
+        batch_size = min(recipe.batch_size, rows_a_step)
+        epochs = round(steps * batch_size / n_rows)
+        if epochs <= most:
+            break
+    return replace(recipe, batch_size=batch_size, epochs=min(most, max(_LEAST_EPOCHS[name], epochs)))
+
 
 # %% ../nbs/04b_search.ipynb #5ea00018
 def choices_text(

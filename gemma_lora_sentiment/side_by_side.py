@@ -5,6 +5,7 @@
 # %% ../nbs/04c_side_by_side.ipynb #5b500004
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -57,8 +58,9 @@ def _shared_packing(
 def gains_side_by_side(
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> bool:
-    "A CPU is busy with one fit."
-    return (platform or jax.default_backend()) != "cpu"
+    "Never, unless GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=1 is set; and then not on a CPU, which is busy with one fit."
+    wanted = os.environ.get("GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE", "").strip() == "1"
+    return wanted and (platform or jax.default_backend()) != "cpu"
 
 
 def shape_of_fits(

@@ -79,10 +79,13 @@ def test_a_base_that_does_not_say_the_words_takes_more_and_smaller_steps(base, t
         assert asked(base, tokenizer, names)[1]["said"] > 0.3
 
 
-@pytest.mark.parametrize("rows, epochs", [(20, 12), (100, 12), (300, 4), (5000, 4)])
-def test_gemma_gets_the_steps_that_it_was_measured_with(rows, epochs):
+@pytest.mark.parametrize(
+    "rows, batch_size, epochs", [(20, 4, 12), (100, 4, 12), (128, 4, 9), (270, 16, 8), (300, 16, 8), (5000, 16, 4)]
+)
+def test_gemma_gets_the_steps_that_it_was_measured_with(rows, batch_size, epochs):
     evidence = {"loss": 0.69, "words": None, "said": 0.01}
-    assert choose_steps("gemma", RECIPES["gemma"], evidence, 2, rows) == replace(RECIPES["gemma"], epochs=epochs)
+    wanted = replace(RECIPES["gemma"], batch_size=batch_size, epochs=epochs)
+    assert choose_steps("gemma", RECIPES["gemma"], evidence, 2, rows) == wanted
     assert choose_steps("tutorial", RECIPES["tutorial"], evidence, 2, rows) == RECIPES["tutorial"]
 
 
