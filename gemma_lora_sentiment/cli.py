@@ -1119,7 +1119,7 @@ def _decision_of_run(run: Path) -> dict[str, Any]:
 
 @app.command()
 @_guarded
-@_reads_a_file("skip_blank", "keep_na")
+@_reads_a_file("keep_na")
 def submit(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     sample: Annotated[str, typer.Argument(help="The sample submission file, or tarr_submit.")],
@@ -1132,15 +1132,16 @@ def submit(
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.data import read_table
-    from gemma_lora_sentiment.submission import sample_comments, write_submission
+    from gemma_lora_sentiment.submission import reading_of_sample, sample_comments, write_submission
 
     if out is not None:
         _check_file(out)
     clf, how = GemmaLoraClassifier.load(run, preset), _how(reading)
-    comments = sample_comments(sample, text_from, how)
-    _say(quiet, f"{sample}: read as {read_table(sample, reading=how).attrs['dialect'].text}")
+    of_sample = how if text_from is None else reading_of_sample(sample, how)
+    _say(quiet, f"{sample}: read as {read_table(sample, reading=of_sample).attrs['dialect'].text}")
+    comments = sample_comments(sample, text_from, how, say=functools.partial(_say, quiet))
     _say(quiet, f"scoring {len(comments)} comments")
-    path = write_submission(clf.predict(comments), sample, out, reading=how)
+    path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
     print(f"{len(comments)} rows written to {path}")
 
 # %% ../nbs/11_cli.ipynb #7dc42ae3

@@ -177,8 +177,8 @@ def _check_one_role_each(given: Mapping[str, object], source: str) -> None:
     for role, name in given.items():
         roles = [other for other, its in given.items() if its is not None and its == name]
         if len(roles) > 1:
-            problem = f"column {shown(name)} is asked for as {' and as '.join(roles)}. Pass {role}_column=... with another."
-            raise DataError(problem, source=source, column=role)
+            problem = f"column {shown(name)} is asked for as {' and as '.join(roles)}."
+            raise DataError(f"{problem} Pass {role}_column=... with another.", source=source, column=role)
 
 
 def _same_name(name: object, names: list[object]) -> object:

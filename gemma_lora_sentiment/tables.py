@@ -710,7 +710,7 @@ def _misfit(fields: list[str], width: int, separator: str) -> str:
     problem = f"{len(fields)} field{'s' * (len(fields) != 1)} where the header has {width}"
     other = next((each for each in _SEPARATORS if separator.join(fields).count(each) == width - 1), separator)
     if len(fields) < width and other != separator:
-        return f"{problem}: the header is parted by {mark}, this row by {_SEPARATORS[other]}. Use one of them throughout."
+        return f"{problem}: that is parted by {mark}, this row by {_SEPARATORS[other]}. Use one of them throughout."
     remedy = f"Remove the extra {mark}" if len(fields) > width else f"Add the missing {mark}"
     return f"{problem}. {remedy}, or quote the comment in a CSV file."
 
