@@ -337,7 +337,7 @@ def json_array(
 ) -> Iterator[bytes]:  # pieces of a file that holds them in one array
     "What a `.json` file holds, an object a line."
     before = b"[\n"
-    for line in lines:
+    for line in filter(bytes.strip, lines):
         yield before + line.rstrip(b"\n")
         before = b",\n"
     yield b"\n]\n" if before[:1] == b"," else b"[]\n"

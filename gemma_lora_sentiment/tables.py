@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'fold_whitespace', 'composed', 'without_html', 'DataError', 'shown', 'listed', 'packing_of', 'packed',
-           'Dialect', 'format_of', 'find_encoding', 'quoted_records', 'tab_records', 'tab_field', 'find_delimiter',
-           'clean_names', 'Batch', 'json_rows', 'nested', 'with_nested', 'OpenTable', 'raw_cells', 'raw_objects',
-           'unpacked']
+           'unpacked', 'Dialect', 'format_of', 'find_encoding', 'quoted_records', 'tab_records', 'tab_field',
+           'find_delimiter', 'clean_names', 'Batch', 'json_rows', 'nested', 'with_nested', 'OpenTable', 'raw_cells',
+           'raw_objects']
 
 # %% ../nbs/00a_tables.ipynb #05034511
 import bz2
@@ -226,6 +226,17 @@ class _Bytes:
         self.stream.close()
         self.file.close()
 
+
+def unpacked(
+    path: Path,  # of a file
+) -> bytes:
+    "All bytes of a file, unpacked."
+    source = _Bytes(path)
+    try:
+        return b"".join(source.blocks())
+    finally:
+        source.close()
+
 # %% ../nbs/00a_tables.ipynb #7703fe7e
 class Dialect(NamedTuple):
     "The form of a file. What is None is found out; what was found is here in the end."
@@ -375,22 +386,24 @@ def _not_korean(start: bytes) -> str | None:  # an encoding
         return likely
     ideographs = sum(bool(_IDEOGRAPH.match(letter)) for letter in korean)
     rare = sum(not letter.encode("euc_kr", "ignore") for letter in korean)  # syllables that CP949 added
-    if own < 0.15 and (ideographs > max(2, len(korean) / 4) or rare > max(8, len(korean) / 2)):
+    if own < 0.15 and (ideographs > max(2, len(korean) / 8) or rare > max(8, len(korean) / 2)):
         return next((each for each in _OF_ASIA if _letters(start, each)), None)
     return None
 
 
 def _wide(start: bytes) -> str | None:  # "utf-16-le", "utf-16-be" or None
-    "UTF-16 without a mark: what decodes in one of two ways to characters that there are, and to no controls."
-    fitting = []
-    for encoding in ("utf-16-le", "utf-16-be"):
+    "UTF-16 without a mark: the order of bytes in which more of them are ASCII, and hardly any no characters."
+    plain = dict.fromkeys(("utf-16-le", "utf-16-be"), 0)
+    for encoding in plain:
         try:
             text = codecs.getincrementaldecoder(encoding)().decode(start)
         except UnicodeError:
             continue
-        if not any(unicodedata.category(char) in ("Cc", "Cn", "Co") and char not in "\t\r\n" for char in set(text)):
-            fitting.append(encoding)
-    return fitting[0] if len(fitting) == 1 else None
+        odd = sum(unicodedata.category(char) in ("Cc", "Cn", "Co") and char not in "\t\r\n" for char in text)
+        if odd <= len(text) / 10:
+            plain[encoding] = sum(map(str.isascii, text))
+    low, high = sorted(plain, key=plain.get)
+    return high if plain[high] > plain[low] else None
 
 
 def find_encoding(
@@ -1151,17 +1164,6 @@ def raw_objects(
     lines = _raw_lines(path, dialect)
     rows = [row for _, row in json_rows(lines, dialect.is_array, str(path)) if _is_filled(row)]
     return rows, len(lines) > 1
-
-
-def unpacked(
-    path: Path,  # of a file
-) -> bytes:
-    "All bytes of a file, unpacked."
-    source = _Bytes(path)
-    try:
-        return b"".join(source.blocks())
-    finally:
-        source.close()
 
 
 def _raw_fields(text: str, fields: list[str], delimiter: str) -> list[str]:
