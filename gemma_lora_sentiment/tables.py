@@ -399,11 +399,11 @@ def _wide(start: bytes) -> str | None:  # "utf-16-le", "utf-16-be" or None
             text = codecs.getincrementaldecoder(encoding)().decode(start)
         except UnicodeError:
             continue
-        odd = sum(unicodedata.category(char) in ("Cc", "Cn", "Co") and char not in "\t\r\n" for char in text)
-        if odd <= len(text) / 10:
+        kinds = Counter(unicodedata.category(char) for char in text if char not in "\t\r\n")
+        if "\0" not in text and kinds["Cc"] <= len(text) / 100 and kinds["Cn"] + kinds["Co"] <= len(text) / 10:
             plain[encoding] = sum(map(str.isascii, text))
     low, high = sorted(plain, key=plain.get)
-    return high if plain[high] > plain[low] else None
+    return high if plain[high] > max(4 * plain[low], len(start) / 100) else None
 
 
 def find_encoding(

@@ -16,7 +16,13 @@ import pytest
 
 from gemma_lora_sentiment import submission
 from gemma_lora_sentiment.data import DataError, Reading
-from gemma_lora_sentiment.submission import check_submission, reading_of_sample, sample_comments, write_submission
+from gemma_lora_sentiment.submission import (
+    check_output,
+    check_submission,
+    reading_of_sample,
+    sample_comments,
+    write_submission,
+)
 from gemma_lora_sentiment.tables import Dialect, packed, unpacked
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "tarr_sample_submit.txt"
@@ -325,8 +331,11 @@ def test_comments_of_another_file_by_order():
         sample_comments("ids.csv", "lines.txt")
     Path("texts.csv").write_text("번호,본문\n9,음\n7,굿\n", encoding="utf-8")
     reading = Reading(id_column="번호", comment_column="본문")
-    with pytest.raises(DataError, match="no column '번호' among 'id', 'target'"):
-        sample_comments("ids.csv", "texts.csv", reading)
+    assert sample_comments("ids.csv", "texts.csv", reading) == ["굿", "음"]  # the id column is that of one file
+    with pytest.raises(DataError, match="no column '본문' among 'id', 'target'"):
+        sample_comments("ids.csv", "texts.csv", reading._replace(label_column="본문"))
+    with pytest.raises(DataError, match="no column '숫자' among 'id', 'target'"):
+        sample_comments("ids.csv", "texts.csv", reading._replace(id_column="숫자"))
     Path("own.csv").write_text("번호,target\n7,0\n9,0\n", encoding="utf-8")
     assert sample_comments("own.csv", "texts.csv", reading) == ["굿", "음"]
 
@@ -453,15 +462,16 @@ def test_a_table_becomes_what_the_name_says():
     assert Path("l.sub").read_bytes() == Path("l.tsv").read_bytes() == Path("l").read_bytes()
 
 
-@pytest.mark.parametrize("out", ["o.xls", "o.xlsm", "o.ods", "o.7z", "o.tar", "o.html", "o.feather", "o.XLS", "o.xls.gz"])
+@pytest.mark.parametrize("out", ["o.xls", "o.xlsm", "o.ods", "o.7z", "o.tar", "o.html", "o.XLS", "o.xls.gz"])
 def test_names_of_formats_that_are_not_written_are_refused(out):
     Path("s.csv").write_text("id,target\n7,0\n9,0\n")
     Path("l.txt").write_text("굿\n음\n", encoding="utf-8")
     before = sorted(os.listdir())
     said = rf"^{re.escape(out)}: no \.\w+ is written\. Give the file the suffix \.\w+"
     for sample, labels in (("s.csv", [1, 0]), (TABLE, [1, 0]), ("l.txt", [1, 0]), ("sample.txt", [1, 0, 1])):
-        with pytest.raises(DataError, match=said):
-            write_submission(labels, sample, out)
+        for refuse in (lambda: write_submission(labels, sample, out), lambda: check_output(out, sample)):  # noqa: B023
+            with pytest.raises(DataError, match=said):
+                refuse()
     assert sorted(os.listdir()) == before
 
 
@@ -502,6 +512,15 @@ def test_a_nested_label_that_has_no_place():
     Path("s.jsonl").write_text('{"id": 7, "data": {"label": 0}}\n{"id": 9, "data": null}\n')
     path = write_submission([1, 0], "s.jsonl", "o.jsonl", reading=Reading(label_column="data.label"))
     assert [json.loads(line)["data"] for line in path.read_text().splitlines()] == [{"label": 1}, {"label": 0}]
+
+
+def test_objects_of_json_with_their_keys_in_any_order():
+    Path("s.jsonl").write_text('{"id": 7, "label": 0}\n{"x": 1, "id": 9}\n{"label": 0, "id": 8}\n')
+    path = write_submission([1, 0, 1], "s.jsonl", "o.jsonl")
+    assert [json.loads(line)["label"] for line in path.read_text().splitlines()] == [1, 0, 1]
+    Path("s.jsonl").write_text('{"id": 7}\n{"label": 0, "id": 9}\n{"id": 8, "more": 1}\n')
+    path = write_submission([1, 0, 1], "s.jsonl", "o.jsonl")
+    assert path.read_text() == '{"id": 7, "label": 1}\n{"label": 0, "id": 9}\n{"id": 8, "more": 1, "label": 1}\n'
 
 
 def test_comments_of_json_hold_what_ends_a_line_elsewhere():
@@ -685,7 +704,8 @@ def test_options_of_reading_hold_for_the_comments():
     Path("t.txt").write_bytes("id:text\n9:음, 또; 또\n8:\n7:굿, 또; 또\n".encode("cp949"))
     reading = Reading(Dialect(delimiter=":", encoding="cp949"), skip_blank=True)
     assert sample_comments("s.csv", "t.txt", reading) == ["굿, 또; 또", "음, 또; 또"]
-    assert reading_of_sample("s.csv", reading).dialect == Dialect(encoding="cp949")
+    assert reading_of_sample("s.csv", "t.txt", reading).dialect == Dialect(encoding="cp949")
+    assert reading_of_sample("s.csv", None, reading) == reading
     with pytest.raises(DataError, match="t.txt line 3: the comment is empty"):
         sample_comments("s.csv", "t.txt", reading._replace(skip_blank=False))
     with pd.ExcelWriter("t.xlsx") as book:
@@ -693,7 +713,7 @@ def test_options_of_reading_hold_for_the_comments():
         pd.DataFrame({"id": [9, 7], "text": ["음", "굿"]}).to_excel(book, sheet_name="자료", index=False)
     reading = Reading(Dialect(sheet="자료"))
     assert sample_comments("s.csv", "t.xlsx", reading) == ["굿", "음"]
-    assert reading_of_sample("s.csv", reading) == Reading()
+    assert reading_of_sample("s.csv", "t.xlsx", reading) == Reading()
     Path("t.jsonl").write_text('{"key": {"n": 9}, "data": {"text": "음"}}\n{"key": {"n": 7}, "data": {"text": "굿"}}\n')
     Path("k.csv").write_text("key.n,target\n7,0\n9,0\n")
     reading = Reading(id_column="key.n", comment_column="data.text")
@@ -702,7 +722,7 @@ def test_options_of_reading_hold_for_the_comments():
 
 def test_a_submission_has_every_row_of_its_sample():
     Path("s.csv").write_text("id,comment\n7,굿\n8,\n9,음\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"s\.csv: 1 rows without a comment, and a submission has every row"):
+    with pytest.raises(DataError, match=r"s\.csv: 1 row without a comment, and a submission has every row"):
         sample_comments("s.csv", reading=Reading(skip_blank=True))
 
 
