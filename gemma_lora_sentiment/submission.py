@@ -604,8 +604,8 @@ def sample_comments(
     reading = reading or Reading()
     if text_from is None:
         return _own_comments(sample, reading)
-    rows = _read_sample(sample, reading_of_sample(sample, text_from, reading))
-    found = _texts(locate(text_from), reading)
+    of_sample, of_texts = _readings(sample, text_from, reading)
+    rows, found = _read_sample(sample, of_sample), _texts(locate(text_from), of_texts)
     name, comments = str(text_from), found.comments if found else []
     has_ids = found is not None and found.columns["id"] is not None
     if has_ids and rows.has_ids:
@@ -629,13 +629,23 @@ def reading_of_sample(
     "What of `reading` is for the sample."
     if text_from is None:
         return reading
-    of_sample = reading._replace(comment_column=None, skip_blank=False)
+    return _readings(sample, text_from, reading)[0]
+
+
+def _readings(sample: object, text_from: str | os.PathLike, reading: Reading) -> tuple[Reading, Reading]:
+    "What is for the sample, and what for the file with the comments; each option is for one of them, or for both."
+    of_sample, texts = reading._replace(comment_column=None, skip_blank=False), locate(text_from)
+    of_texts = _fitting(texts, reading)
     if not isinstance(sample, pd.DataFrame):
         of_sample = _fitting(locate(sample), of_sample)
+    for option in ("delimiter", "encoding", "sheet"):
+        given = getattr(reading.dialect, option)
+        if given not in (getattr(of_sample.dialect, option), getattr(of_texts.dialect, option)):
+            of_texts = reading  # then reading tells what is wrong with it
     asked = composed(str(reading.id_column))
-    if asked not in _names(sample, of_sample) and asked in _names(text_from, _fitting(locate(text_from), reading)):
-        return of_sample._replace(id_column=None)  # it is the other file's
-    return of_sample
+    if asked not in _names(sample, of_sample) and asked in _names(texts, of_texts):
+        of_sample = of_sample._replace(id_column=None)
+    return of_sample, of_texts
 
 
 def _names(source: str | os.PathLike | pd.DataFrame, reading: Reading) -> set[str]:
@@ -661,7 +671,6 @@ def _fitting(path: Path, reading: Reading) -> Reading:
 
 def _texts(path: Path, reading: Reading) -> CheckedRows | None:  # None for a file without rows
     "The rows of the file with the comments; of the names of columns those that it has."
-    reading = _fitting(path, reading)
     names = _names(path, reading)
     for role in ("id_column", "label_column"):
         if composed(str(getattr(reading, role))) not in names:

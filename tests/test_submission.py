@@ -720,6 +720,25 @@ def test_options_of_reading_hold_for_the_comments():
     assert sample_comments("k.csv", "t.jsonl", reading) == ["굿", "음"]
 
 
+def test_an_option_that_fits_neither_file_is_refused():
+    Path("s.csv").write_text("id,target\n7,0\n9,0\n")
+    Path("t.csv").write_text("id,text\n9,음\n7,굿\n", encoding="utf-8")
+    Path("t.jsonl").write_text('{"id": 9, "text": "음"}\n{"id": 7, "text": "굿"}\n')
+    for text_from, given, said in (
+        ("t.csv", Dialect(encoding="utf-99"), "t.csv: Python knows no encoding 'utf-99'"),
+        ("t.csv", Dialect(delimiter="::"), "t.csv: delimiter '::' is no single character"),
+        ("t.csv", Dialect(delimiter=";"), "t.csv: no comment column among 'id,text'"),
+        ("t.csv", Dialect(encoding="utf-16"), "t.csv: not utf-16"),
+        ("t.jsonl", Dialect(sheet="2"), r"t.jsonl: only an .xlsx file has sheets"),
+    ):
+        with pytest.raises(DataError, match=f"^{said}") as caught:
+            sample_comments("s.csv", text_from, Reading(given))
+        assert "\n" not in str(caught.value)
+    assert sample_comments("s.csv", "t.jsonl", Reading(Dialect(delimiter=","))) == ["굿", "음"]  # of the sample
+    table = pd.DataFrame({"id": [7, 9], "target": [0, 0]})
+    assert sample_comments(table, "t.csv", Reading(id_column="id")) == ["굿", "음"]
+
+
 def test_a_submission_has_every_row_of_its_sample():
     Path("s.csv").write_text("id,comment\n7,굿\n8,\n9,음\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"s\.csv: 1 row without a comment, and a submission has every row"):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from gemma_lora_sentiment import tables
 from gemma_lora_sentiment.data import Reading, read_comments, read_table, write_table
 from gemma_lora_sentiment.scale import read_chunks
+from gemma_lora_sentiment.submission import write_submission
 from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
@@ -674,6 +675,28 @@ def test_what_is_written_is_read(data, tmp_path):
     finally:
         path.unlink()
         plain.unlink(missing_ok=True)
+
+
+@settings(
+    max_examples=EXAMPLES // 2, deadline=None, print_blob=True,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(data=st.data())
+def test_what_is_given_is_given_back(data, tmp_path):
+    table, path, reading = written_table(data.draw, tmp_path)
+    labels = data.draw(st.lists(st.sampled_from(sorted(table["label"])), min_size=len(table), max_size=len(table)))
+    out = path.with_name(f"out{path.suffix}")
+    note(f"{path.name}: {path.read_bytes()[:400]!r}")
+    try:
+        write_submission(labels, path, out, reading=reading)
+        before, after = (read_table(each, reading=reading) for each in (path, out))
+        assert list(after) == list(before) and after["label"].tolist() == labels
+        assert after[["id", "comment"]].to_numpy().tolist() == before[["id", "comment"]].to_numpy().tolist()
+        assert after.attrs["dialect"]._replace(sheets=()) == before.attrs["dialect"]._replace(sheets=())
+    finally:
+        path.unlink()
+        out.unlink(missing_ok=True)
 
 
 def test_an_excel_file_that_openpyxl_stumbles_over_is_refused_in_one_line(tmp_path):
