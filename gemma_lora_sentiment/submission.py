@@ -31,6 +31,7 @@ from gemma_lora_sentiment.data import (
     Reading,
     checked_batches,
     find_columns,
+    is_id_name,
     label_key,
     locate,
     read_comments,
@@ -194,7 +195,9 @@ def _by_id(predictions: object, ids: list[str]) -> list[tuple[str, object]] | No
             problem = f"predictions have no column label among {', '.join(map(str, predictions.columns))}. Add it."
             raise DataError(problem, column="label")
         labels = predictions[columns["label"]].tolist()
-        return None if columns["id"] is None else list(zip(map(_id, predictions[columns["id"]]), labels, strict=True))
+        names = predictions.index if columns["id"] is None else predictions[columns["id"]]
+        by_index = is_id_name(names.name) or not isinstance(names, pd.RangeIndex) and {*map(_id, names)} == {*ids}
+        return list(zip(map(_id, names), labels, strict=True)) if columns["id"] is not None or by_index else None
     if isinstance(predictions, pd.Series):
         index = predictions.index
         if isinstance(index, pd.RangeIndex) and index.name is None:
@@ -350,7 +353,8 @@ def _text_of(sample: _Sample, labels: list[_Label]) -> bytes:
 def _encoded(text: str, sample: _Sample) -> bytes:
     "Text in the sample's encoding, with its byte order mark."
     encoding = sample.form.encoding
-    mark = EXCEL_MARK if sample.form.byte_order_mark and codecs.lookup(encoding).name == "utf-8" else b""
+    is_utf8 = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+    mark, encoding = EXCEL_MARK if sample.form.byte_order_mark and is_utf8 else b"", "utf-8" if is_utf8 else encoding
     try:
         return mark + text.encode(encoding)
     except UnicodeEncodeError as error:

@@ -962,7 +962,7 @@ def _text_lines(source: _Bytes, given: Dialect) -> tuple[Dialect, Iterator[str]]
     text = _check_decodes(head, name, encoding, given.encoding is not None, len(head) < _HEAD)
     if not text.removeprefix("\ufeff").strip():
         raise _is_empty(name)
-    has_mark = sample.startswith(codecs.BOM_UTF8) or encoding in ("utf-16", "utf-32", "utf-8-sig")
+    has_mark = sample.startswith(codecs.BOM_UTF8) or encoding in ("utf-16", "utf-32")
     pieces = source.counted(_decoded(head, source.blocks(), name, encoding))
     lines = _lines(pieces, name, _has_line_feeds(text))
     dialect = given._replace(encoding=encoding, byte_order_mark=has_mark)

@@ -66,6 +66,9 @@ FORMS = {
     "table": pd.DataFrame({"id": ["1", "2", "3"], "label": ["0", "1", "1"]}),
     "table with float ids": pd.DataFrame({"id": [1.0, 2.0, 3.0], "label": [0, 1, 1]}),
     "table of predict": pd.DataFrame({"id": [1, 2, 3], "comment": list("abc"), "label": [0, 1, 1], "p_1": [0.1, 1, 1]}),
+    "table with the ids as its index": pd.DataFrame({"label": [0, 1, 1]}, index=pd.Index([1, 2, 3], name="ID")),
+    "table with the ids as its unnamed index": pd.DataFrame({"label": [0, 1, 1]}, index=[1, 2, 3]),
+    "table in order with rows taken out": pd.DataFrame({"label": [1, 0, 1]}, index=[5, 8, 9]),
     "table without ids": pd.DataFrame({"label": [1, 0, 1]}),
 }
 
@@ -189,6 +192,14 @@ def test_a_submission_is_in_the_encoding_of_its_sample(name, encoding):
     write_submission([0, 1], name, out)
     assert Path(out).read_bytes() == ("1".join(text.rsplit("0", 1))).encode(encoding)
     assert check_submission(out, name)["value"].tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("given", ["utf-8", "utf-8-sig", "UTF8"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_is_there_where_it_was(mark, given):
+    Path("s.csv").write_text(f"{mark}id,댓글,y\n7,굿,0\n", encoding="utf-8")
+    write_submission([1], "s.csv", "o.csv", reading=Reading(Dialect(encoding=given)))
+    assert Path("o.csv").read_text("utf-8") == f"{mark}id,댓글,y\n7,굿,1\n"
 
 
 def test_a_label_that_the_encoding_of_the_sample_does_not_have():
