@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUTPUT_FORMATS', 'EXCEL_MARK', 'MISSING_LABELS', 'whole_file', 'cache_dir', 'download_comments', 'locate',
-           'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table', 'label_key',
-           'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches', 'read_comments', 'reading_text',
-           'duplicate_groups', 'leaked_comments', 'describe_comments', 'split_comments', 'fingerprint']
+           'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table', 'json_array',
+           'label_key', 'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches', 'read_comments',
+           'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments', 'split_comments', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #dea725eb
 import codecs
@@ -157,10 +157,11 @@ def find_columns(
     label_column: object = None,  # likewise
     source: str = "table",  # for messages
 ) -> dict[str, object]:  # "id", "comment", "label" -> name of the column, or None
-    "Tell which column holds what. Raises `DataError` for a name that is not there, or where two fit."
+    "Tell which column holds what. Raises `DataError` for a name not there or given twice, or where two fit."
     names = list(names)
     given = {"id": id_column, "comment": comment_column, "label": label_column}
     given = {role: _same_name(name, names) for role, name in given.items()}
+    _check_one_role_each(given, source)
     found = {}
     for role, name in given.items():
         if name is None:
@@ -170,6 +171,14 @@ def find_columns(
             raise DataError(problem, source=source, column=role)
         found[role] = name
     return found
+
+
+def _check_one_role_each(given: Mapping[str, object], source: str) -> None:
+    for role, name in given.items():
+        roles = [other for other, its in given.items() if its is not None and its == name]
+        if len(roles) > 1:
+            problem = f"column {shown(name)} is asked for as {' and as '.join(roles)}."
+            raise DataError(f"{problem} Pass {role}_column=... with another.", source=source, column=role)
 
 
 def _same_name(name: object, names: list[object]) -> object:
@@ -313,13 +322,25 @@ def write_table(
         table.attrs = {}  # pandas would write them too
         table.to_parquet(path, index=False)
     elif kind == "jsonl":
-        table.to_json(path, orient="records", lines=True, force_ascii=False)
+        lines = table.to_json(orient="records", lines=True, force_ascii=False).encode().splitlines(keepends=True)
+        Path(path).write_bytes(b"".join(json_array(lines) if suffix.lower() == ".json" else lines))
     elif kind == "csv":
         text = table.to_csv(index=False, header=header, lineterminator="\n")
         Path(path).write_bytes((EXCEL_MARK if mark and not text.isascii() else b"") + text.encode())
     else:  # raw: quotes are characters like others
         table = table.map(lambda cell: tab_field(" ".join(cell.split())) if isinstance(cell, str) else cell)
         table.to_csv(path, sep="\t", index=False, header=header, lineterminator="\n", quoting=csv.QUOTE_NONE)
+
+
+def json_array(
+    lines: Iterable[bytes],  # of a file of JSON lines
+) -> Iterator[bytes]:  # pieces of a file that holds them in one array
+    "What a `.json` file holds, an object a line."
+    before = b"[\n"
+    for line in filter(bytes.strip, lines):
+        yield before + line.rstrip(b"\n")
+        before = b",\n"
+    yield b"\n]\n" if before[:1] == b"," else b"[]\n"
 
 
 EXCEL_MARK = codecs.BOM_UTF8
@@ -385,6 +406,8 @@ def _checked_labels(
         label = value.strip() if isinstance(value, str) else value
         if not pd.api.types.is_scalar(label):
             raise at.error(f"the label {shown(label)} is no single value. Use text or a number.", row, "label")
+        if isinstance(label, str) and _SURROGATE.search(label):
+            raise at.error(_half_a_character("label", label), row, "label")
         if is_missing_label(label, reading.keep_na):
             if labelled:
                 raise _missing_label(label, row, at)
@@ -405,6 +428,13 @@ def _checked_labels(
     return checked
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _half_a_character(role: str, text: str) -> str:
+    return f"the {role} {shown(fold_whitespace(text))} holds half a character (a lone surrogate). Write it again."
+
+
 def _missing_label(label: object, row: object, at: _Place) -> DataError:
     if not isinstance(label, str) or not label:
         return at.error("the label is missing. Write it, or remove the row.", row, "label")
@@ -420,7 +450,6 @@ def _mixed_labels(label: object, row: object, kinds: dict[str, object], at: _Pla
 
 # %% ../nbs/00_data.ipynb #42e2741e
 _OTHER_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are no white space
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Comments(NamedTuple):
@@ -457,8 +486,7 @@ def _check_are_text(values: list, places: Sequence, at: _Place) -> list[str]:
             texts.append(value if isinstance(value, str) else "")
     if _SURROGATE.search("\n".join(texts)):
         row, text = next((row, text) for row, text in zip(places, texts, strict=True) if _SURROGATE.search(text))
-        problem = f"the comment {shown(fold_whitespace(text))} holds half a character (a lone surrogate)."
-        raise at.error(f"{problem} Write it again.", row, "comment")
+        raise at.error(_half_a_character("comment", text), row, "comment")
     return texts
 
 
@@ -473,10 +501,11 @@ def _blank_comments(rows: list, at: _Place) -> DataError:
     return at.error(problem, rows[0], "comment")
 
 
-def _checked_ids(values: list, places: Sequence, at: _Place) -> list:
+def _checked_ids(values: list, places: Sequence, at: _Place, is_text: bool) -> list:
     "Every id, which no other of these rows may have."
     names = [value.strip() if isinstance(value, str) else value for value in values]
-    if set(map(type, names)) <= {str, int} and len(set(names)) == len(names) and "" not in names:
+    is_sound = set(map(type, names)) <= {str, int} and len(set(names)) == len(names) and "" not in names
+    if is_sound and (is_text or not _SURROGATE.search("".join(map(str, names)))):  # decoded text has no half character
         return names
     first_row = {}
     for row, name in zip(places, names, strict=True):
@@ -485,6 +514,8 @@ def _checked_ids(values: list, places: Sequence, at: _Place) -> list:
         if name in first_row:
             place = f"{at.unit} {first_row[name]}"
             raise at.error(f"id {shown(name)} stands already in {place}. Give each row its own id.", row, "id")
+        if isinstance(name, str) and _SURROGATE.search(name):
+            raise at.error(_half_a_character("id", name), row, "id")
         first_row[name] = row
     return names
 
@@ -532,7 +563,7 @@ def _checked_rows(
         if roles["label"] is not None:
             columns["labels"] = _checked_labels(columns["labels"], columns["places"], at, labels, labelled, reading)
         if roles["id"] is not None:
-            columns["ids"] = _checked_ids(columns["ids"], columns["places"], at)
+            columns["ids"] = _checked_ids(columns["ids"], columns["places"], at, is_text)
     return {**columns, "others": others}, blank
 
 # %% ../nbs/00_data.ipynb #f64fa016
@@ -593,9 +624,21 @@ def _roles(names: Iterable[object], labelled: bool, reading: Reading, at: _Place
             remedy = f"Name it with {role}_column=..., or add a header line."
             if role == "label":
                 remedy = "Name it with label_column=..., or pass labelled=False for comments to predict."
+            if role == "comment" and (mark := _mark_in(names, reading)):
+                problem = f"no comment column among {listed(names)}: the header has {mark!r} between names, too."
+                raise at.error(f"{problem} Use one delimiter throughout, or pass delimiter=... with it.", column=role)
             wanted = ", ".join(_SYNONYMS[role])
             raise at.error(f"no {role} column among {listed(names)} (wanted: {wanted}). {remedy}", column=role)
     return roles
+
+
+def _mark_in(names: list[object], reading: Reading) -> str | None:
+    "A delimiter that would part names of columns that another has left together."
+    for mark in ",;|\t":
+        parts = [part.strip() for name in names for part in str(name).split(mark)]
+        if len(parts) > len(names) and reading.is_header(parts):
+            return mark
+    return None
 
 # %% ../nbs/00_data.ipynb #a008c25d
 def read_comments(

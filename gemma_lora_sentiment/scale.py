@@ -33,6 +33,7 @@ from gemma_lora_sentiment.data import (
     Reading,
     check_is_file,
     checked_batches,
+    json_array,
     locate,
     reading_text,
     whole_file,
@@ -241,6 +242,11 @@ def _identity(clf: GemmaLoraClassifier, kind: str, decision: Any, sizes: Mapping
 # %% ../nbs/08_scale.ipynb #cc019e58
 def _join(parts: Sequence[Path], out: Path, suffix: str) -> None:
     with whole_file(out) as partial:
+        if suffix == ".json":
+            with open(partial, "wb") as joined:
+                joined.writelines(json_array(chain.from_iterable(map(_lines_of, parts))))
+                _flush(joined)
+            return
         if len(parts) == 1 or OUTPUT_FORMATS[suffix] != "parquet":
             with open(partial, "wb") as joined:
                 joined.write(EXCEL_MARK if OUTPUT_FORMATS[suffix] == "csv" and not _are_ascii(parts) else b"")
@@ -260,6 +266,11 @@ def _join(parts: Sequence[Path], out: Path, suffix: str) -> None:
 _BLOCK = 1 << 20  # bytes copied at a time
 
 
+def _lines_of(part: Path) -> Iterator[bytes]:
+    with open(part, "rb") as file:
+        yield from file
+
+
 def _are_ascii(parts: Sequence[Path]) -> bool:
     for part in parts:
         with open(part, "rb") as file:
@@ -276,7 +287,8 @@ def _flush(file: Any) -> None:
 
 def _write_part(path: Path, table: pd.DataFrame, suffix: str, first: Path) -> None:
     with whole_file(path) as partial:
-        write_table(table, partial, suffix, header=path == first, mark=False)
+        form = ".jsonl" if suffix == ".json" else suffix  # one array is made of all parts
+        write_table(table, partial, form, header=path == first, mark=False)
         if path != first and OUTPUT_FORMATS[suffix] == "parquet":
             import pyarrow.parquet
 

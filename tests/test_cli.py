@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from gemma_lora_sentiment import GemmaLoraClassifier, __version__, cli, read_comments, split_comments
 from gemma_lora_sentiment.cli import app
 from gemma_lora_sentiment.model import release_bases, tiny_gemma
+from gemma_lora_sentiment.tables import unpacked
 
 COMMANDS = (
     *("quickstart", "train", "cross-validate", "evaluate", "compare", "decide", "predict", "suggest", "submit"),
@@ -163,7 +164,7 @@ BAD_FILES = {  # what is wrong: (file name, bytes, what the message must name)
     "image": ("image.txt", b"\x89PNG\r\n\x1a\n" + bytes(range(200)), "image"),
     "excel": ("table.csv", b"PK\x03\x04" + bytes(range(200)), "Excel"),
     "wrong encoding": ("latin.tsv", HEADER.encode() + "1\tcrème brûlée à la carte\t1\n".encode("latin-1"), "UTF-8"),
-    "utf-16 without mark": ("utf16.tsv", (HEADER + "1\tgood\t1\n").encode("utf-16-le"), "binary"),
+    "utf-32 without mark": ("utf32.tsv", (HEADER + "1\tgood\t1\n").encode("utf-32-le"), "binary"),
     "extra tabs": ("tabs.tsv", (HEADER + "1\t굿\t0\n2\t하나\t둘\t\t1\n").encode(), "line 3"),
     "missing tab": ("tabs.tsv", (HEADER + "1\t굿\t0\n2\t하나\n").encode(), "line 3"),
     "open quote": ("quote.csv", b'id,comment,label\n1,"open,0\n2,b,1\n', "line 2"),
@@ -1281,6 +1282,84 @@ def test_submit_takes_comments_from_another_file(tmp_path, trained):
     as_tabs = ["submit", trained / "run", sample, "--text-from", texts, "--out", tmp_path / "sub.tsv"]
     assert "the sample is ','-separated" in one_error_line(call(*as_tabs, "--quiet"), 2)
     assert tree(tmp_path) == before
+
+
+GBK = "id,text\n7,这家餐厅的菜很好吃，服务也不错\n9,等了一个小时，菜都凉了\n".encode("gbk")
+TEXTS = "id,text\n9,음\n7,굿\n"
+NOT_TO_BE_SUBMITTED = {  # sample; file with the comments; output; options; part of the message
+    "old Excel": ("id,target\n7,0\n9,0\n", TEXTS, "sub.xls", [], "no .xls is written. Give the file the suffix .csv."),
+    "other format": ("id,target\n7,0\n9,0\n", TEXTS, "sub.json.gz", [], "the sample is ','-separated UTF-8"),
+    "id twice": ("id,target\n7,0\n9,0\n", TEXTS + "9,또\n", "sub.csv", [], "line 4: id '9' stands already in line 2"),
+    "other order": (
+        "id,target\n7,0\n9,0\n", TEXTS.replace("id", "name"), "sub.csv", [],
+        "column 'name' has the ids of", "in another order. Pass --id-column with it",
+    ),
+    "rows": ("id,target\n7,0\n", "굿\n음\n", "sub.csv", [], "2 comments for the 1 rows"),
+    "one role": (
+        "id,target\n7,0\n9,0\n", TEXTS, "sub.csv", ["--id-column", "id", "--label-column", "id"], "as id and as label",
+    ),
+    "Chinese": ("id,target\n7,0\n9,0\n", GBK, "sub.csv", [], "pass --encoding with gbk or cp949"),
+    "delimiters": ("id,target\n7,0\n9,0\n", "id,text\n7;굿\n9;음\n", "sub.csv", [], "this row by semicolon"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_TO_BE_SUBMITTED)
+def test_what_is_refused_rather_than_guessed(case, tmp_path, trained):
+    sample, texts, out, options, *said = NOT_TO_BE_SUBMITTED[case]
+    name = "t.txt" if case == "rows" else "t.csv"
+    (tmp_path / "s.csv").write_text(sample, encoding="utf-8")
+    (tmp_path / name).write_bytes(texts if isinstance(texts, bytes) else texts.encode())
+    command = ["submit", trained / "run", tmp_path / "s.csv", "--text-from", tmp_path / name, *options]
+    line = fails(tmp_path, tmp_path / "new" / out, *command)
+    assert all(part in line for part in said), line
+
+
+def test_submit_says_how_two_files_were_matched(tmp_path, trained):
+    (tmp_path / "s.csv").write_bytes(b"id,target\n7,0\n9,0\n")
+    (tmp_path / "t.txt").write_bytes("id:text\n9:음, 별로; 음\n8:\n7:굿, 최고; 굿\n".encode("cp949"))
+    (tmp_path / "lines.txt").write_text("굿\n음\n", encoding="utf-8")
+    submit = ["submit", trained / "run", tmp_path / "s.csv", "--out", tmp_path / "sub.csv", "--text-from"]
+    result = done(*submit, tmp_path / "t.txt", "--delimiter", ":", "--encoding", "cp949", "--skip-blank")
+    assert "t.txt: read as ':'-separated CP949; 1 rows with blank comments left out; matched with" in result.stderr
+    assert f"{tmp_path / 's.csv'}: read as ','-separated" in result.stderr
+    result = done(*submit, tmp_path / "lines.txt")
+    assert "row by row, for there are no ids in" in result.stderr and "warning" not in result.stderr
+
+
+@pytest.mark.parametrize("out", ["sub.csv", "sub.csv.gz", "sub.csv.zip", "sub.zip"])
+def test_a_submission_in_cp949_and_packed(out, tmp_path, trained):
+    (tmp_path / "s.csv").write_bytes("id,댓글,라벨\r\n7,\"굿, 최고\",0\r\n9,음,0\r\n".encode("cp949"))
+    done("submit", trained / "run", tmp_path / "s.csv", "--out", tmp_path / out)
+    lines = unpacked(tmp_path / out).decode("cp949").splitlines()
+    assert [line[:-1] for line in lines] == ["id,댓글,라", '7,"굿, 최고",', "9,음,"]
+    assert lines[0][-1] == "벨" and {line[-1] for line in lines[1:]} <= {"0", "1"}
+
+
+@pytest.mark.parametrize("rows", [3, 20_000])
+def test_a_json_of_predictions_is_one_array(rows, tmp_path, trained, monkeypatch):
+    comments = [f"{n % 7}번 {{[\u2028" for n in range(rows)]
+    pd.DataFrame({"comment": comments}).to_json(tmp_path / "in.jsonl", orient="records", lines=True)
+    done("predict", trained / "run", tmp_path / "in.jsonl", "--out", tmp_path / "out.json", "--quiet")
+    found = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert [row["id"] for row in found] == list(range(1, rows + 1))
+    assert set(found[0]) == {"id", "comment", "label", "p_0", "p_1"}
+    assert len(read_comments(tmp_path / "out.json")) == rows
+    done("suggest", trained / "run", tmp_path / "in.jsonl", "--out", tmp_path / "next.json", "--number", 2, "--quiet")
+    assert len(json.loads((tmp_path / "next.json").read_text("utf-8"))) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "cross-validate", "evaluate"])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"comment": "굿", "label": "\\ud800"}\n', "line 1: the label '\\ud800' holds half a character"),
+        ('{"comment": "굿", "label": "0", "id": "\\udc00"}\n', "line 1: the id '\\udc00' holds half a character"),
+    ],
+)
+def test_half_a_character_is_told_before_anything_is_trained(content, said, command, tmp_path, trained):
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    run = [trained / "run"] if command == "evaluate" else []
+    assert said in fails(tmp_path, tmp_path / "new" / "out", command, *run, tmp_path / "a.jsonl")
 
 
 def test_either_form_of_hangul_gets_the_same_probabilities_and_comes_out_as_it_was(tmp_path, trained):

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from gemma_lora_sentiment.data import (
     read_table,
     split_comments,
     whole_file,
+    write_table,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,8 @@ MALFORMED = [
     ("null_label.csv", "id,comment,label\n1,굿,NULL\n", 2, "label", "'NULL' stands for none, as do NaN, NA"),
     ("none_label.jsonl", '{"comment": "굿", "label": "none"}', 1, "label", "label is missing: 'none' stands for none"),
     ("mixed.jsonl", '{"comment": "a", "label": 0}\n{"comment": "b", "label": "0"}', 2, "label", "'0' is a text"),
+    ("half.jsonl", '{"comment": "a", "label": "\\ud800"}', 1, "label", "the label '\\ud800' holds half a character"),
+    ("half_id.jsonl", '{"comment": "a", "label": 1, "id": "x\\udfff"}', 1, "id", "the id 'x\\udfff' holds half a"),
     ("truth.jsonl", '{"comment": "a", "label": 0}\n{"comment": "b", "label": true}', 2, "label", "True is a truth"),
     ("gaps.csv", "comment,label\n굿,1\n" + ' ,1\n' * 7, 3, "comment", "in 7 rows (line 3, 4, 5, 6, 7 and 2"),
     ("twice.tsv", "id\tcomment\tlabel\tlabel\n1\t굿\t1\t0\n", None, "label", "two columns are named 'label'"),
@@ -724,3 +728,34 @@ def test_real_files():
 def test_real_files_would_pass_the_check_of_a_download():
     for name, file in (("tarr_train", "tarr_train.txt"), ("tarr_submit", "tarr_sample_submit.txt")):
         assert download_comments(name, base_url=REAL.as_uri()).read_bytes() == (REAL / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        {"comment_column": "text", "label_column": "text"},
+        {"id_column": "라벨", "label_column": unicodedata.normalize("NFD", "라벨")},
+        {"id_column": "text", "comment_column": "text", "label_column": "text"},
+    ],
+)
+def test_one_column_has_one_role(roles):
+    write("a.csv", "id,text,라벨\n1,굿,1\n")
+    for read in (lambda: read_comments("a.csv", **roles), lambda: read_comments(pd.read_csv("a.csv"), **roles)):
+        with pytest.raises(DataError, match=r"column '.*' is asked for as .* and as .*\. Pass .*_column=\.\.\. with"):
+            read()
+
+
+def test_half_a_character_in_a_table_of_python():
+    for name, cells in (("label", ["\ud800"]), ("comment", ["굿\udc00"]), ("id", ["\udbff"])):
+        table = pd.DataFrame({"id": ["1"], "comment": ["굿"], "label": ["1"]}, dtype=object)
+        table[name] = pd.Series(cells, dtype=object)
+        with pytest.raises(DataError, match=f"table index 0: the {name} .* holds half a character"):
+            read_comments(table)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_a_json_file_is_one_array(rows):
+    table = pd.DataFrame({"id": range(rows), "comment": ["두\n줄, \u2028 }"] * rows, "label": ["1"] * rows})
+    write_table(table, "a.json", ".json")
+    assert json.loads(Path("a.json").read_text("utf-8")) == table.to_dict("records")
+    assert len(Path("a.json").read_bytes().splitlines()) == (rows + 2 if rows else 1)

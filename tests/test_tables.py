@@ -9,6 +9,7 @@ import lzma
 import os
 import sys
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import openpyxl
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from gemma_lora_sentiment import tables
 from gemma_lora_sentiment.data import Reading, read_comments, read_table, write_table
 from gemma_lora_sentiment.scale import read_chunks
+from gemma_lora_sentiment.submission import write_submission
 from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
@@ -29,8 +31,13 @@ from gemma_lora_sentiment.tables import (
     find_encoding,
     fold_whitespace,
     json_rows,
+    nested,
+    packed,
     raw_cells,
+    raw_objects,
     tab_records,
+    unpacked,
+    with_nested,
     without_html,
 )
 
@@ -221,6 +228,173 @@ def test_encodings(data, expected):
         assert find_encoding(data, "a") == expected
 
 
+CHINESE = [  # our own sentences, in both scripts
+    ("这家餐厅的菜很好吃，服务态度也不错", "這家餐廳的菜很好吃，服務態度也不錯"),
+    ("等了一个小时，菜都凉了，我不会再来", "等了一個小時，菜都涼了，我不會再來"),
+    ("味道一般，价格有点贵，但是老板很热情", "味道一般，價格有點貴，但是老闆很熱情"),
+    ("外卖送得很快，汤也没有洒出来，给好评", "外送來得很快，湯也沒有灑出來，給好評"),
+]
+JAPANESE = [
+    "この店の料理はとても美味しいです",
+    "一時間も待たされて、スープがぬるくなっていました",
+    "また家族と一緒に行きたいと思います",
+]
+KOREAN = [
+    "국물이 진하고 맛있어요", "ㅋㅋㅋㅋ 또 갈게요 ㅠㅠ", "中國집 짬뽕은 여기가 最高", "國民 여러분의 協助를 바랍니다",
+    "굿", "뷁 쌰 믜 꿻", "돌돌돌 줄줄줄 삼김", "ㅇㄱㄹㅇ ㅂㅂㅂㄱ", "大韓民國", "★★★★★ 강추！", "辛라면 맛",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", range(len(CHINESE)))
+@pytest.mark.parametrize("encoding, script", [("gbk", 0), ("gb18030", 0), ("big5", 1)])
+def test_chinese_is_no_korean(encoding, script, sentence):
+    text = f"id,comment,label\n1,{CHINESE[sentence][script]},0\n"
+    path = write("a.csv", text.encode(encoding))
+    name = {"big5": "Big5 .traditional Chinese."}.get(encoding, "GBK .simplified Chinese.")
+    codec = encoding if encoding == "big5" else "gbk"
+    said = rf"^a\.csv: is no UTF-8, and may be {name} as well as CP949 .Korean.\. .*with {codec} or cp949"
+    with pytest.raises(DataError, match=said) as caught:
+        read_comments(path)
+    assert "\n" not in str(caught.value)
+    assert read_comments(path, encoding=codec)["comment"].tolist() == [CHINESE[sentence][script]]
+
+
+@pytest.mark.parametrize("encoding", ["shift_jis", "euc_jp"])
+@pytest.mark.parametrize("sentence", JAPANESE)
+def test_japanese_is_no_korean(sentence, encoding):
+    with pytest.raises(DataError, match=f"with {encoding} or cp949"):
+        find_encoding(f"comment\n{sentence}".encode(encoding), "a")
+
+
+def test_chinese_without_a_frequent_character_is_no_korean_either():
+    text = "麻婆豆腐 宫保鸡丁 水煮牛肉 北京烤鸭 小笼包 糖醋排骨"  # a menu
+    with pytest.raises(DataError, match="GBK"):
+        find_encoding(text.encode("gbk"), "a")
+
+
+def test_korean_is_taken_for_korean():
+    for text in [*KOREAN, "\n".join(KOREAN)]:
+        assert find_encoding(f"id,comment\n1,{text}\n".encode("cp949"), "a") == "cp949"
+    for comment in [*read_comments("sample")["comment"], *read_comments("sample_test")["comment"]]:
+        data = b"1" + comment.encode("cp949", "ignore")  # each by itself; the bytes of 짱짱 are sound UTF-8
+        expected = "cp949" if "\ufffd" in data.decode("utf-8", "replace") else "utf-8"
+        assert find_encoding(data, "a") == expected, comment
+
+
+TABLE = "id,comment,label\n1,국이 식었어요,0\n2,면발이 쫄깃해요,1\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", TABLE),
+        ("a.txt", TABLE.replace(",", "\t")),
+        ("b.txt", "굿 가나\n음\n"),
+        ("a.jsonl", '{"comment": "굿", "label": 1}\n'),
+    ],
+)
+def test_utf16_without_a_mark(name, content, encoding):
+    table = read_comments(write(name, content.encode(encoding)), labelled=name != "b.txt")
+    assert "UTF-16 (" in table.attrs["reading"]["text"]
+    assert table["comment"].tolist() == {"a.jsonl": ["굿"], "b.txt": ["굿 가나", "음"]}.get(name, TWO)
+    assert read_comments(name, labelled=name != "b.txt", encoding="utf-16")["comment"].equals(table["comment"])
+
+
+def test_what_may_be_utf16_of_either_kind_names_both():
+    with pytest.raises(DataError, match=r"looks binary.*encoding=\.\.\. with utf-16-le or utf-16-be"):
+        find_encoding(bytes(range(32)) * 10, "a")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "cp949"])
+def test_a_file_longer_than_the_head(encoding, monkeypatch):
+    monkeypatch.setattr(tables, "_HEAD", 4096)
+    monkeypatch.setattr(tables, "_BLOCK", 1024)
+    text = "id\tcomment\n" + "".join(f"{n}\t{n}번 손님이 또 왔어요\n" for n in range(999))
+    comments = read_comments(write("a.tsv", text.encode(encoding)), labelled=False)["comment"].tolist()
+    assert comments == [f"{n}번 손님이 또 왔어요" for n in range(999)]
+
+
+@pytest.mark.parametrize("mark", [";", ",", "|", "\t", ":"])
+@pytest.mark.parametrize("line", ["sep={}", '"sep={}"', "SEP={}"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_separator_line_of_excel(encoding, line, mark):
+    path = write("a.csv", f"{line.format(mark)}\r\n{TABLE.replace(',', mark)}".encode(encoding))
+    table = read_table(path)
+    assert table["comment"].tolist() == TWO and table.index.tolist() == [3, 4]
+    assert table.attrs["dialect"].delimiter == mark and streamed(path) == TWO
+    assert raw_cells(path, table.attrs["dialect"])[0] == ["id", "comment", "label"]
+    assert read_comments(path, delimiter=mark)["comment"].tolist() == TWO
+    with pytest.raises(DataError, match="is empty"):
+        read_comments(write("b.csv", line.format(mark)))
+
+
+@pytest.mark.parametrize(
+    "content, comments",
+    [
+        (TABLE.replace("\n", "\r"), TWO),
+        (TABLE.replace("\n", "\r\n"), TWO),
+        ('comment,label\r"국이\n식었어요",0\r면발이 쫄깃해요,1\r', TWO),
+        ("comment,label\n국이\r식었어요,0\n면발이 쫄깃해요,1\n", TWO),
+        ("comment,label\r\n국이\r식었어요,0\r\n면발이 쫄깃해요,1", TWO),
+    ],
+)
+def test_line_ends(content, comments):
+    assert read_comments(write("a.csv", content))["comment"].tolist() == comments
+
+
+@pytest.mark.parametrize("begin", [",,\n", " , ,\n", "\n,,\n\n,,\n", '"","",""\n'])
+@pytest.mark.parametrize("suffix, mark", [(".csv", ","), (".csv", ";"), (".txt", "|"), (".tsv", "\t")])
+def test_empty_rows_above_the_header(suffix, mark, begin):
+    path = write(f"a{suffix}", (begin + TABLE).replace(",", mark))
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path) == TWO
+    dialect = read_table(path).attrs["dialect"]
+    assert [row[1] for row in raw_cells(path, dialect)] == ["comment", *TWO]
+
+
+THREE = "1 field where the header has 3: that is parted by comma, this row by "
+MIXED = {
+    "header": ("id,comment,label\n1;굿;0\n", f"line 2: {THREE}semicolon"),
+    "row": ("id,comment,label\n1,굿,0\n2;음;1\n", f"line 3: {THREE}semicolon"),
+    "tabs": ("id,comment,label\n1\t굿\t0\n", f"line 2: {THREE}tab"),
+    "names": ("id;comment,label\n1;굿,0\n", ": no comment column among 'id;comment', 'label': the header has ';'"),
+}
+
+
+@pytest.mark.parametrize("content, said", MIXED.values(), ids=MIXED)
+def test_two_delimiters_in_one_file(content, said):
+    with pytest.raises(DataError) as caught:
+        read_comments(write("a.csv", content))
+    assert str(caught.value).startswith("a.csv") and said in str(caught.value) and "\n" not in str(caught.value)
+    assert "throughout" in str(caught.value)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".bz2", ".zst", ".zip"])
+def test_packed_files_there_and_back(packing):
+    path = write(f"a.csv{packing}", packed(TABLE.encode(), packing, "a.csv"))
+    assert unpacked(path) == TABLE.encode()
+    assert read_comments(path)["comment"].tolist() == streamed(path, rows=1) == TWO
+    with OpenTable(write("b", path.read_bytes()), Dialect("csv", packing=packing)) as table:
+        assert next(table.batches()).column("comment") == TWO and table.fraction == 1.0
+    for content in (b"", b"text", path.read_bytes()[:-9]):
+        with pytest.raises(DataError, match=r"a\.csv.*(unpack|is empty|Save)") as caught:
+            read_comments(write(f"a.csv{packing}", content))
+        assert "\n" not in str(caught.value)
+
+
+def test_archives_of_several_files_and_of_a_mac():
+    with zipfile.ZipFile("a.csv.zip", "w") as archive:
+        archive.writestr("folder/", "")
+        archive.writestr("folder/a.csv", TABLE)
+        archive.writestr("__MACOSX/folder/._a.csv", "x")
+    assert read_comments("a.csv.zip")["comment"].tolist() == TWO
+    with zipfile.ZipFile("a.csv.zip", "a") as archive:
+        archive.writestr("b.csv", TABLE)
+    with pytest.raises(DataError, match=r"a\.csv\.zip: 2 files in one archive\. Unpack it"):
+        read_comments("a.csv.zip")
+
+
 # --- web exports and forms of letters -------------------------------------------------------------------------------
 
 
@@ -303,6 +477,45 @@ def test_excel_with_several_sheets():
     assert streamed(path, rows=1) == ["국이 식었어요", "굿 굿"]
     Path("b.xlsx.gz").write_bytes(gzip.compress(path.read_bytes()))
     assert read_comments("b.xlsx.gz").equals(table)
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_sheets_and_nested_keys_in_either_form(form, other):
+    def inform(text):
+        return unicodedata.normalize(form, text)
+
+    path = book("a.xlsx", **{"첫": [["comment"], ["음"]], inform("둘째"): [["comment"], ["굿"]]})
+    asked = unicodedata.normalize(other, "둘째")
+    assert read_comments(path, labelled=False, sheet=asked)["comment"].tolist() == ["굿"]
+    row = {inform("자료"): {inform("본문"): "굿", inform("값"): 1}, "id": 7}
+    names = {f"{role}_column": unicodedata.normalize(other, name)
+             for role, name in (("comment", "자료.본문"), ("label", "자료.값"))}  # fmt: skip
+    for name, content in (("a.jsonl", json.dumps(row)), ("a.json", json.dumps([row]))):
+        table = read_comments(write(name, content), **names)
+        assert (table["comment"].tolist(), table["label"].tolist()) == (["굿"], [1])
+        assert streamed(Path(name), Reading(comment_column=names["comment_column"])) == ["굿"]
+    filled = {**row, inform("자료"): {inform("본문"): "굿", inform("값"): 0}}
+    assert with_nested(row, names["label_column"], 0) == filled
+
+
+def test_fields_are_filled_where_they_are_read():
+    for row, name in (({"data.x": 1, "data": {"x": 2}}, "data.x"), ({"data": {"y": {"x": 1}}}, "data.y.x"),
+                      ({}, "data.x"), ({"data": None}, "data.x"), ({"x": 1}, "x")):  # fmt: skip
+        before = json.dumps(row)
+        assert nested(with_nested(row, name, 9), name) == 9 and json.dumps(row) == before
+    assert with_nested({}, "data.x", 9) == {"data": {"x": 9}}
+    with pytest.raises(ValueError, match="'data' is no object, and 'data.x' goes into one"):
+        with_nested({"data": "text"}, "data.x", 9)
+
+
+def test_objects_as_they_are_written():
+    rows = [{"id": 1, "comment": "a\u2028b\x85c", "more": [{"x": None}]}, {"id": 2, "comment": "굿", "more": []}]
+    for name, lines in (("a.jsonl", rows), ("a.json", [rows])):
+        text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            for packing in ("", ".gz", ".zip"):
+                path = write(f"{name}{packing}", packed(text.encode(encoding), packing, name))
+                assert raw_objects(path, read_table(path).attrs["dialect"]) == (rows, name == "a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -404,17 +617,18 @@ def written_table(draw, folder):
     path = folder / "a"
     if way == "csv":
         delimiter, quoting = draw(st.sampled_from("\t,;|")), draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
-        encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp949"]))
+        encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp949"]))
         suffix = draw(st.sampled_from([".csv", ".txt", ".tsv"]))
         line_end = draw(st.sampled_from(["\n", "\r\n"]))
-        text = table.to_csv(sep=delimiter, quoting=quoting, index=False, lineterminator=line_end)
+        begin = draw(st.sampled_from(["", f"sep={delimiter}{line_end}", 2 * delimiter + line_end]))
+        text = begin + table.to_csv(sep=delimiter, quoting=quoting, index=False, lineterminator=line_end)
         try:
             data = text.encode(encoding)
         except UnicodeEncodeError:
             data, encoding = text.encode(), "utf-8"
         path = path.with_suffix(suffix)
         path.write_bytes(data)
-        given = encoding if encoding == "cp949" else None  # few odd letters tell no encoding from another
+        given = None if encoding in ("utf-8", "utf-8-sig", "utf-16") else encoding  # few odd letters tell none
         return table, path, Reading(Dialect(encoding=given))
     if way == "ours":
         suffix = draw(st.sampled_from([".csv", ".tsv", ".jsonl", ".txt"]))
@@ -445,6 +659,9 @@ def written_table(draw, folder):
 @given(data=st.data())
 def test_what_is_written_is_read(data, tmp_path):
     table, path, reading = written_table(data.draw, tmp_path)
+    packing = data.draw(st.sampled_from(["", "", "", ".gz", ".xz", ".bz2", ".zst", ".zip"]))
+    plain, path = path, path.with_name(path.name + packing)
+    path.write_bytes(packed(plain.read_bytes(), packing, plain.name))
     note(f"{path.name}: {path.read_bytes()[:400]!r}")
     try:
         found = read_comments(path, reading=reading)
@@ -457,6 +674,29 @@ def test_what_is_written_is_read(data, tmp_path):
             assert len(raw) == len(table) + 1 and {len(row) for row in raw} == {3}
     finally:
         path.unlink()
+        plain.unlink(missing_ok=True)
+
+
+@settings(
+    max_examples=EXAMPLES // 2, deadline=None, print_blob=True,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(data=st.data())
+def test_what_is_given_is_given_back(data, tmp_path):
+    table, path, reading = written_table(data.draw, tmp_path)
+    labels = data.draw(st.lists(st.sampled_from(sorted(table["label"])), min_size=len(table), max_size=len(table)))
+    out = path.with_name(f"out{path.suffix}")
+    note(f"{path.name}: {path.read_bytes()[:400]!r}")
+    try:
+        write_submission(labels, path, out, reading=reading)
+        before, after = (read_table(each, reading=reading) for each in (path, out))
+        assert list(after) == list(before) and after["label"].tolist() == labels
+        assert after[["id", "comment"]].to_numpy().tolist() == before[["id", "comment"]].to_numpy().tolist()
+        assert after.attrs["dialect"]._replace(sheets=()) == before.attrs["dialect"]._replace(sheets=())
+    finally:
+        path.unlink()
+        out.unlink(missing_ok=True)
 
 
 def test_an_excel_file_that_openpyxl_stumbles_over_is_refused_in_one_line(tmp_path):
