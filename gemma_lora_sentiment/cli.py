@@ -1139,7 +1139,7 @@ def _decision_of_run(run: Path) -> dict[str, Any]:
 
 @app.command()
 @_guarded
-@_reads_a_file("skip_blank", "keep_na")
+@_reads_a_file("keep_na")
 def submit(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     sample: Annotated[str, typer.Argument(help="The sample submission file, or tarr_submit.")],
@@ -1152,15 +1152,20 @@ def submit(
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
     from gemma_lora_sentiment.data import read_table
-    from gemma_lora_sentiment.submission import sample_comments, write_submission
+    from gemma_lora_sentiment.submission import check_output, reading_of_sample, sample_comments, write_submission
 
+    how = _how(reading)
+    of_sample = reading_of_sample(sample, text_from, how)
+    told = [f"{sample}: read as {read_table(sample, reading=of_sample).attrs['dialect'].text}"]
+    comments = sample_comments(sample, text_from, how, say=told.append)
     if out is not None:
         _check_file(out)
-    clf, how = GemmaLoraClassifier.load(run, preset), _how(reading)
-    comments = sample_comments(sample, text_from, how)
-    _say(quiet, f"{sample}: read as {read_table(sample, reading=how).attrs['dialect'].text}")
+        check_output(out, sample, of_sample)
+    clf = GemmaLoraClassifier.load(run, preset)
+    for line in told:
+        _say(quiet, line)
     _say(quiet, f"scoring {len(comments)} comments")
-    path = write_submission(clf.predict(comments), sample, out, reading=how)
+    path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
     print(f"{len(comments)} rows written to {path}")
 
 # %% ../nbs/11_cli.ipynb #7dc42ae3
