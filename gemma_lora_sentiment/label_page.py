@@ -207,7 +207,9 @@ blockquote { margin: 1rem 0; padding: 1rem 1.2rem; min-height: 6rem; background:
 blockquote.judged { border-left-style: double; } a { color: var(--accent); margin-right: 1rem; }
 button { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line); border-radius: .4rem;
   padding: .5rem 1rem; margin: 0 .4rem .4rem 0; cursor: pointer; } button:hover { border-color: var(--accent); }
-button:disabled { opacity: .45; cursor: default; } kbd { color: var(--soft); font-size: .85em; margin-right: .4rem; }
+button:disabled { opacity: .45; cursor: default; }
+kbd { color: var(--soft); font-size: .8em; margin-right: .6rem; padding: 0 .35rem; border: 1px solid var(--line);
+  border-radius: .25rem; }
 .label { font-size: 1.1rem; } progress { width: 100%; height: .5rem; } #told { color: #b3261e; }
 section { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: .6rem; }
 """
@@ -220,15 +222,17 @@ const nameOf = label => (state.labels.find(each => each.label === label) || {nam
 const percent = share => Math.round(100 * share) + "%";
 function show(next) {
   state = next; const task = state.task, e = state.estimate;
+  Object.assign(document.body.dataset, {labelled: state.labelled, status: state.status, trained: e.trained_on,
+    ended: !task, version: state.version});
   $("of").textContent = say(T.of, state); $("progress").max = state.comments; $("progress").value = state.labelled;
   $("comment").textContent = task ? task.comment : T.end;
   $("comment").classList.toggle("judged", Boolean(task && task.judged));
   $("says").textContent = !task ? "" : task.judged ? T.judged : task.says ?
     say(T.says, {name: nameOf(task.says.label), probability: percent(task.says.probability)}) : "";
   $("labels").replaceChildren(...state.labels.map((each, place) => {
-    const button = document.createElement("button"), key = document.createElement("kbd");
+    const [button, key, name] = ["button", "kbd", "span"].map(tag => document.createElement(tag));
     key.textContent = place < 9 ? place + 1 : ""; button.className = "label"; button.dataset.label = each.label;
-    button.append(key, each.name + " · " + each.count); button.disabled = !task;
+    name.textContent = each.name + " · " + each.count; button.append(key, name); button.disabled = !task;
     button.onclick = () => act("label", each.label); return button; }));
   $("skip").disabled = !task;
   const last = state.last;

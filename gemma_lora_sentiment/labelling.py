@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,23 +60,39 @@ def _check_size(path: Path, now: int, then: int) -> None:
         raise DataError(problem, source=str(path))
 
 
-def _whole_lines(path: Path) -> list[bytes]:  # with their ends; what follows the last line end is cut off
+def _whole_lines(
+    path: Path,
+    is_whole: Callable[[bytes], bool] = lambda line: False,  # whether a last line without its end is one
+) -> list[bytes]:  # with their ends
+    "The lines of a file of ours. One that was cut off in the middle is removed."
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        _cut(path, len(whole), len(data))
-    return whole.splitlines(keepends=True)
+    whole = data.rfind(b"\n") + 1
+    if rest := data[whole:]:
+        if is_whole(rest):
+            _append(path, "\n", len(data))
+            data, whole = data + b"\n", len(data) + 1
+        else:
+            _cut(path, whole, len(data))
+    return data[:whole].splitlines(keepends=True)
 
 
-def _created(path: Path, text: str) -> None:
-    "Make a file that is not there or empty, so that its name outlives a power cut too."
-    if not path.exists() or not path.stat().st_size:
+def _begun(path: Path, header: str) -> int:  # bytes of the header
+    "Make a file that is not there; its name outlives a power cut too. `DataError` for a file of something else."
+    data = path.read_bytes() if path.exists() else b""
+    if header.encode().startswith(data):  # not there, or its maker was killed at once
         path.touch()
-        _append(path, text, 0)
+        _cut(path, 0, len(data))
+        _append(path, header, 0)
         with suppress(OSError):  # folders of some systems cannot be opened
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+        return len(header.encode())
+    first = data.partition(b"\n")[0] + b"\n"
+    if first.decode("utf-8-sig", "replace").strip().split("\t") != header.strip().split("\t"):
+        problem = f"begins with {shown(first.decode('utf-8', 'replace').strip())}, not with id, comment, label."
+        raise DataError(f"{problem} Give a file of labels, or one that is not there yet.", source=str(path))
+    return len(first)
 
 # %% ../nbs/06d_labelling.ipynb #00f0f357
 _HEADER = "id\tcomment\tlabel\n"
@@ -97,15 +113,16 @@ class LabelTable:
         }
         self._ids = list(self._fields)
         self.rows: list[tuple[int, str]] = []  # number of the comment, label
-        _created(self.path, _HEADER)
-        header, *lines = _whole_lines(self.path) or [b""]
-        self._ends = [len(header)]
-        if header.decode("utf-8-sig", "replace").strip().split("\t") != _HEADER.strip().split("\t"):
-            problem = f"begins with {shown(header.decode('utf-8', 'replace').strip())}, not with id, comment, label."
-            raise DataError(f"{problem} Give a file of labels, or one that is not there yet.", source=str(self.path))
-        for number, line in enumerate(lines, start=2):
+        self._ends = [_begun(self.path, _HEADER)]
+        for number, line in enumerate(_whole_lines(self.path, self._is_whole)[1:], start=2):
             self.rows.append(self._checked(line, number))
             self._ends.append(self._ends[-1] + len(line))
+
+    def _is_whole(self, line: bytes) -> bool:
+        "Editors leave the last line end out. Of labels 1 and 10, a 1 may be half of a 10."
+        *others, label = line.decode("utf-8", "replace").split("\t")
+        longer = [other for other in self.labels if other.startswith(label) and other != label]
+        return len(others) == 2 and label in self.labels and not longer
 
     def _checked(self, line: bytes, number: int) -> tuple[int, str]:
         fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")

@@ -8,6 +8,7 @@ __all__ = ['TEXTS', 'answers_html', 'label_table', 'write_like', 'page', 'web_ap
 # %% ../nbs/12_web.ipynb #3f378ea8
 import html
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from . import __version__
@@ -86,13 +88,36 @@ footer { display: none !important; }
 """
 
 
+def _spans(
+    comment: str,
+    pieces: Sequence[str],  # of the tokenizer
+) -> list[tuple[str, list[int]]]:  # the comment in parts, and which pieces each part is
+    "Where the pieces stand. Unknown characters and bytes have no text of their own: what lies between is theirs."
+    spans, at, waiting = [], 0, []
+    for number, piece in enumerate(pieces):
+        text = piece.replace("▁", " ")
+        place = -1 if _OPAQUE.fullmatch(piece) else comment.find(text, at)
+        if place < 0:
+            waiting.append(number)
+            continue
+        if place > at:
+            spans.append((comment[at:place], waiting))
+        spans.append((text, [number]))
+        at, waiting = place + len(text), []
+    return spans + [(comment[at:], waiting)] * (at < len(comment))
+
+
+_OPAQUE = re.compile(r"<unk>|<0x[0-9A-F]{2}>")
+
+
 def _coloured(comment: str, influence: pd.DataFrame | None) -> str:  # HTML
-    if influence is None:
+    if influence is None or not len(influence):
         return html.escape(comment)
-    strongest, parts = max(float(influence.influence.abs().max()), 1e-6), []
-    for piece, value in influence[["piece", "influence"]].itertuples(index=False):
-        text, share = html.escape(piece.replace("▁", " ")), abs(value) / strongest
-        note = f'title="{value:+.2f}"'
+    values, parts = influence.influence.to_numpy(), []
+    strongest = max(float(np.abs(values).max()), 1e-6)
+    for part, numbers in _spans(comment, influence.piece.tolist()):
+        value, text = float(values[numbers].sum()), html.escape(part)
+        share, note = min(abs(value) / strongest, 1.0), f'title="{value:+.2f}"'
         if share < 0.1:
             parts.append(text)
         elif value > 0:
@@ -206,17 +231,34 @@ def _gradio() -> Any:
     return gradio
 
 
-def _handle_file(service: ScoringService, path: str | None, language: str, progress: Any) -> tuple[str | None, str]:
+def _uploaded(
+    given: Any,  # as the browser says it: a mapping with `path`
+) -> Path | None:
+    "What was uploaded; None for anything else, such as a path that somebody made up."
+    from gradio.utils import get_upload_folder
+
+    path = given.get("path") if isinstance(given, Mapping) else None
+    if not isinstance(path, str) or "\0" in path:
+        return None
+    place, folder = Path(path).resolve(), Path(get_upload_folder()).resolve()
+    return place if folder in place.parents and place.is_file() else None
+
+
+def _handle_file(
+    service: ScoringService,
+    source: Path | None,  # what was uploaded, which is removed
+    folder: Path,  # for what is made
+    language: str,
+    progress: Any,  # gradio.Progress
+) -> tuple[str | None, str]:  # the labelled file, or None; what to say, in HTML
     texts = TEXTS[language]
-    if path is None:
+    if source is None:
         return None, _error_html(texts["no_file"])
-    source, folder = Path(path), Path(tempfile.mkdtemp(prefix="labelled-"))
     progress(0.0, desc=texts["reading"])
     try:
         table = label_table(service, source, lambda part, n: progress(part, desc=texts["scoring"].format(n=n)))
         made = write_like(table, source, folder)
     except (ValueError, RuntimeError, OSError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
         return None, _error_html(" ".join(str(error).replace(str(source), source.name).split()))
     finally:
         source.unlink(missing_ok=True)
@@ -253,21 +295,25 @@ def page(
             return f'<h1>{html.escape(texts["title"])}</h1><p>{html.escape(texts["kept"])}{anchors}</p>'
 
         def on_ask(text: str, request: gr.Request) -> str:
-            return answers_html(service, text or "", language_of(request.headers.get("accept-language")))
+            written = text if isinstance(text, str) else ""
+            return answers_html(service, written, language_of(request.headers.get("accept-language")))
 
         def on_file(
-            path: str | None,
+            given: Any,
             request: gr.Request,
             progress: Any = gr.Progress(),  # noqa: B008, Gradio finds it by its default
-        ) -> tuple[Any, str, None]:
+        ) -> Iterator[tuple[Any, str, None]]:
             language = language_of(request.headers.get("accept-language"))
-            made, said = _handle_file(service, path, language, progress)
-            return gr.update(value=made, visible=True if made else "hidden"), said, None
+            with tempfile.TemporaryDirectory() as folder:  # Gradio serves a copy
+                made, said = _handle_file(service, _uploaded(given), Path(folder), language, progress)
+                yield gr.update(value=made, visible=True if made else "hidden"), said, None
 
-        given = {"api_visibility": "private", "concurrency_limit": 8}
+        # Before a function is called, Gradio fetches the paths and addresses in what a browser sent: not here.
+        given = {"api_visibility": "private", "concurrency_limit": 8, "preprocess": False}
         blocks.load(on_load, None, heading, show_progress="hidden", **given)
         ask.click(on_ask, written, answers, **given)
         label_file.click(on_file, file, [result, answers, file], show_progress_on=answers, **given)
+    blocks.has_launched = True  # mounted, Gradio would not ask where a path leads
     font = ["system-ui", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
     return blocks, {"css": _STYLE, "theme": theme, "i18n": i18n, "run_history": False, "footer_links": [],
