@@ -160,7 +160,7 @@ def answers_html(
     try:
         scored = service.submit(comments)
         explained = [service.submit([text], explain=True) for text in comments[:_EXPLAINED]]
-        table = service.answers(scored.result())
+        table = scored.result().table()
         words = [each.result() for each in explained] + [None] * len(comments)
     except (ValueError, RuntimeError) as error:
         return _error_html(" ".join(str(error).split()))
@@ -182,7 +182,7 @@ def label_table(
         if (done := done + len(batch.places)) > service.limits.file_rows:
             problem = f"has more than {service.limits.file_rows} rows."
             raise DataError(f"{problem} Use gemma-lora-sentiment predict for large files.", source=path.name)
-        answers = service.answers(service.submit(batch.comments).result())
+        answers = service.submit(batch.comments).result().table()
         given = {"given_label": batch.labels} if any(label is not None for label in batch.labels) else {}
         others = {f"{name}_other" if name in _OURS else name: cells for name, cells in batch.others.items()}
         columns = {"id": batch.ids, "comment": batch.as_written, **given, **others}

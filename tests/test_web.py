@@ -25,7 +25,7 @@ from gemma_lora_sentiment import DataError, GemmaLoraClassifier, cli, read_comme
 from gemma_lora_sentiment import service as service_room
 from gemma_lora_sentiment.labelling import Labelling, LabelTable, StaleError, retrain
 from gemma_lora_sentiment.model import tiny_gemma
-from gemma_lora_sentiment.service import Limits, ScoringService, api, guarded
+from gemma_lora_sentiment.service import Limits, ScoringService, api, decision_of, guarded
 from gemma_lora_sentiment.web import label_table, web_app, write_like
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> 그저 \"그래요\" &amp;"
@@ -201,8 +201,11 @@ def test_what_cannot_be_is_refused_in_one_line(client, content, status, said):
     assert said in reply.json()["error"] and "\n" not in reply.json()["error"]
 
 
-def test_other_requests(client):
-    assert client.post("/predict", json={"comments": []}).json()["labels"] == []
+def test_other_requests(service, client, work):
+    for decision in (None, decision_of(work / "run")):
+        service.decision = decision
+        assert client.post("/predict", json={"comments": []}).json()["labels"] == []
+    service.decision = None
     assert client.post("/predict", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert client.get("/predict").status_code == 405 and client.get("/report").status_code == 404
     assert client.get("/health", headers={"host": "evil.example:8000"}).status_code == 421
@@ -229,10 +232,10 @@ def test_one_bad_request_harms_no_other(service, monkeypatch):
 
     monkeypatch.setattr(service.clf, "predict_proba", fails_on_bad)
     futures = [service.submit([text]) for text in ("good", "bad", "fine")]
-    assert futures[0].result().shape == (1, 2) and futures[2].result().shape == (1, 2)
+    assert len(futures[0].result().labels) == len(futures[2].result().labels) == 1
     with pytest.raises(RuntimeError, match="not finite"):
         futures[1].result()
-    assert service.submit(["afterwards"]).result().shape == (1, 2)
+    assert service.submit(["afterwards"]).result().probabilities.shape == (1, 2)
 
 
 def test_without_gradio_one_line_says_how_to_get_it(work, monkeypatch):
