@@ -40,7 +40,7 @@ Finish = Callable[[Path, Callable[[str], None]], Mapping[str, str]]
 
 def untrained(
     estimator: BaseEstimator,  # a GemmaLoraClassifier, not fitted
-    labels: Sequence[str],
+    labels: Sequence[str],  # the classes
 ) -> BaseEstimator | None:  # fitted on no comment; None for a classifier that knows nothing before
     "The base alone, with the labels' words."
     if "epochs" not in estimator.get_params():
@@ -53,9 +53,9 @@ class LabelDesk:
 
     def __init__(
         self,
-        labelling: Labelling,
+        labelling: Labelling,  # the pile
         estimator: BaseEstimator,  # not fitted
-        finish: Finish | None = None,
+        finish: Finish | None = None,  # what the last button does
         names: Mapping[str, str] | None = None,  # label -> what the page calls it; None: the labels
         at_most: int = 1000,  # comments to choose from
     ):
@@ -122,7 +122,7 @@ class LabelDesk:
         self,
         what: str,  # "label", "skip" or "undo"
         version: int,  # that was seen
-        label: str = "",
+        label: str = "",  # where one is given
     ) -> None:
         "Change something. Raises `StaleError`, `DataError`, `OSError`; then nothing has changed."
         if what == "label":
@@ -300,10 +300,10 @@ def label_html(
 
 # %% ../nbs/12a_label_page.ipynb #05b40263
 def label_app(
-    desk: LabelDesk,
+    desk: LabelDesk,  # what it shows
     hosts: Sequence[str],  # names the server answers to
 ) -> Any:  # fastapi.FastAPI
-    "The page and its requests."
+    "The page and its requests; what cannot be is answered by `Refusal`."
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
     from starlette.responses import FileResponse, HTMLResponse, JSONResponse
@@ -362,17 +362,17 @@ _ACT = ("what", "version", "label")
 # %% ../nbs/12a_label_page.ipynb #cc43fa69
 def label_comments(
     comments: pd.DataFrame,  # id, comment; as read_comments returns them
-    labels: Sequence[str],
+    labels: Sequence[str],  # the classes
     out: str | Path,  # the table of labels; gone on with where it is there
     estimator: BaseEstimator,  # not fitted
     *,
-    host: str = "127.0.0.1",
+    host: str = "127.0.0.1",  # this machine alone
     port: int = 8000,  # 0: any that is free
     choose: bool = False,  # True: comments whose label would teach most; False: drawn at random
     seed: int = 0,
     names: Mapping[str, str] | None = None,  # label -> what the page calls it
-    finish: Finish | None = None,
-    say: Callable[[str], None] = print,
+    finish: Finish | None = None,  # what the last button does
+    say: Callable[[str], None] = print,  # called with a line for the person at the shell
 ) -> None:
     "Label in the browser until the process is told to end. Raises `DataError`, `RunError`, `OSError` before that."
     check_extra()

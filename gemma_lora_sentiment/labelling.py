@@ -144,7 +144,7 @@ class LabelTable:
     def append(
         self,
         row: int,  # number of the comment, from 0
-        label: str,
+        label: str,  # one of the labels
     ) -> None:
         "Add a label; it is on the disk when this returns. Raises `DataError`, `OSError`; then nothing was added."
         name = self._ids[row]
@@ -206,7 +206,10 @@ class StaleError(RuntimeError):
 
 
 class Labelling:
-    "One pile of comments on its way to labels: the next comment, the answers, the estimate. Safe to call from threads."
+    """One pile of comments on its way to labels: the next comment, the answers, the estimate. Safe to call in threads.
+
+    Raises `DataError` for labels that are not two or not different, and as `LabelTable` does.
+    """
 
     def __init__(
         self,
@@ -218,9 +221,7 @@ class Labelling:
         every: int = 5,  # each so many-th is drawn to judge
         seed: int = 0,
     ):
-        if len(set(labels)) < 2 or len(set(labels)) < len(labels):
-            raise DataError(f"labels are {', '.join(map(str, labels))}: at least two, all different, are needed.")
-        self.labels, self.choose, self.every, self.seed = [str(label) for label in labels], choose, every, seed
+        self.labels, self.choose, self.every, self.seed = _checked_names(labels), choose, every, seed
         self.ids, self.comments = [str(name) for name in comments["id"]], comments["comment"].tolist()
         self._groups, self._lock = duplicate_groups(self.comments), threading.RLock()
         self._aside, self._pile = _order(self._groups, every, seed)
@@ -268,7 +269,7 @@ class Labelling:
     def label(
         self,
         version: int,  # that was seen
-        label: str,
+        label: str,  # one of the labels
     ) -> None:
         "Label the current comment. Raises `StaleError`, `DataError`, `OSError`; then nothing has changed."
         with self._lock:
@@ -295,7 +296,7 @@ class Labelling:
         self,
         version: int,  # that was seen
     ) -> None:
-        "Take the last label or skip back, and show its comment again. Raises as `label` does."
+        "Take the last label or skip back; its comment is next. Raises as `label`, `DataError` with nothing to undo."
         with self._lock:
             self._check(version)
             if not self._done:
@@ -400,6 +401,12 @@ class Labelling:
         return found
 
 
+def _checked_names(labels: Sequence[str]) -> list[str]:
+    if len(set(labels)) < 2 or len(set(labels)) < len(labels):
+        raise DataError(f"labels are {', '.join(map(str, labels))}: at least two, all different, are needed.")
+    return [str(label) for label in labels]
+
+
 JUDGED_AT_LEAST = 30  # by fewer comments an accuracy says next to nothing
 
 
@@ -410,7 +417,7 @@ def _share_right(labels: Sequence[str], values: np.ndarray, classes: Sequence[st
 
 # %% ../nbs/06d_labelling.ipynb #de86242f
 def retrain(
-    labelling: Labelling,
+    labelling: Labelling,  # which is updated
     estimator: BaseEstimator,  # unfitted; cloned
     at_most: int = 1000,  # comments to choose from
 ) -> BaseEstimator | None:  # fitted; None where all labels so far are one

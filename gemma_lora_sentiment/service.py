@@ -80,7 +80,7 @@ class Answers(NamedTuple):
 
     def part(
         self,
-        rows: slice,
+        rows: slice,  # which of them
     ) -> "Answers":
         "Of some of the comments."
         return Answers(self.classes, self.labels[rows], self.abstains[rows], self.probabilities[rows])
@@ -100,18 +100,17 @@ _MOMENT = 0.004  # seconds: who has just been answered may ask again
 
 
 class ScoringService:
-    "A fitted classifier behind one thread."
+    "A fitted classifier behind one thread. Raises `RunError` where the decision is for other labels."
 
     def __init__(
         self,
         clf: GemmaLoraClassifier,  # fitted
         decision: Mapping[str, Any] | None = None,  # of its run
-        limits: Limits | None = None,
+        limits: Limits | None = None,  # None: the usual ones
     ):
         self.clf, self.decision, self.limits = clf, decision, limits or Limits()
         self.classes = clf.classes_.tolist()
-        if decision is not None and list(map(str, decision["classes"])) != list(map(str, self.classes)):
-            raise RunError("The decision of the run is for other labels. Train again.")
+        _check_decision(decision, self.classes)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting, self._lock, self.scored_together = 0, threading.Lock(), 0  # the most, in one step
         self._warm()
@@ -129,7 +128,7 @@ class ScoringService:
 
     def submit(
         self,
-        comments: Sequence[str],
+        comments: Sequence[str],  # n comments
         explain: bool = False,  # True: for the first comment, which tokens decided
     ) -> Future:  # of Answers, or of what token_influence gives
         "Get in line. Raises `DataError` where too many comments wait already."
@@ -184,7 +183,7 @@ class ScoringService:
 
     def answers(
         self,
-        comments: Sequence[str],
+        comments: Sequence[str],  # n comments
     ) -> Answers:
         "Score comments in this thread, past the line."
         probabilities = self.clf.predict_proba(comments)
@@ -201,6 +200,11 @@ class ScoringService:
         self._jobs.put(None)
         self._thread.join()
 
+
+def _check_decision(decision: Mapping[str, Any] | None, classes: list) -> None:
+    if decision is not None and list(map(str, decision["classes"])) != list(map(str, classes)):
+        raise RunError("The decision of the run is for other labels. Train again.")
+
 # %% ../nbs/08a_service.ipynb #ba2e275a
 class Refusal(Exception):
     "A request that is not answered: status and one line."
@@ -216,7 +220,7 @@ class Refusal(Exception):
 
 def checked_comments(
     content: Any,  # what the request holds, from JSON
-    limits: Limits,
+    limits: Limits,  # of the service
 ) -> list[str]:
     "The comments of a request. Raises `Refusal`."
     comments = content.get("comments") if isinstance(content, dict) else None
@@ -316,7 +320,7 @@ def guarded(
 
 
 def new_app(
-    title: str,
+    title: str,  # for its description
 ) -> Any:  # fastapi.FastAPI
     "An app whose refusals are one line of JSON, and which documents itself without other sites."
     check_extra()
@@ -342,10 +346,10 @@ _FORM = {
 
 
 def api(
-    service: ScoringService,
+    service: ScoringService,  # which answers
     report: Path | None = None,  # the run's report.html
 ) -> Any:  # fastapi.FastAPI
-    "`POST /predict`, `GET /health`, `/docs`, `/openapi.json`, and `/report` where there is one."
+    "`POST /predict`, `GET /health`, `/docs`, `/openapi.json`, and `/report` where there is one; or a `Refusal`."
     from starlette.requests import Request
     from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 
@@ -424,7 +428,7 @@ def language_of(
 
 # %% ../nbs/08a_service.ipynb #a5c689c3
 def free_socket(
-    host: str,
+    host: str,  # name or address of this machine
     port: int,  # 0: any that is free
 ) -> socket.socket:  # bound, not listening yet
     "Take a port. Raises `OSError` in one line where it is taken."
@@ -440,7 +444,7 @@ def free_socket(
 
 def run_app(
     app: Any,  # of FastAPI
-    taken: socket.socket,
+    taken: socket.socket,  # bound
     started: Callable[[str], None],  # called with the address when it listens
 ) -> None:
     "Serve until the process is told to end."
@@ -460,7 +464,7 @@ def run_app(
 
 
 def address_of(
-    taken: socket.socket,
+    taken: socket.socket,  # bound
 ) -> str:  # http://127.0.0.1:8000
     "Where a browser finds it."
     host, port = taken.getsockname()[:2]
@@ -470,7 +474,7 @@ def address_of(
 
 def hosts_for(
     host: str,  # that is listened on
-    shared: bool = False,
+    shared: bool = False,  # by an address of Gradio's service
 ) -> tuple[str, ...]:
     "The names a server answers to: those of this machine alone, or any where others may come."
     return LOOPBACK if host in LOOPBACK and not shared else ("*",)

@@ -142,9 +142,9 @@ def _error_html(text: str) -> str:
 
 
 def answers_html(
-    service: ScoringService,
+    service: ScoringService,  # which answers
     written: str,  # comments, one a line
-    language: str = "en",
+    language: str = "en",  # or "ko"
 ) -> str:  # HTML in which nothing of a comment is more than text
     "Label, bars, words and whether to ask a person, a comment after the other; or what is wrong, in one line."
     texts, limits = TEXTS[language], service.limits
@@ -170,7 +170,7 @@ def answers_html(
 
 # %% ../nbs/12_web.ipynb #655a0614
 def label_table(
-    service: ScoringService,
+    service: ScoringService,  # which answers
     path: Path,  # a file of comments
     progress: Callable[[float, int], None] = lambda fraction, rows: None,  # share of the file, and rows so far
 ) -> pd.DataFrame:  # id, comment, the columns of the file, label, abstains, p_LABEL ...
@@ -197,7 +197,7 @@ _OURS = ("id", "comment", "label", "abstains", "given_label")
 
 
 def write_like(
-    table: pd.DataFrame,
+    table: pd.DataFrame,  # of any columns
     source: Path,  # whose form it gets: Excel, Parquet, JSON lines, CSV, or with tabs
     folder: Path,  # which exists
 ) -> Path:  # the file
@@ -269,7 +269,7 @@ def _handle_file(
 
 
 def page(
-    service: ScoringService,
+    service: ScoringService,  # which answers
     links: Sequence[tuple[str, str]] = (),  # key of a text, address
 ) -> tuple[Any, dict[str, Any]]:  # gradio.Blocks; what its launch or mount is given
     "The page of a run."
@@ -337,7 +337,7 @@ def _own_uploads() -> Iterator[Path]:
 
 # %% ../nbs/12_web.ipynb #d7c2c2fe
 def web_app(
-    service: ScoringService,
+    service: ScoringService,  # which answers
     report: Path | None = None,  # the run's report.html
     hosts: Sequence[str] = LOOPBACK,  # names it answers to; "*": any
 ) -> Any:  # fastapi.FastAPI
@@ -367,8 +367,8 @@ def serve(
     *,
     preset: str | None = None,  # the run's base, where it has moved
     share: bool = False,  # True: for everyone who knows an address of Gradio's service, for a week at most
-    limits: Limits | None = None,
-    say: Callable[[str], None] = print,
+    limits: Limits | None = None,  # None: the usual ones
+    say: Callable[[str], None] = print,  # called with a line for the person at the shell
 ) -> None:
     "Serve a run until the process is told to end. Raises `RunError`, `OSError` before that."
     check_extra()
@@ -395,7 +395,7 @@ def demo(
     *,
     share: bool = False,  # True: for everyone who knows an address of Gradio's service
     block: bool = False,  # True: wait until the process is told to end, as a program of its own does
-    limits: Limits | None = None,
+    limits: Limits | None = None,  # None: the usual ones
     **launch: Any,  # further arguments of gradio.Blocks.launch: server_port, height, auth
 ) -> Any:  # gradio.Blocks, launched
     "Open the page of a classifier. Raises `RunError` where Gradio is not installed."
