@@ -41,15 +41,15 @@ def work(tmp_path_factory):
     """A folder with a random base of two layers, a run of it that abstains on some comments, and comments."""
     folder = tmp_path_factory.mktemp("web")
     tiny = tiny_gemma(folder / "tiny")
-    clf = GemmaLoraClassifier(preset=str(tiny), epochs=1, max_length=160)
-    clf.fit(COMMENTS, [str(i % 2) for i in range(60)]).save(folder / "run")
+    clf = GemmaLoraClassifier(preset=str(tiny), epochs=0, max_length=120).fit(["-", "-"], ["0", "1"])
+    clf.save(folder / "run")
     sureness = np.sort(clf.predict_proba(COMMENTS[:4]).max(axis=1))
     decision = {"classes": ["0", "1"], "temperature": 1.0, "cost": None, "threshold": None}
     decision["confidence"] = float(sureness[1] + sureness[2]) / 2
     (folder / "run" / "metrics.json").write_text(json.dumps({"decision": decision}), encoding="utf-8")
     (folder / "run" / "report.html").write_text("<h1>the report</h1>", encoding="utf-8")
     escaped = HOSTILE.replace("<", "&lt;").replace(">", "&gt;")  # reading a file takes tags out, and these in
-    pd.DataFrame({"id": range(60), "comment": [escaped, *COMMENTS[1:]]}).to_csv(folder / "comments.csv", index=False)
+    pd.DataFrame({"id": range(60), "comment": [escaped, *COMMENTS[1:]]}).head(26).to_csv(folder / "comments.csv", index=False)
     return folder
 
 
@@ -170,7 +170,7 @@ def test_words_of_several_tokens_compile_nothing_later(work, tmp_path):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         service.submit(["짧아요"]).result()
-        service.submit([*COMMENTS, "아주 " * 300]).result()
+        service.submit([*COMMENTS, "아주 " * 300]).result()  # lines of both lengths
         service.submit(["국물이 진하고 좋았어요"], explain=True).result()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -460,6 +460,13 @@ def test_comments_that_judge_are_not_chosen_and_not_trained_on(tmp_path):
 # ---- in a browser
 
 
+def _upload(page, path):
+    with page.expect_response(lambda reply: "/upload?" in reply.url) as reply:
+        page.set_input_files("#file input[type=file]", path)
+    assert reply.value.status == 200
+    page.locator("#file .file-preview", has_text=path.stem).wait_for()
+
+
 def test_the_page_in_a_browser(work, tmp_path):
     (tmp_path / "in.csv").write_text(f"no;review\n1;맛있어요\n2;\"{COMMENTS[3]}\"\n", encoding="utf-8")
     with browser() as context, server(tmp_path, "serve", work / "run") as (address, process):
@@ -467,6 +474,7 @@ def test_the_page_in_a_browser(work, tmp_path):
         dialogs = []
         page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
         page.goto(address)
+        page.get_by_text("이 댓글들은 무슨 말을 하나요?").wait_for()  # computed by the server: the page is alive
         page.fill("#comments textarea", "\n".join(COMMENTS[:4]))
         page.get_by_role("button", name="분류하기").click()
         page.wait_for_selector(".gls article >> nth=3")
@@ -478,8 +486,7 @@ def test_the_page_in_a_browser(work, tmp_path):
         answers = httpx.post(f"{address}/predict", json={"comments": COMMENTS[:4]}).json()
         assert page.locator(".gls .say").all_inner_texts() == answers["labels"] and sum(answers["abstains"]) == 2
 
-        page.set_input_files("#file input[type=file]", tmp_path / "in.csv")
-        page.get_by_text("in.csv").first.wait_for()
+        _upload(page, tmp_path / "in.csv")
         page.get_by_role("button", name="파일에 라벨 달기").click()
         page.wait_for_selector("#result a")
         with page.expect_download() as download:
@@ -490,8 +497,7 @@ def test_the_page_in_a_browser(work, tmp_path):
         assert set(labelled.label) <= {"0", "1"} and "p_1" in labelled
         assert not list((tmp_path / "temporary").rglob("in.csv")), "the upload is gone"
         (tmp_path / "bad.csv").write_text("id,comment\n", encoding="utf-8")
-        page.set_input_files("#file input[type=file]", tmp_path / "bad.csv")
-        page.get_by_text("bad.csv").first.wait_for()
+        _upload(page, tmp_path / "bad.csv")
         page.get_by_role("button", name="파일에 라벨 달기").click()
         page.get_by_role("alert").wait_for()
         assert "/" not in page.get_by_role("alert").inner_text(), "no path of the server"
@@ -553,7 +559,7 @@ def test_labelling_in_a_browser(work, tmp_path):
             page.goto(address)
             page.wait_for_selector("body[data-labelled='11']")
             hostile = False
-            for number in range(12, 60):
+            for number in range(12, 26):
                 hostile |= page.locator("#comment").inner_text().startswith("<img")
                 assert page.locator("#comment *").count() == 0 and page.title() == "gemma_lora_sentiment"
                 _typed(page, "12"[number % 2], number)
@@ -567,7 +573,7 @@ def test_labelling_in_a_browser(work, tmp_path):
             assert page.locator("#told").inner_text() == "" and page.locator("#report").is_visible()
             assert "gemma" in httpx.get(f"{address}/report").text
             submission = httpx.get(f"{address}/submission")
-            assert submission.status_code == 200 and len(submission.text.splitlines()) == 61
+            assert submission.status_code == 200 and len(submission.text.splitlines()) == 27
             assert context.elsewhere == []
     run = tmp_path / "labels-run"
     assert (run / "run.json").is_file() and GemmaLoraClassifier.load(run).words_.words == ("i", "요")
