@@ -396,7 +396,7 @@ class Labelling:
         found |= _share_right(labels, ours, self.labels)
         if all(theirs is not None for _, theirs in answers):
             theirs = np.array([theirs for _, theirs in answers])
-            compared = paired_comparison(labels, ours, theirs, self.labels)
+            compared = paired_comparison(labels, ours, theirs, self.labels, names=("the classifier", "TF-IDF"))
             found |= {"baseline": _share_right(labels, theirs, self.labels), "sentence": compared["sentence"]}
         return found
 
