@@ -37,7 +37,7 @@ from . import __version__
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
            'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'MovedPreset', 'Seed', 'Comments', 'Host', 'Port',
            'CHOOSE', 'train', 'cross_validate', 'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info',
-           'quickstart', 'pretrain', 'export', 'serve', 'label_in_browser', 'benchmark']
+           'quickstart', 'pretrain', 'export', 'serve', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 _IN_THE_SHELL = (  # what messages say to Python, and what to the shell
@@ -1440,7 +1440,7 @@ CHOOSE = False  # what `label` does where nothing is said
 @app.command("label")
 @_guarded
 @_reads_a_file("label_column", "keep_na")
-def label_in_browser(  # `label` is a word of every page, which the docs would link here
+def _label(  # a public name would make the docs link every `label` here
     file: Annotated[str, typer.Argument(help="Comments without labels.")],
     labels: Annotated[str, typer.Option(help="The labels, with commas between: 0,1.")],
     out: Annotated[Path, typer.Option(help="File of labels; gone on with where it is there.")] = Path("labels.tsv"),
