@@ -63,11 +63,13 @@ ROOM_IMPORTS = {
     "analysis": {"data", "evaluation"},
     "report": {"data", "evaluation", "analysis"},
     "figures": {"data", "evaluation"},
+    "labelling": {"tables", "data", "evaluation", "analysis"},
     "submission": {"data", "tables"},
     "scale": {
         *("tables", "data", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "classifier"),
         "analysis",
     },
+    "service": {"tables", "adapter", "scoring", "classifier", "analysis"},
     "pretraining": {"model", "prompt"},
     "benchmark": {
         *("backend", "data", "prompt", "cache", "gemma", "model", "precision", "adapter", "scoring", "training"),
@@ -77,11 +79,14 @@ ROOM_IMPORTS = {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "features", "evaluation", "analysis", "report", "figures"),
         *("submission", "pretraining", "benchmark", "scale", "upstream", "gguf_export", "serving_files"),
+        *("service", "web", "label_page"),
     },
+    "web": {"tables", "data", "adapter", "classifier", "report", "service"},
+    "label_page": {"tables", "checkpoint", "labelling", "service"},
 }
 ROOMS_WITHOUT_KERAS = [
     *("tables", "data", "prompt", "credentials", "serving_files", "evaluation", "analysis", "report", "figures"),
-    *("submission", "llamacpp"),
+    *("submission", "llamacpp", "labelling"),
 ]
 KERAS = {"keras", "keras_nlp", "keras_hub", "jax", "jaxlib", "tensorflow", "torch"}
 HEAVY = {*KERAS, "numpy", "pandas", "sklearn", "matplotlib"}
@@ -233,9 +238,9 @@ def test_third_party_imports_are_declared(path):
     project = pyproject()["project"]
     declared = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     distributions = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in declared}
-    # JAX and scikit-learn both require NumPy and SciPy, and JAX requires ml_dtypes.
+    # JAX and scikit-learn both require NumPy and SciPy, JAX requires ml_dtypes, Gradio brings its server.
     distribution_of = {"sklearn": "scikit-learn", "keras_nlp": "keras-nlp", "numpy": "jax", "scipy": "scikit-learn",
-                       "ml_dtypes": "jax"}  # fmt: skip
+                       "ml_dtypes": "jax", **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "gradio")}  # fmt: skip
     known = {PACKAGE, *sys.stdlib_module_names, "tensorflow"}  # KerasHub brings it, rooms only keep it out of the way
     roots = {module.split(".")[0] for module, _ in imports_of(path)} - known
     assert {distribution_of.get(root, root) for root in roots} <= distributions
