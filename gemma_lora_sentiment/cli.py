@@ -35,9 +35,9 @@ from . import __version__
 
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
-           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'MovedPreset', 'Seed', 'Comments', 'train',
-           'cross_validate', 'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info', 'quickstart',
-           'pretrain', 'export', 'benchmark']
+           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'MovedPreset', 'Seed', 'Comments', 'Host', 'Port',
+           'CHOOSE', 'train', 'cross_validate', 'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info',
+           'quickstart', 'pretrain', 'export', 'serve', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 _IN_THE_SHELL = (  # what messages say to Python, and what to the shell
@@ -1320,7 +1320,9 @@ def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
     to: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
-    format: Annotated[str, typer.Option(help="hf: Transformers, vLLM; gguf, gguf-lora: llama.cpp, Ollama.")] = "hf",
+    format: Annotated[
+        str, typer.Option(help="hf: Transformers, vLLM; gguf, gguf-lora: llama.cpp, Ollama; space: Hugging Face Space.")
+    ] = "hf",
     outtype: Annotated[str | None, typer.Option(help="Of gguf: f16, bf16 or q8_0; by default f16.")] = None,
     dtype: Annotated[str, typer.Option(help="Of hf: float32, bfloat16 or float16; auto: that of the run.")] = "auto",
     preset: MovedPreset = None,
@@ -1328,6 +1330,11 @@ def export(
 ) -> None:
     """Write a run for other programs, merged into its base or as an adapter, and prove it by loading it there."""
     _check_export(format, outtype, dtype)
+    if format == "space":
+        from gemma_lora_sentiment.web import export_space
+
+        print(f"Space written to {export_space(run, to, preset)}; python app.py in it opens the page")
+        return
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 
     clf = GemmaLoraClassifier.load(run, preset)
@@ -1338,8 +1345,8 @@ def export(
 
 
 def _check_export(format: str, outtype: str | None, dtype: str) -> None:
-    if format not in ("hf", "gguf", "gguf-lora"):
-        raise ValueError(f"--format {format!r} is not one of hf, gguf, gguf-lora. Choose one of these.")
+    if format not in ("hf", "gguf", "gguf-lora", "space"):
+        raise ValueError(f"--format {format!r} is not one of hf, gguf, gguf-lora, space. Choose one of these.")
     if outtype is not None and format != "gguf":
         raise ValueError(f"--outtype is for --format gguf, and this is {format}. Leave it out.")
     if dtype != "auto" and format != "hf":
@@ -1423,6 +1430,115 @@ def _held_out_comments(run: Path) -> list[str]:
         kept = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
         found = [text for text in kept.get("comment", ()) if text.strip()]
     return (found or read_comments("sample_test").comment.tolist())[:_PROVEN_ON]
+
+# %% ../nbs/11_cli.ipynb #eb200002
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: for others too.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")]
+
+
+@app.command()
+@_guarded
+def serve(
+    run: Annotated[Path, typer.Argument(help="Folder of a saved run.")],
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    share: Annotated[bool, typer.Option("--share", help="For everyone with an address of Gradio's service.")] = False,
+    max_rows: Annotated[int, typer.Option(min=1, help="Comments of a request.")] = 1000,
+    preset: MovedPreset = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a run on this machine: a page at /, and POST /predict for programs."""
+    from gemma_lora_sentiment.service import Limits, check_extra
+
+    check_extra()
+    from gemma_lora_sentiment.web import serve as serve_run
+
+    say = functools.partial(print, flush=True)
+    serve_run(run, host, port, preset=preset, share=share, limits=Limits(rows=max_rows), say=say)
+
+
+# %% ../nbs/11_cli.ipynb #eb200005
+CHOOSE = False  # what `label` does where nothing is said
+
+
+# %% ../nbs/11_cli.ipynb #eb200004
+@app.command("label")
+@_guarded
+@_reads_a_file("label_column", "keep_na")
+def _label(  # a public name would make the docs link every `label` here
+    file: Annotated[str, typer.Argument(help="Comments without labels.")],
+    labels: Annotated[str, typer.Option(help="The labels, with commas between: 0,1.")],
+    out: Annotated[Path, typer.Option(help="File of labels; gone on with where it is there.")] = Path("labels.tsv"),
+    label_word: LabelWord = None,
+    choose: Annotated[
+        bool, typer.Option("--choose/--draw", help="Comments whose label would teach most, or drawn at random.")
+    ] = CHOOSE,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run at the end; by default beside --out.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Sample submission file to fill in at the end.")] = None,
+    preset: Preset = "mini_ko",
+    dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    seed: Seed = 0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    quiet: Quiet = False,
+    reading: dict[str, Any] | None = None,
+) -> None:
+    """Label comments in the browser, while a classifier learns along."""
+    from gemma_lora_sentiment.data import read_comments
+    from gemma_lora_sentiment.service import check_extra
+
+    check_extra()
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"--labels {labels!r} names no two different labels. Give them with commas: --labels 0,1.")
+    if out.suffix.lower() not in (".tsv", ".txt"):
+        raise ValueError(f"--out {out} holds tabs between its columns. Give it the suffix .tsv.")
+    rows = read_comments(file, labelled=False, reading=_how(reading))
+    _say_how_read(quiet, rows)
+    given = dict(preset=preset, dtype=dtype, quantization=quantization, seed=seed, label_words=label_word)
+    clf = _classifier(True, given)
+    words = clf._prepared(sorted(names))[3]
+    spoken = dict(zip(map(str, words.labels), words.words, strict=True))
+    from gemma_lora_sentiment.label_page import label_comments
+
+    run = run or out.with_name(f"{out.stem}-run")
+    label_comments(
+        rows, names, out, clf, host=host, port=port, choose=choose, seed=seed,
+        names={name: name if spoken[name] == name else f"{name} ({spoken[name]})" for name in names},
+        finish=functools.partial(_finish_labelling, run=run, rows=rows, sample=sample, reading=reading, given=given),
+        say=functools.partial(print, flush=True),
+    )  # fmt: skip
+
+
+def _finish_labelling(
+    labelled: Path,  # file of labels
+    tell: Callable[[str], None],  # what goes on, for the page
+    run: Path,
+    rows: Any,  # all comments
+    sample: str | None,
+    reading: dict[str, Any] | None,
+    given: dict[str, Any],  # options of the classifier
+) -> dict[str, str]:  # run, report, submission
+    "`train`, and what it makes of all comments: the sample filled in, or a table of labels and probabilities."
+    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.data import locate, whole_file
+    from gemma_lora_sentiment.submission import sample_comments, write_submission
+
+    options = {**given, "label_word": given["label_words"]}
+    options.pop("label_words")
+    train.__wrapped__(out=run, file=str(labelled), quiet=True, **options)
+    clf, how = GemmaLoraClassifier.load(run), _how(reading or {})
+    if sample is not None:
+        path = run / f"submission{locate(sample).suffix or '.txt'}"
+        write_submission(clf.predict(sample_comments(sample, None, how)), sample, path, reading=how)
+    else:
+        path, values = run / "labelled_comments.tsv", clf.predict_proba(rows.comment)
+        table = _prediction_table(rows.assign(label=clf.classes_[values.argmax(axis=1)]), clf.classes_, values, None)
+        with whole_file(path) as temporary:
+            _write_table(temporary, table.drop(columns="prediction"))
+    return {"run": str(run), "report": str(run / "report.html"), "submission": str(path)}
+
 
 # %% ../nbs/11_cli.ipynb #fcbdba3e
 @app.command()

@@ -21,8 +21,8 @@ from .model import Base, on_every_process
 from .prompt import LabelWords, fill_lines, pack_arrays, scoring_arrays
 
 # %% auto #0
-__all__ = ['compiler_options', 'lend', 'put', 'score_labels', 'scoring_batch_size', 'log_softmax', 'label_probabilities',
-           'score_tokens', 'mean_states', 'generate']
+__all__ = ['compiler_options', 'lend', 'put', 'score_labels', 'scoring_batch_size', 'line_lengths', 'log_softmax',
+           'label_probabilities', 'score_tokens', 'mean_states', 'generate']
 
 # %% ../nbs/03d_scoring.ipynb #4a7272c5
 def compiler_options(
@@ -150,6 +150,17 @@ _STEPS_AHEAD = 4  # steps given to the device before the first one's result is f
 _LINE_TOKENS, _ROW_TOKENS = 128, 32  # of a line for scoring; of a row, in the mean
 
 
+def line_lengths(
+    longest: int,  # tokens of a row
+    buckets: Sequence[int] = (),  # lengths to begin with, ascending
+) -> list[int]:  # tokens of a line; each is a program of its own
+    "The lines that rows of up to so many tokens are scored in."
+    sizes = list(buckets) or [_LINE_TOKENS]
+    while sizes[-1] < longest:  # halfway to the double, then the double: 128, 192, 256, 384, ...
+        sizes.append(sizes[-1] * 4 // 3 if bin(sizes[-1]).count("1") == 2 else sizes[-1] * 3 // 2)
+    return sizes
+
+
 def _scoring_steps(
     lengths: np.ndarray,  # int (n,), tokens of each row
     buckets: Sequence[int] = (),  # tokens of a line; longer ones follow where they are needed
@@ -158,9 +169,7 @@ def _scoring_steps(
     spacious: int = 1,  # how many times longer than 8 tokens a row is at least, in the mean of a line
 ) -> Iterator[tuple[int, int, list[list[int]]]]:  # tokens and places of a line, rows of each line of the step
     "Steps of few shapes, the longest lines first; what these leave free, shorter rows take."
-    sizes = list(buckets) or [_LINE_TOKENS]
-    while sizes[-1] < lengths.max():  # halfway to the double, then the double: 128, 192, 256, 384, ...
-        sizes.append(sizes[-1] * 4 // 3 if bin(sizes[-1]).count("1") == 2 else sizes[-1] * 3 // 2)
+    sizes = line_lengths(int(lengths.max()), buckets)
     left = np.arange(len(lengths))
     for below, length in zip(reversed([0, *sizes[:-1]]), reversed(sizes), strict=True):
         if not len(left) or lengths[left].max() <= below:

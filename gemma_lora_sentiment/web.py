@@ -313,7 +313,7 @@ def page(
         blocks.load(on_load, None, heading, show_progress="hidden", **given)
         ask.click(on_ask, written, answers, **given)
         label_file.click(on_file, file, [result, answers, file], show_progress_on=answers, **given)
-    blocks.has_launched = True  # mounted, Gradio would not ask where a path leads
+    blocks.has_launched = True  # as a page that was launched by itself: the paths it is given are checked
     font = ["system-ui", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
     return blocks, {"css": _STYLE, "theme": theme, "i18n": i18n, "run_history": False, "footer_links": [],
