@@ -333,9 +333,9 @@ class _Fitting:
     ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
         """Fit clones to several sets of rows, or with several settings: the folds of a cross-validation, a sweep.
 
-        On a GPU they are trained side by side, as many as there is room for, unless validation, callbacks, checkpoints
-        or several devices are asked for; the probabilities are those of fits one by one, up to rounding (1e-3).
-        Elsewhere one is fitted after another. Raises as `fit` does.
+        One after another; on a GPU side by side, as many as there is room for, where
+        `GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=1` asks for it (see Side by side, which says what is wrong with it) and not
+        validation, callbacks, checkpoints or several devices. Raises as `fit` does.
         """
         clones = [clone(self).set_params(**each) for each in parameters or [{}] * len(parts)]
         if not gains_side_by_side():
