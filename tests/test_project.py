@@ -350,8 +350,11 @@ def test_nbdev_is_pinned():
 
 
 def test_runtime_bounds_leave_the_installed_jax_alone():
+    bounded = []
     for requirement in pyproject()["project"]["dependencies"]:
-        assert not re.search(r"==|~=|<", requirement), f"{requirement}: in Colab this may replace what is preinstalled"
+        assert not re.search(r"==|~=", requirement), f"{requirement}: in Colab this may replace what is preinstalled"
+        bounded += [re.split(r"[<>]", requirement)[0]] if "<" in requirement else []
+    assert bounded == ["keras", "keras-nlp"], "these alone, as long as `upstream` hangs on private parts of theirs"
 
 
 def test_licence_and_data_are_packaged():
@@ -489,10 +492,24 @@ def test_workflow_is_what_github_reads(name):
     assert not [action for action in used if not re.fullmatch(r"(actions|quarto-dev)/[\w/-]+@v\d+", action)]
 
 
-def test_workflows_cover_both_pythons_and_pin_quarto():
+def test_canary_tries_what_the_bounds_keep_out():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "canary.yml").read_text(encoding="utf-8"))
+    assert set(workflow[True]) == {"schedule", "workflow_dispatch"}
+    matrix = workflow["jobs"]["canary"]["strategy"]["matrix"]["include"]
+    assert {each["versions"] for each in matrix} == {"newest", "oldest"}
+    oldest = next(each["packages"] for each in matrix if each["versions"] == "oldest").split()
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lowest = dict(re.findall(r'^  "([\w-]+)>=([\d.]+)', text, flags=re.MULTILINE))
+    for package in oldest:
+        name, version = package.split("==")
+        assert version.startswith(lowest[name]), f"{name}: the oldest allowed is {lowest[name]}"
+    assert (ROOT / "tests" / "test_upstream.py").is_file()
+
+
+def test_workflows_cover_all_pythons_and_pin_quarto():
     folder = ROOT / ".github" / "workflows"
     test = yaml.safe_load((folder / "test.yml").read_text(encoding="utf-8"))["jobs"]["test"]
-    assert test["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    assert test["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
     assert [step["run"] for step in test["steps"] if "run" in step] == ["bash .ci/run"]
     for version in test["strategy"]["matrix"]["python"]:
         assert f"Programming Language :: Python :: {version}" in pyproject()["project"]["classifiers"]
