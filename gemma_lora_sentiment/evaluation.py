@@ -625,8 +625,8 @@ def plot_roc(
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     classes: Sequence,  # class values in the order of the columns
     ax: Axes | None = None,  # None: a new figure
-    # probabilities (n, n_classes) of a baseline, or of several by name; drawn dashed or dotted
-    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # of more than two classes the first alone
+    # dashed, dotted: probabilities (n, n_classes) of a baseline, or of several by name, of many classes the first alone
+    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # drawn beside it
 ) -> Axes:
     "ROC curves with the area under each. `ValueError` as `compute_metrics` raises it."
     true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
@@ -649,8 +649,8 @@ def plot_precision_recall(
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     classes: Sequence,  # class values in the order of the columns
     ax: Axes | None = None,  # None: a new figure
-    # probabilities (n, n_classes) of a baseline, or of several by name; drawn dashed or dotted
-    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # of more than two classes the first alone
+    # dashed, dotted: probabilities (n, n_classes) of a baseline, or of several by name, of many classes the first alone
+    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # drawn beside it
 ) -> Axes:
     "Precision-recall curves with the average precision (AP) of each. `ValueError` as `compute_metrics` raises it."
     true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
@@ -737,8 +737,8 @@ def plot_reliability(
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     classes: Sequence,  # class values in the order of the columns
     ax: Axes | None = None,  # None: a new figure
-    # probabilities (n, n_classes) of a baseline, or of several by name; drawn dashed or dotted
-    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # of more than two classes the first alone
+    # dashed, dotted: probabilities (n, n_classes) of a baseline, or of several by name, of many classes the first alone
+    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # drawn beside it
     bins: int = 10,  # of equal width
 ) -> Axes:
     "Share of right predictions by their probability, with the ECE in the legend. `ValueError` as `compute_metrics`."
@@ -828,8 +828,7 @@ def save_figures(
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     classes: Sequence,  # class values in the order of the columns
     history: pd.DataFrame | None = None,  # as in plot_training_curves; None: no training curves
-    # probabilities (n, n_classes) of a baseline on the same rows, or of several by name
-    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,
+    baseline: np.ndarray | Mapping[str, np.ndarray] | None = None,  # as of the figures, on the same rows
 ) -> list[Path]:  # confusion_matrix, roc, precision_recall, scores, reliability and training_curves, each .png
     "Write every figure of a run. Raises `ValueError` before anything is written, `OSError` if it cannot be."
     true_positions, checked, plain_classes = _check_inputs(y_true, probabilities, classes)

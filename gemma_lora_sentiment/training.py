@@ -538,7 +538,7 @@ class _Rate:
 # %% ../nbs/04_training.ipynb #5634d7cb
 def not_finite(
     what: str,  # the loss or the adapter, and when
-    value: float,
+    value: float,  # infinite, or not a number
     dtype: str,  # that the base computes in
 ) -> RunError:
     "What a fit ends with whose numbers are no numbers."
