@@ -55,7 +55,10 @@ _TAGS = (
     "sup table tbody td tfoot th thead tr tt u ul var video wbr"
 )
 _ATTRIBUTE = r"""\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'=<>`]+)"""
-_TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:{_ATTRIBUTE})*\s*/?>", re.IGNORECASE)
+_FLAG = r"\s+(?:allowfullscreen|async|autoplay|controls|defer|hidden|loop|muted|nowrap|open|reversed)\b"  # without a value
+_TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:{_ATTRIBUTE}|{_FLAG})*\s*/?>", re.IGNORECASE)
+# What a page does not show, with all that stands in it.
+_UNSHOWN = re.compile(rf"<!--.*?-->|<(script|style)(?:{_ATTRIBUTE}|{_FLAG})*\s*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 
 
@@ -64,7 +67,7 @@ def without_html(
 ) -> str:  # entities as the characters they name, tags as spaces
     "Turn the tags and entities that HTML knows into text; whatever else has such brackets is left as it stands."
     if "<" in text:
-        text = _TAG.sub(" ", text)
+        text = _TAG.sub(" ", _UNSHOWN.sub(" ", text))
     return _ENTITY.sub(_named_character, text) if "&" in text else text
 
 
