@@ -55,7 +55,7 @@ _TAGS = (
     "sup table tbody td tfoot th thead tr tt u ul var video wbr"
 )
 _ATTRIBUTE = r"""\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'=<>`]+)"""
-_FLAG = r"\s+(?:allowfullscreen|async|autoplay|controls|defer|hidden|loop|muted|nowrap|open|reversed)\b"  # without a value
+_FLAG = r"\s+(?:allowfullscreen|async|autoplay|controls|defer|hidden|loop|muted|nowrap|open)\b"  # without a value
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:{_ATTRIBUTE}|{_FLAG})*\s*/?>", re.IGNORECASE)
 # What a page does not show, with all that stands in it.
 _UNSHOWN = re.compile(rf"<!--.*?-->|<(script|style)(?:{_ATTRIBUTE}|{_FLAG})*\s*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)

@@ -411,7 +411,8 @@ def test_archives_of_several_files_and_of_a_mac():
         ("굿<!-- 광고 > 끝 -->임", "굿 임"),
         ('<script type="a">if (a < b) { c() }</script>굿<STYLE>p > b {}</style >', " 굿 "),
         ('<iframe src="a" allowfullscreen></iframe>굿<video controls loop>', "  굿 "),
-        *((typed, typed) for typed in ("<3 a < b > c <eos> <bos> <pad> <맛>", "&copy &x; R&D <i think> <b", "5<6>", "<i open up> <!- 굿 <script>")),
+        *((typed, typed) for typed in ("<3 a < b > c <eos> <bos> <pad> <맛>", "&copy &x; R&D <i think> <b", "5<6>")),
+        *((typed, typed) for typed in ("<i open up>", "<!- 굿 ->", "<script> 굿")),
     ],
 )  # fmt: skip
 def test_html(text, expected):
