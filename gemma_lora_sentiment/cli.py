@@ -209,6 +209,14 @@ def _check_table(out: Path) -> None:
 def _check_file(out: Path) -> None:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder. Give the name of a file in it.")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}. Make it, or give the file another place.")
+
+
+def _check_apart(out: Path, file: str) -> None:
+    "Raise `ValueError` where the file to write is the one with the comments, which would be lost."
+    if Path(file).is_file() and out.is_file() and out.samefile(file):
+        raise ValueError(f"--out {out} is the file with the comments. Give another name; it would be overwritten.")
 
 
 def _write_table(path: Path, table: Any, suffix: str = ".tsv") -> None:
@@ -1083,6 +1091,7 @@ def suggest(
     from gemma_lora_sentiment.data import read_comments, whole_file
 
     _check_table(out)
+    _check_apart(out, file)
     clf = GemmaLoraClassifier.load(run, preset)
     rows = read_comments(file, labelled=False, reading=_how(reading))
     _say_how_read(quiet, rows)
@@ -1120,6 +1129,7 @@ def predict(
     from gemma_lora_sentiment.scale import predict_file, ray_workers
 
     _check_table(out)
+    _check_apart(out, file)
     decision = _decision_of_run(run) if calibrated else None
     score = ray_workers(workers, address) if engine == "ray" else None
     clf = GemmaLoraClassifier.load(run, preset, devices=devices, strategy=strategy)
@@ -1160,6 +1170,8 @@ def submit(
     comments = sample_comments(sample, text_from, how, say=told.append)
     if out is not None:
         _check_file(out)
+        if text_from is not None:
+            _check_apart(out, text_from)
         check_output(out, sample, of_sample)
     clf = GemmaLoraClassifier.load(run, preset)
     for line in told:

@@ -228,11 +228,11 @@ class Reading(NamedTuple):
         self,
         names: list[str],  # of columns, perhaps
     ) -> bool:
-        "Whether there is a column of comments among these names, or one of ids and one of labels."
+        "Whether there is a column of comments among these names, one of ids and one of labels, or one of ids alone."
         if self.comment_column is not None:
             return _same_name(self.comment_column, names) in names
         there = [any(_spelled(name) in _SYNONYMS[role] for name in names) for role in ("comment", "id", "label")]
-        return there[0] or all(there[1:])
+        return there[0] or all(there[1:]) or (len(names) == 1 and there[1])
 
 
 def _check_names_differ(names: Sequence[object], source: str) -> None:

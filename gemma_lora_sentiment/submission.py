@@ -92,7 +92,7 @@ def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | No
     if form is None or form.delimiter == "none":
         path, form = None, Dialect("tsv", "utf-8", "\t")
         table = table.map(lambda cell: _BREAKS.sub(" ", cell) if isinstance(cell, str) else cell)
-    label_column = columns["label"]
+    label_column = columns["label"] if columns["label"] is not None else _answer_column(table, columns, name)
     if is_added := label_column is None:  # a file of comments to predict gets the column at its end
         label_column = "label"
         if label_column in table:
@@ -106,6 +106,23 @@ def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | No
         ids = [_id(value) for value in table[columns["id"]]]
         _check_ids(ids, table.index, name)
     return _Sample(cells, table, ids, str(label_column), name, path, form, is_added, columns["id"] is not None)
+
+
+def _answer_column(
+    table: pd.DataFrame,
+    columns: dict[str, object],  # of ids and comments, or None
+    name: str,  # for messages
+) -> object:  # the column that waits for the labels under a name of its own; None: there is none
+    "The one column beside the ids; beside comments too it must be blank. `DataError` where there are several."
+    others = [column for column in table if column not in (columns["id"], columns["comment"])]
+    blank = [column for column in others if not table[column].map(_as_cell).str.strip().any()]
+    open_to = blank if columns["comment"] is not None else others
+    if columns["id"] is None or not open_to or "label" in table:
+        return None
+    if len(open_to) > 1 and len(blank) != 1:
+        problem = f"{listed(open_to)} may each be the column for the labels. Pass label_column=... with the name of it."
+        raise DataError(problem, source=name, column="label")
+    return open_to[0] if len(open_to) == 1 else blank[0]
 
 
 def _check_ids(ids: list[str], places: pd.Index, name: str) -> None:
@@ -419,7 +436,11 @@ def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
         sheet.cell(header, column, sample.label_column)
     kinds = _kinds_of([sheet.cell(place, column).value for place in sample.cells.index])
     for place, label in zip(sample.cells.index, labels, strict=True):
-        _fill(sheet.cell(place, column), _typed(label, kinds))
+        cell = sheet.cell(place, column)
+        if isinstance(cell, openpyxl.cell.cell.MergedCell):
+            problem = "the cell is merged with another, and each row needs one of its own. Unmerge them"
+            raise DataError(f"{problem}.", source=sample.name, row=place, column=sample.label_column, unit="row")
+        _fill(cell, _typed(label, kinds))
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()

@@ -1507,3 +1507,31 @@ def test_printing_never_fails_a_finished_command(tmp_path, trained):
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert b"7 rows written to \\uc608\\uce21.csv" in result.stdout and Path("예측.csv").exists()
+
+
+# --- names that must not be written to --------------------------------------------------------------------------------
+
+
+def test_the_comments_are_not_overwritten(run, tmp_path):
+    own, sample = tmp_path / "own.csv", tmp_path / "sample.csv"
+    own.write_text("id,comment\n1,굿\n2,별로\n", encoding="utf-8")
+    sample.write_text("id,target\n1,\n2,\n", encoding="utf-8")
+    before = tree(tmp_path)
+    for arguments in (
+        ["predict", run, own, "--out", tmp_path / "." / "own.csv"],
+        ["suggest", run, own, "--out", own],
+        ["submit", run, sample, "--text-from", own, "--out", own],
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 2 and "is the file with the comments" in result.stderr, result.stderr
+    assert tree(tmp_path) == before
+    done("submit", run, sample, "--text-from", own, "--out", sample)  # as the competition gave it, filled in
+    assert [line.split(",")[0] for line in sample.read_text(encoding="utf-8").splitlines()] == ["id", "1", "2"]
+
+
+@pytest.mark.parametrize("command", ["predict", "suggest", "submit"])
+def test_a_folder_that_is_not_there_is_named(run, tmp_path, command):
+    own = tmp_path / "own.csv"
+    own.write_text("id,comment\n1,굿\n2,별로\n", encoding="utf-8")
+    result = call(command, run, own, "--out", tmp_path / "nodir" / "p.csv")
+    assert result.exit_code == 2 and f"there is no folder {tmp_path / 'nodir'}. Make it" in result.stderr

@@ -764,3 +764,46 @@ def test_a_check_names_the_file_that_was_to_be(monkeypatch):
     with pytest.raises(DataError, match="^out.txt: ") as caught:
         write_submission(BY_ID, "sample.txt", "out.txt")
     assert "partial" not in str(caught.value) and os.listdir() == ["sample.txt"]
+
+
+# --- the answer column by another name -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, sample, expected",
+    [
+        ("a.csv", "ID,감정\nT0,0\nT1,0\n", "ID,감정\nT0,1\nT1,0\n"),
+        ("a.csv", "ID,answer\nT0,\nT1,\n", "ID,answer\nT0,1\nT1,0\n"),
+        ("a.csv", "id,comment,정답\nT0,굿,\nT1,별로,\n", "id,comment,정답\nT0,굿,1\nT1,별로,0\n"),
+        ("a.csv", "id,comment,지점\nT0,굿,강남\nT1,별로,\n", "id,comment,지점,label\nT0,굿,강남,1\nT1,별로,,0\n"),
+        ("a.csv", "id,지점,정답\nT0,강남,\nT1,서초,\n", "id,지점,정답\nT0,강남,1\nT1,서초,0\n"),
+        ("a.txt", "ID\nT0\nT1\n", "ID\tlabel\nT0\t1\nT1\t0\n"),
+        ("a.jsonl", '{"id": "T0", "감정": null}\n{"id": "T1", "감정": null}\n',
+         '{"id": "T0", "감정": 1}\n{"id": "T1", "감정": 0}\n'),
+    ],
+)  # fmt: skip
+def test_the_column_that_waits_for_labels(name, sample, expected):
+    Path(name).write_text(sample, encoding="utf-8")
+    assert written([1, 0], name, f"out{Path(name).suffix}") == expected
+
+
+def test_two_columns_that_may_wait_for_labels():
+    Path("a.csv").write_text("id,first,second\nT0,0,0\nT1,0,0\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv: .*first.*second.* Pass label_column"):
+        write_submission([1, 0], "a.csv", "out.csv")
+    assert not Path("out.csv").exists()
+    write_submission([1, 0], "a.csv", "out.csv", reading=Reading(label_column="second"))
+    assert Path("out.csv").read_text() == "id,first,second\nT0,0,1\nT1,0,0\n"
+
+
+def test_merged_cells_for_the_labels_are_refused():
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in [["id", "label"], ["T0", 0], ["T1", None]]:
+        book.active.append(row)
+    book.active.merge_cells("B2:B3")
+    book.save("merged.xlsx")
+    with pytest.raises(DataError, match=r"merged\.xlsx row 3: the cell is merged .* Unmerge them\."):
+        write_submission([1, 0], "merged.xlsx", "out.xlsx")
+    assert not Path("out.xlsx").exists()
