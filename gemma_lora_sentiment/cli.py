@@ -210,7 +210,7 @@ def _check_file(out: Path) -> None:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder. Give the name of a file in it.")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}. Make it, or give the file another place.")
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}. Make it, or give another place.")
 
 
 def _check_apart(out: Path, file: str) -> None:
