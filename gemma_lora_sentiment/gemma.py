@@ -249,7 +249,7 @@ INT4_BLOCK = 128  # rows of a kernel that share a scale and a zero in int4
 
 
 def unpack(
-    kernel: jax.Array | Mapping[str, jax.Array],  # numbers; int8 `q`, `scale`; int4 `packed` by two, `scale`, `zero`
+    kernel: jax.Array | Mapping[str, jax.Array],  # numbers; int8 `q`, `scale`; int4 packed by two, `scale`, `zero`
     dtype: Any,  # float format to compute in
     shape: Sequence[int] = (),  # of the kernel, needed for int4
 ) -> jax.Array:  # in this format

@@ -831,7 +831,7 @@ def _own_key(row: dict[str, Any], name: str) -> str | None:
 
 def with_nested(
     row: dict[str, Any],  # a JSON object
-    name: str,  # as `nested` takes it
+    name: str,  # as nested takes it
     value: Any,  # for the field
 ) -> dict[str, Any]:  # a copy
     "A JSON object with one field filled in, where `nested` reads it. Raises `ValueError` where no object can hold it."
