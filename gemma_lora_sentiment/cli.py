@@ -275,10 +275,13 @@ def _baselines(clf: Any) -> dict[str, Any]:  # unfitted, by name
     from gemma_lora_sentiment.evaluation import simple_baselines
     from gemma_lora_sentiment.features import FrozenGemmaClassifier
 
-    max_length = (clf.recipe_ if hasattr(clf, "recipe_") else clf._resolved_recipe()[1]).max_length
+    if hasattr(clf, "recipe_"):
+        recipe, dtype, quantization = clf.recipe_, clf.dtype_, clf.quantization_
+    else:  # what auto means is the same for both
+        base = clf._chosen_base()
+        recipe, dtype, quantization = clf._resolved_recipe(base)[1], base.dtype, base.quantization
     frozen = FrozenGemmaClassifier(
-        clf.preset, clf.template, max_length, getattr(clf, "dtype_", clf.dtype),
-        getattr(clf, "quantization_", clf.quantization), clf.devices, clf.strategy, clf.seed,
+        clf.preset, clf.template, recipe.max_length, dtype, quantization, clf.devices, clf.strategy, clf.seed
     )  # fmt: skip
     return {**simple_baselines(clf.seed), "frozen": frozen}
 
