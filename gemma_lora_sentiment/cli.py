@@ -277,9 +277,9 @@ def _baselines(clf: Any) -> dict[str, Any]:  # unfitted, by name
 
     if hasattr(clf, "recipe_"):
         recipe, dtype, quantization = clf.recipe_, clf.dtype_, clf.quantization_
-    else:  # what auto means is the same for both
-        base = clf._chosen_base()
-        recipe, dtype, quantization = clf._resolved_recipe(base)[1], base.dtype, base.quantization
+    else:  # dtype="auto" is decided by the first fit, which may overflow; quantization by what a fit needs
+        recipe, dtype, quantization = clf._resolved_recipe()[1], clf.dtype, clf.quantization
+        quantization = clf._chosen_base().quantization if quantization == "auto" else quantization
     frozen = FrozenGemmaClassifier(
         clf.preset, clf.template, recipe.max_length, dtype, quantization, clf.devices, clf.strategy, clf.seed
     )  # fmt: skip
