@@ -209,8 +209,6 @@ def _check_table(out: Path) -> None:
 def _check_file(out: Path) -> None:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder. Give the name of a file in it.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}. Make it, or give another place.")
 
 
 def _check_apart(out: Path, file: str) -> None:
@@ -1091,12 +1089,13 @@ def suggest(
     """List the comments that are most worth labelling next."""
     from gemma_lora_sentiment.analysis import worth_labelling
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import read_comments, whole_file
+    from gemma_lora_sentiment.data import check_folder, read_comments, whole_file
 
     _check_table(out)
     _check_apart(out, file)
     clf = GemmaLoraClassifier.load(run, preset)
     rows = read_comments(file, labelled=False, reading=_how(reading))
+    check_folder(out)
     _say_how_read(quiet, rows)
     _say(quiet, f"scoring {len(rows)} comments")
     table = worth_labelling(rows.comment, clf.predict_proba(rows.comment), clf.classes_, number, rows["id"], clf.seed)
@@ -1164,7 +1163,7 @@ def submit(
 ) -> None:
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import read_table
+    from gemma_lora_sentiment.data import check_folder, read_table
     from gemma_lora_sentiment.submission import check_output, reading_of_sample, sample_comments, write_submission
 
     how = _how(reading)
@@ -1177,6 +1176,8 @@ def submit(
             _check_apart(out, text_from)
         check_output(out, sample, of_sample)
     clf = GemmaLoraClassifier.load(run, preset)
+    if out is not None:
+        check_folder(out)
     for line in told:
         _say(quiet, line)
     _say(quiet, f"scoring {len(comments)} comments")

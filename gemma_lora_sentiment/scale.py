@@ -28,6 +28,7 @@ from .analysis import apply_decision
 from .checkpoint import difference, hold
 from .classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.data import (
+    check_folder,
     EXCEL_MARK,
     OUTPUT_FORMATS,
     Reading,
@@ -385,6 +386,7 @@ def predict_file(
     folder = out.parent / f".{out.name}.parts"
     chunks = read_chunks(path, chunk_rows, reading=reading)
     first = next(chunks)  # before anything is written: most mistakes are in the first rows
+    check_folder(out)
     if clf._loaded_base().processes > 1:
         raise RunError("A file is scored by one process. Give each host a part of the input, without devices=.")
     with _parts(folder, settings, resume) as journal:
