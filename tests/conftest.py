@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # comp
 
 
 def pytest_collection_finish():
-    """Keras collects garbage for every variable it removes: leave out what importing made, a quarter of a second each."""
+    """Keras collects garbage for every variable it removes: leave out what importing made, 0.25 s each time."""
     gc.collect()
     gc.freeze()
 
