@@ -21,7 +21,7 @@ LABELS = [1, 1, 0, 0] * 2
 
 def logits_at(base, inputs, labels=None):
     """Of the base with an untrained adapter."""
-    hidden = hidden_at(base.arrays, lend(base, new_adapter(base)), inputs, base.config)
+    hidden = jax.jit(hidden_at, static_argnums=3)(base.arrays, lend(base, new_adapter(base)), inputs, base.config)
     return np.asarray(logits_of(base.arrays, hidden, base.config, labels))
 
 
@@ -39,7 +39,7 @@ def test_logits_are_those_of_keras_hub_padded_or_not(gemma4):
     ids = np.concatenate([np.full((2, 1), 2), rng.integers(4, 200, (2, n - 1))], axis=1).astype(np.int32)
     given = {"token_ids": ids, "padding_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(n), (2, 1))}
     positions = np.array([[0, 5, n - 1], [7, n - 1, 3]], np.int32)
-    expected = np.take_along_axis(np.asarray(causal_lm(given)), positions[..., None], axis=1)
+    expected = np.take_along_axis(np.asarray(jax.jit(causal_lm)(given)), positions[..., None], axis=1)
     padded, mask = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.int32)
     padded[:, :n], mask[:, :n] = ids, 1
     for token_ids, padding_mask in ((ids, np.ones_like(ids)), (padded, mask)):

@@ -83,7 +83,8 @@ def score(base, adapter, rows=ROWS, **settings):
 def logits_at(base, inputs, adapter=None):
     """Over the vocabulary, float32 (b, p, vocabulary)."""
     lora = lend(base, adapter or new_adapter(base))
-    return np.asarray(logits_of(base.arrays, hidden_at(base.arrays, lora, inputs, base.config), base.config))
+    hidden = jax.jit(hidden_at, static_argnums=3)(base.arrays, lora, inputs, base.config)
+    return np.asarray(logits_of(base.arrays, hidden, base.config))
 
 
 def same(a, b):
@@ -164,7 +165,7 @@ def test_logits_are_those_of_keras_hub_padded_or_not(family):
         causal_lm = causal_lm_class.from_preset(folder, dtype="float32", preprocessor=None)
     rng, n = np.random.default_rng(0), 24  # longer than the sliding window of 16
     ids = np.concatenate([np.full((2, 1), 2), rng.integers(4, 200, (2, n - 1))], axis=1).astype(np.int32)
-    reference = np.asarray(causal_lm({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    reference = np.asarray(jax.jit(causal_lm)({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
     padded, mask = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.int32)
     padded[:, :n], mask[:, :n] = ids, 1
     positions = np.array([[0, 5, n - 1], [7, n - 1, 3]], np.int32)
@@ -174,7 +175,8 @@ def test_logits_are_those_of_keras_hub_padded_or_not(family):
         inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
         np.testing.assert_allclose(logits_at(base, inputs), expected, atol=1e-4)
         labels = np.array([20, 150, 21], np.int32)
-        hidden = hidden_at(base.arrays, lora, {**inputs, "positions": positions[:, -1:]}, base.config)
+        given = {**inputs, "positions": positions[:, -1:]}
+        hidden = jax.jit(hidden_at, static_argnums=3)(base.arrays, lora, given, base.config)
         columns = np.asarray(logits_of(base.arrays, hidden, base.config, labels))[:, 0]
         np.testing.assert_allclose(columns, expected[:, -1][:, labels], atol=1e-4)
     words = LabelWords((0, 1), ("a", "b"), ((30, 31), (32, 33, 34)), (1,))  # of several tokens
@@ -183,7 +185,7 @@ def test_logits_are_those_of_keras_hub_padded_or_not(family):
     for row, prompt in enumerate(rows):
         for label, word in enumerate(words.scored_ids):
             whole = np.array([[*prompt, *word]], np.int32)
-            theirs = np.asarray(causal_lm({"token_ids": whole, "padding_mask": np.ones_like(whole)}))[0]
+            theirs = np.asarray(jax.jit(causal_lm)({"token_ids": whole, "padding_mask": np.ones_like(whole)}))[0]
             log_softmax = theirs - np.log(np.exp(theirs).sum(axis=-1, keepdims=True))
             at = len(prompt) - 1 + np.arange(len(word))
             np.testing.assert_allclose(scores[row, label], log_softmax[at, list(word)].sum(), atol=1e-4)
