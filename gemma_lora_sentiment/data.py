@@ -89,7 +89,7 @@ def _fetch(address: str, rows: int, timeout: float) -> bytes:
         data = reply.read()
     if not data.strip():
         raise ValueError("the reply is empty")
-    text = data.decode(find_encoding(data, "the reply")).removeprefix("\ufeff")
+    text = data.decode(find_encoding(data, "the reply")).lstrip("\ufeff")
     lines = [line for line in text.splitlines() if line]
     if lines[0].split("\t") != ["id", "comment", "label"]:
         raise ValueError("the reply is another page, without the header id, comment, label")

@@ -442,6 +442,54 @@ def find_encoding(
         raise DataError(f"{problem}, or pass encoding=... with cp949 or cp1252.", source=name)
     return "cp949"
 
+# %% ../nbs/00a_tables.ipynb #871790f4
+_OTHER_TEXTS = (
+    (
+        r"<!doctype\s+html[^<>]*>\s*<|<html\b[^<>]*>\s*<|<table\b[^<>]*>\s*<(?:tr|thead|tbody|caption|colgroup)\b",
+        "a web page (HTML), not a table. Download the file itself, or save the table as CSV in UTF-8.",
+    ),
+    (r"<\?xml\s[^<>]*\?>\s*<", "an XML file, not a table. Save the table as CSV in UTF-8."),
+    (r"\{\\rtf[0-9]", "an RTF document, not plain text. Save it as plain text in UTF-8."),
+    (
+        r"version https://git-lfs\.github\.com/spec/\S+\s+oid ",
+        "a Git LFS pointer, not the file that it stands for. Fetch that with git lfs pull.",
+    ),
+)
+_LOOKED_AT = 100  # lines that tell JSON lines
+
+
+def _check_is_table(
+    text: str,  # the beginning of a file, or all of it
+    name: str,  # for messages
+    may_be_json: bool,  # the user has said so, or has said what else it is
+) -> None:
+    "`DataError` for text that plainly is another format."
+    text = text.lstrip("\ufeff \t\r\n")
+    for pattern, what in _OTHER_TEXTS:
+        if re.match(pattern, text, re.IGNORECASE):
+            raise DataError(f"is {what}", source=name)
+    if not may_be_json and _is_json(text):
+        problem = "is JSON, not a table of text. Name it .json or .jsonl, or pass delimiter=... with none where each"
+        raise DataError(f"{problem} line is a comment.", source=name)
+
+
+def _is_json(text: str) -> bool:
+    "Whether it is an array of objects, one value, or an object or array in each of its first lines."
+    if text[:1] not in ("{", "["):
+        return False
+    decoder = json.JSONDecoder()
+    with suppress(ValueError, RecursionError):
+        if text[0] == "[" and (first := text[1:].lstrip())[:1] == "{":  # the array may be longer than the head
+            _, end = decoder.raw_decode(first)
+            return first[end:].lstrip()[:1] in (",", "]")
+        value, end = decoder.raw_decode(text)
+        if not text[end:].strip():
+            return not isinstance(value, list) or len(value) != 1
+        lines = [line for line in text[: 1 << 20].split("\n")[:_LOOKED_AT] if line.strip()]
+        values = [json.loads(line) for line in (lines[:-1] if len(text) > 1 << 20 and len(lines) > 1 else lines)]
+        return all(isinstance(value, dict) or isinstance(value, list) and len(value) > 1 for value in values)
+    return False
+
 # %% ../nbs/00a_tables.ipynb #2c87ef36
 def _check_decodes(head: bytes, name: str, encoding: str, given: bool, is_whole: bool = True) -> str:
     "The text of a head, which may end in the middle of a character; a `DataError` with the first byte that is none."
@@ -473,7 +521,8 @@ def _decoded(
             problem = f"not {encoding}, as the first {_HEAD >> 20} MB are. Save the whole file as UTF-8."
             raise DataError(problem, source=name, row=lines) from None
         lines += text.count("\n")
-        yield text.removeprefix("\ufeff") if first else text
+        text = text.lstrip("\ufeff") if first else text  # two marks, where a writer adds one to a text that has it
+        yield text
         first = first and not text
 
 
@@ -720,6 +769,32 @@ def _as_wide(
     return rows, empty
 
 
+def _check_no_second_header(
+    names: list[str],  # of the columns
+    places: Sequence[int],  # of the rows
+    rows: Sequence[Sequence[object]],  # their cells
+    name: str,
+    unit: str,
+) -> None:
+    "`DataError` for a row that names the columns again, in any order, after a byte order mark too."
+    around = '\ufeff" \t'  # the names; behind a mark a quotation mark is one of the field
+    first = {each.strip(around) for each in names}
+    if first.isdisjoint(str(row[0]).strip(around) for row in rows if row):
+        return
+    for place, row in zip(places, rows, strict=True):
+        if not row or str(row[0]).strip(around) not in first:
+            continue
+        if sorted(clean_names([_unmarked(row[0]), *row[1:]])) == sorted(names):
+            problem = "the header stands here again, as where files are joined end to end. Remove this"
+            raise DataError(f"{problem} {unit}.", source=name, row=place, unit=unit)
+
+
+def _unmarked(field: object) -> str:
+    "A field without a byte order mark, and without the quotes that it kept from being such."
+    text = str(field)
+    return text.lstrip("\ufeff").strip('"') if text[:1] == "\ufeff" else text
+
+
 def _misfit(fields: list[str], width: int, separator: str) -> str:
     "Why a row does not fit a header of this width."
     mark = _SEPARATORS.get(separator, repr(separator))
@@ -963,8 +1038,9 @@ def _text_lines(source: _Bytes, given: Dialect) -> tuple[Dialect, Iterator[str]]
     if encoding.lower() in ("utf-16", "utf16") and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = _wide(head[:65536]) or encoding
     text = _check_decodes(head, name, encoding, given.encoding is not None, len(head) < _HEAD)
-    if not text.removeprefix("\ufeff").strip():
+    if not text.strip("\ufeff \t\r\n\v\f"):
         raise _is_empty(name)
+    _check_is_table(text, name, given.format == "jsonl" or given.delimiter is not None)
     has_mark = sample.startswith(codecs.BOM_UTF8) or encoding in ("utf-16", "utf-32")
     pieces = source.counted(_decoded(head, source.blocks(), name, encoding))
     lines = _lines(pieces, name, _has_line_feeds(text))
@@ -995,6 +1071,8 @@ def _text_batches(
             batch, empty = _as_wide(batch, len(header), delimiter, name)
             dropped["empty rows"] += empty
             places, rows_of_fields = zip(*batch, strict=True) if batch else ((), ())
+        if delimiter != "none":
+            _check_no_second_header(names, places, rows_of_fields, name, "line")
         cells = list(map(list, zip(*rows_of_fields, strict=True)))
         yield Batch(names, list(places), cells or [[] for _ in names])
 
@@ -1032,9 +1110,11 @@ def _open_excel(source: _Bytes, given: Dialect, dropped: Counter) -> _Opened:
                 if any(cell is not None for cell in row[len(names) :]):
                     problem = f"a cell beyond the {len(names)} columns of the header. Empty it, or name its column."
                     raise DataError(problem, source=name, row=place, unit="row")
-            cells = [[row[i] if i < len(row) else None for _, row in full] for i in range(len(names))]
+            places, rows_of_cells = [place for place, _ in full], [row[: len(names)] for _, row in full]
+            _check_no_second_header(names, places, rows_of_cells, name, "row")
+            cells = [[row[i] if i < len(row) else None for row in rows_of_cells] for i in range(len(names))]
             source.decoded, source.used = source.decoded + len(batch), source.used + len(batch)
-            yield Batch(names, [place for place, _ in full], cells)
+            yield Batch(names, places, cells)
 
     return _Opened(dialect, header, batches)
 

@@ -713,3 +713,105 @@ def test_an_excel_file_that_openpyxl_stumbles_over_is_refused_in_one_line(tmp_pa
     with pytest.raises(DataError, match="Save the sheet as CSV") as error:
         read_comments(tmp_path / "chart.xlsx")
     assert "\n" not in str(error.value)
+
+
+# --- what is no table -----------------------------------------------------------------------------------------------
+
+JSON_LINES = '{"comment": "국이 식었어요", "label": 0}\n{"comment": "굿", "label": 1}\n'
+OTHER_FORMATS = {  # what is said: content
+    r"is a web page \(HTML\).*Download the file itself": "<!doctype html>\n<html>\n<body>로그인</body></html>\n",
+    "is a web page": "\ufeff<HTML lang='ko'>\n<head><title>로그인</title>\n",
+    "is a web page .HTML., not a table": "<table border=1><tr><td>id<td>comment\n<tr><td>1<td>굿</table>",
+    "is an RTF document.*Save it as plain text": "{\\rtf1\\ansi\\ansicpg949\n\\f0 굿\\par\n}",
+    "is a Git LFS pointer.*git lfs pull": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+    "is an XML file": '<?xml version="1.0"?>\n<rows><row>굿</row></rows>\n',
+    r"is JSON.*Name it \.json or \.jsonl": JSON_LINES,
+    r"is JSON.*Name it": json.dumps([{"comment": "굿"}, {"comment": "음"}], ensure_ascii=False, indent=1),
+    r"is JSON": json.dumps({"data": [{"comment": "굿"}]}, ensure_ascii=False, indent=1),
+}
+
+
+@pytest.mark.parametrize("said", OTHER_FORMATS)
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp949"])
+def test_text_of_another_format_is_no_table(encoding, suffix, said):
+    path = write(f"a{suffix}", OTHER_FORMATS[said].encode(encoding, "ignore"))
+    for own in (None, encoding):
+        for act in (lambda own=own: read_comments(path, labelled=False, encoding=own), lambda: streamed(path)):
+            with pytest.raises(DataError, match=rf"^a\{suffix}: {said}") as caught:
+                act()
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["[배송] 빨라요", "{굿}", '{"a": 1'],
+        [*JSON_LINES.splitlines(), "굿"],
+        ["[1]", "[2]"],
+        ["<html> 태그를 배웠어요", "<!doctype html> 이 뭐죠"],
+        ["[{맛집}] 인정"],
+        ["version https://git-lfs.github.com/spec/v1 이 뭐죠"],
+    ],
+)
+def test_comments_that_begin_like_another_format_are_read(lines):
+    path = write("a.txt", "\n".join(lines))
+    table = read_comments(path, labelled=False, delimiter=None)
+    assert table["comment"].tolist() == streamed(path) == [fold_whitespace(without_html(line)) for line in lines]
+
+
+def test_lines_of_json_are_comments_where_one_says_so():
+    path = write("a.txt", JSON_LINES)
+    assert len(read_comments(path, labelled=False, delimiter="none")) == len(read_comments(path, format="jsonl")) == 2
+    with pytest.raises(DataError, match="is a web page"):
+        read_comments(write("a.jsonl", "<!doctype html><html>"))
+
+
+SECOND = "id,comment,label\n3,국이 짜요,0\n"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize("second", [SECOND, SECOND.replace("id,comment,label", "comment,label,id")])
+def test_a_second_header_is_named_with_its_line(second, quote, delimiter, mark):
+    text = TABLE + mark + second
+    if quote:
+        fields = [line.lstrip("\ufeff").split(",") for line in text.splitlines()]
+        lines = [",".join(f'"{field}"' for field in row) for row in fields]
+        lines[3] = mark + lines[3]
+        text = "\n".join(lines)
+    path = write("a.csv", text.replace(",", delimiter))
+    said = r"^a\.csv line 4: the header stands here again.* Remove this line"
+    for act in (lambda: read_comments(path), lambda: streamed(path, rows=2), lambda: streamed(path, rows=100)):
+        with pytest.raises(DataError, match=said):
+            act()
+
+
+def test_a_second_header_in_excel_and_words_that_are_none():
+    book = openpyxl.Workbook()
+    for row in (["id", "comment"], [1, "굿"], ["id", "comment"], [2, "음"]):
+        book.active.append(row)
+    book.save("a.xlsx")
+    with pytest.raises(DataError, match=r"^a\.xlsx row 3: the header stands here again.* Remove this row"):
+        read_comments("a.xlsx", labelled=False)
+    write("a.txt", "comment\n")  # a header without rows, not a comment
+    lines = write("b.txt", "굿\ncomment\n음\ncomment\n")
+    assert len(read_comments(lines, labelled=False, delimiter="none")) == 4
+    columns = write("c.csv", "id,comment\nid,굿\n1,comment\n")
+    assert read_comments(columns, labelled=False)["comment"].tolist() == ["굿", "comment"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.json"])
+def test_two_byte_order_marks_are_none(name, encoding, monkeypatch):
+    content = {"a.jsonl": JSON_LINES, "a.json": f"[{','.join(JSON_LINES.splitlines())}]"}.get(name, TABLE)
+    path = write(name, ("\ufeff\ufeff" + content).encode(encoding))
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path)
+    assert list(table.columns) == ["id", "comment", "label"] and len(table) == 2
+    assert read_comments(path, encoding=encoding)["comment"].equals(table["comment"])
+    monkeypatch.setattr(tables, "_BLOCK", 3)  # a mark of its own in each of the first blocks
+    assert read_comments(path)["comment"].equals(table["comment"])
+    with pytest.raises(DataError, match="is empty"):
+        read_comments(write(name, "\ufeff\ufeff\n".encode(encoding)))
