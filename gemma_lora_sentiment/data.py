@@ -41,8 +41,11 @@ from gemma_lora_sentiment.tables import (
     composed,
     find_encoding,
     fold_whitespace,
+    half_a_character,
+    is_blank,
     listed,
     shown,
+    stripped,
     tab_field,
     without_html,
 )
@@ -369,7 +372,7 @@ def label_key(
         label = label.item()
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    text = composed(str(label)).strip()
+    text = stripped(composed(str(label)))
     match = _WHOLE_FLOAT.fullmatch(text)
     return match[1] if match else text
 
@@ -380,7 +383,7 @@ def is_missing_label(
 ) -> bool:
     "Whether a label stands for none."
     if isinstance(label, str):
-        return not label.strip() or (not keep_na and label.strip().casefold() in MISSING_LABELS)
+        return is_blank(label) or (not keep_na and stripped(label).casefold() in MISSING_LABELS)
     return bool(pd.isna(label))
 
 
@@ -414,11 +417,11 @@ def _checked_labels(
             continue
         except (KeyError, TypeError):
             pass
-        label = value.strip() if isinstance(value, str) else value
+        label = stripped(value) if isinstance(value, str) else value
         if not pd.api.types.is_scalar(label):
             raise at.error(f"the label {shown(label)} is no single value. Use text or a number.", row, "label")
-        if isinstance(label, str) and _SURROGATE.search(label):
-            raise at.error(_half_a_character("label", label), row, "label")
+        if isinstance(label, str) and (fault := half_a_character("label", label)):
+            raise at.error(fault, row, "label")
         if is_missing_label(label, reading.keep_na):
             if labelled:
                 raise _missing_label(label, row, at)
@@ -437,13 +440,6 @@ def _checked_labels(
         checked.append(spelled.setdefault(key, word))
         seen[type(value), value] = checked[-1]
     return checked
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _half_a_character(role: str, text: str) -> str:
-    return f"the {role} {shown(fold_whitespace(text))} holds half a character (a lone surrogate). Write it again."
 
 
 def _missing_label(label: object, row: object, at: _Place) -> DataError:
@@ -495,9 +491,10 @@ def _check_are_text(values: list, places: Sequence, at: _Place) -> list[str]:
                 problem = f"the comment {shown(value)} is no text ({type(value).__name__}). Turn the column into text."
                 raise at.error(problem, row, "comment")
             texts.append(value if isinstance(value, str) else "")
-    if _SURROGATE.search("\n".join(texts)):
-        row, text = next((row, text) for row, text in zip(places, texts, strict=True) if _SURROGATE.search(text))
-        raise at.error(_half_a_character("comment", text), row, "comment")
+    if half_a_character("comment", "\n".join(texts)):
+        faults = ((row, half_a_character("comment", text)) for row, text in zip(places, texts, strict=True))
+        row, fault = next((row, fault) for row, fault in faults if fault)
+        raise at.error(fault, row, "comment")
     return texts
 
 
@@ -516,7 +513,7 @@ def _checked_ids(values: list, places: Sequence, at: _Place, is_text: bool) -> l
     "Every id, which no other of these rows may have."
     names = [value.strip() if isinstance(value, str) else value for value in values]
     is_sound = set(map(type, names)) <= {str, int} and len(set(names)) == len(names) and "" not in names
-    if is_sound and (is_text or not _SURROGATE.search("".join(map(str, names)))):  # decoded text has no half character
+    if is_sound and (is_text or not half_a_character("id", "".join(map(str, names)))):  # decoded text has none
         return names
     first_row = {}
     for row, name in zip(places, names, strict=True):
@@ -525,8 +522,8 @@ def _checked_ids(values: list, places: Sequence, at: _Place, is_text: bool) -> l
         if name in first_row:
             place = f"{at.unit} {first_row[name]}"
             raise at.error(f"id {shown(name)} stands already in {place}. Give each row its own id.", row, "id")
-        if isinstance(name, str) and _SURROGATE.search(name):
-            raise at.error(_half_a_character("id", name), row, "id")
+        if isinstance(name, str) and (fault := half_a_character("id", name)):
+            raise at.error(fault, row, "id")
         first_row[name] = row
     return names
 
@@ -563,10 +560,10 @@ def _checked_rows(
     if roles["id"] is not None:
         columns["ids"] = batch.column(roles["id"])
     others = {name: cells for name, cells in zip(batch.names, batch.cells, strict=True) if name not in roles.values()}
-    blank = [place for place, comment in zip(batch.places, cleaned.clean, strict=True) if not comment]
+    blank = [place for place, comment in zip(batch.places, cleaned.clean, strict=True) if is_blank(comment)]
     if blank and reading.skip_blank:
         counts["blank comments"] += len(blank)
-        keep = [bool(comment) for comment in cleaned.clean]
+        keep = [not is_blank(comment) for comment in cleaned.clean]
         columns = {name: list(compress(cells, keep)) for name, cells in columns.items()}
         others = {name: list(compress(cells, keep)) for name, cells in others.items()}
         blank = []
@@ -620,7 +617,7 @@ def _further_blanks(batches: Iterator[Batch], roles: dict[str, object], at: _Pla
         for batch in batches:
             texts = _check_are_text(batch.column(roles["comment"]), batch.places, at)
             clean = _cleaned(texts, True, Counter()).clean
-            blank += [place for place, comment in zip(batch.places, clean, strict=True) if not comment]
+            blank += [place for place, comment in zip(batch.places, clean, strict=True) if is_blank(comment)]
     except DataError:  # told when the comments are mended
         pass
     return blank

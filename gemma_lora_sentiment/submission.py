@@ -45,6 +45,8 @@ from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
     composed,
+    excel_text,
+    half_a_character,
     listed,
     nested,
     packed,
@@ -52,6 +54,7 @@ from gemma_lora_sentiment.tables import (
     raw_cells,
     raw_objects,
     shown,
+    stripped,
     tab_field,
     unpacked,
     with_nested,
@@ -88,6 +91,7 @@ def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | No
     table = read_table(sample, reading=reading)
     name = "the sample" if isinstance(sample, pd.DataFrame) else str(sample)
     columns = find_columns(table.columns, id_column=reading.id_column, label_column=reading.label_column, source=name)
+    _check_can_be_written(table, name)
     form, path = table.attrs.pop("dialect", None), None if isinstance(sample, pd.DataFrame) else locate(sample)
     if form is None or form.delimiter == "none":
         path, form = None, Dialect("tsv", "utf-8", "\t")
@@ -106,6 +110,18 @@ def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | No
         ids = [_id(value) for value in table[columns["id"]]]
         _check_ids(ids, table.index, name)
     return _Sample(cells, table, ids, str(label_column), name, path, form, is_added, columns["id"] is not None)
+
+
+def _check_can_be_written(table: pd.DataFrame, name: str) -> None:
+    "`DataError` for half a character in a name of a column or in a cell: pandas itself fails on some."
+    for column in map(str, table.columns):
+        if fault := half_a_character("name of the column", column):
+            raise DataError(fault, source=name)
+    for place, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
+        for column, cell in zip(table.columns, row, strict=True):
+            if isinstance(cell, str) and (fault := half_a_character(str(column), cell)):
+                unit = table.index.name or "index"
+                raise DataError(fault, source=name, row=place, column=str(column), unit=unit)
 
 
 def _answer_column(
@@ -326,7 +342,7 @@ def _form_of_table(path: Path, format: str | None) -> Dialect:
 # %% ../nbs/07_submission.ipynb #ed648c77
 def _known_labels(sample: _Sample) -> list[str]:
     "The labels that the sample shows, each once."
-    labels = [label.strip() for label in sample.cells[sample.label_column]]
+    labels = [stripped(label) for label in sample.cells[sample.label_column]]
     return list(dict.fromkeys(label for label in labels if label))
 
 
@@ -448,7 +464,7 @@ def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
 
 def _fill(cell: Any, value: object) -> None:
     "A value in a cell of Excel; text that begins with `=` is text."
-    cell.value = value
+    cell.value = excel_text(value) if isinstance(value, str) else value
     if isinstance(value, str):
         cell.data_type = "s"
 
@@ -613,6 +629,8 @@ def _labels(predictions: object, rows: _Sample) -> list[_Label]:
         spelled = _spell(label, known)
         if spelled is None:
             raise DataError(f"prediction for id {name!r}: {_unfit(label, known)}", column="label")
+        if fault := half_a_character("label", spelled):
+            raise DataError(f"prediction for id {name!r}: {fault}", column="label")
         labels.append(_Label(_BREAKS.sub(" ", spelled), label))
     return labels
 

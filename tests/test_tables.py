@@ -815,3 +815,89 @@ def test_two_byte_order_marks_are_none(name, encoding, monkeypatch):
     assert read_comments(path)["comment"].equals(table["comment"])
     with pytest.raises(DataError, match="is empty"):
         read_comments(write(name, "\ufeff\ufeff\n".encode(encoding)))
+
+
+HALF = [
+    r'"id": 1, "comment": "굿", "memo": "x\ud800"',
+    r'"id": 1, "comment": "굿", "m\udc00": 1',
+    r'"id": 1, "comment": "굿", "memo": {"a": [1, {"b": "\udbff"}]}',
+    r'"id": 1, "comment": "굿\ud800"',
+]
+
+
+@pytest.mark.parametrize("fields", HALF)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_anywhere_in_json(name, fields):
+    rows = [r'{"id": 0, "comment": "\ud83d\udc4d", "label": 0}', f'{{{fields}, "label": 0}}']
+    path = write(name, "\n".join(rows) if name == "a.jsonl" else f"[{','.join(rows)}]")
+    said = rf"^{name} {'line' if name == 'a.jsonl' else 'row'} 2: the (memo|key|b|comment) .*holds half a character"
+    whole = [lambda: read_comments(path), lambda: streamed(path, rows=1)]
+    for act in [*whole, lambda: write_submission([1, 1], path, f"out{Path(name).suffix}")]:
+        with pytest.raises(DataError, match=said) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert os.listdir() == [name]
+
+
+def test_half_a_character_in_a_sample_of_python():
+    sample = pd.DataFrame({"id": ["1", "2"], "memo": ["굿", "x\ud800"], "label": ["0", "0"]}, dtype=object)
+    for out in ("out.txt", "out.csv", "out.jsonl", "out.xlsx"):
+        with pytest.raises(DataError, match="the sample index 1: the memo .* holds half a character"):
+            write_submission([1, 1], sample, out)
+        with pytest.raises(DataError, match="name of the column .* holds half a character"):
+            write_submission([1, 1], sample.set_axis(pd.Index(["id", "m\udc00", "label"], dtype=object), axis=1), out)
+        with pytest.raises(DataError, match="prediction for id '2': the label .* holds half a character"):
+            write_submission(["good", "x\ud800"], sample.assign(memo="", label=""), out)
+    assert os.listdir() == []
+
+
+def workbook(path, *rows, **sheets):
+    """An Excel file; the rows of the first sheet, or sheets by their names."""
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, cells in (sheets or {"Sheet": rows}).items():
+        sheet = book.create_sheet(title)
+        for row in cells:
+            sheet.append(row)
+    book.save(path)
+    return Path(path)
+
+
+def test_escapes_of_excel_are_the_characters_they_stand_for():
+    text = "두_x000D_\n줄"
+    path = workbook("a.xlsx", ["id", "comment_x000D_", "label"], [1, text, 0], [2, "_x005F_x000D_ _xD83D_", 1])
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path) == ["두 줄", "_x000D_ _xD83D_"]
+    write_submission([1, 0], path, "out.xlsx")
+    assert openpyxl.load_workbook("out.xlsx").active["B2"].value == text  # handed through as it stood
+    sample = pd.DataFrame({"id": ["1"], "memo": ["_x000D_"], "label": [""]})
+    write_submission(["_x0041_"], sample, "own.xlsx")
+    assert read_table("own.xlsx").to_numpy().tolist() == [["1", "_x000D_", "_x0041_"]]
+
+
+UNSEEN = ["\u200b", "\u2060", "\ufeff", "\u200b \ufeff", "\u3164", "\u200d\u200b", "\u3000\u200b", "&#8203;"]
+
+
+@pytest.mark.parametrize("comment", UNSEEN)
+def test_comments_of_what_cannot_be_seen_are_blank(comment):
+    path = write("a.csv", f"id,comment,label\n1,굿,1\n2,{comment},0\n3,\u200b음,0\n")
+    with pytest.raises(DataError, match=r"^a\.csv line 3: the comment is empty"):
+        read_comments(path)
+    with pytest.raises(DataError, match="line 3: the comment is empty"):
+        streamed(path, rows=1)
+    reading = Reading(skip_blank=True)
+    assert read_comments(path, reading=reading)["comment"].tolist() == streamed(path, reading) == ["굿", "\u200b음"]
+    if comment[0] not in "&<":
+        with pytest.raises(DataError, match="table index 0: the comment is empty"):
+            read_comments(pd.DataFrame({"comment": [comment]}), labelled=False)
+
+
+def test_labels_and_names_without_what_stands_around_them_unseen():
+    rows = "1,굿,\u200b긍정\n2,굿굿,긍정\u2060\n3,음,부정\n4,음음, \ufeff부정 \n"
+    path = write("a.csv", f"id,\u200bcomment,label\ufeff\n{rows}")
+    assert read_comments(path)["label"].tolist() == ["긍정", "긍정", "부정", "부정"]
+    assert read_comments(path, labels=["긍정", "\u200b부정"])["label"].nunique() == 2
+    with pytest.raises(DataError, match="line 2: the label is missing"):
+        read_comments(write("b.csv", "comment,label\n굿,\u200b\n"))
+    write_submission(["긍정", "부정", "부정", "긍정"], path, "out.csv")
+    assert read_comments("out.csv")["label"].tolist() == ["긍정", "부정", "부정", "긍정"]
