@@ -153,7 +153,8 @@ def check_is_file(
         names = ", ".join([*_BUNDLED_FILES, *_TUTORIAL_FILES])
         raise DataError(f"no such file. Give the path of a file, or one of the names {names}.", source=name)
     if path.is_dir():
-        raise DataError("is a folder. Give the path of a file in it.", source=name)
+        problem = "is a folder, and only predict reads all files of one. Give the path of a file in it"
+        raise DataError(f"{problem}, or join its files.", source=name)
 
 # %% ../nbs/00_data.ipynb #758143a8
 _SYNONYMS = {

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -447,6 +448,7 @@ def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
         problem = f"openpyxl cannot write it back ({shown(str(error))}). Save the sheet as CSV."
         raise DataError(problem, source=sample.name) from None
     sheet, column = book[sample.form.sheet], list(sample.cells.columns).index(sample.label_column) + 1
+    _keep_formulas(book, source, column, sheet.title)
     if sample.is_added:
         header = next(row for row in sheet.iter_rows() if any(cell.value is not None for cell in row))[0].row
         sheet.cell(header, column, sample.label_column)
@@ -460,6 +462,18 @@ def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
+
+
+def _keep_formulas(book: Any, source: io.BytesIO, column: int, sheet: str) -> None:
+    "Put formulas back whose result the file does not hold, since no program has computed them yet."
+    import openpyxl
+
+    source.seek(0)
+    for of_formulas in openpyxl.load_workbook(source).worksheets:
+        for cell in chain.from_iterable(of_formulas.iter_rows()):
+            is_answer = of_formulas.title == sheet and cell.column == column
+            if cell.data_type == "f" and not is_answer and book[of_formulas.title][cell.coordinate].value is None:
+                book[of_formulas.title][cell.coordinate].value = cell.value
 
 
 def _fill(cell: Any, value: object) -> None:
@@ -580,7 +594,9 @@ def _check_suffix(out: Path, sample: _Sample) -> None:
 
 def _usual_suffix(sample: _Sample) -> str:
     "The sample's own suffix, that of a packing left out; .txt for tabs."
-    suffix = _suffix_of(sample.path) if sample.path else ""
+    suffix = _suffix_of(sample.path) if sample.path else ".txt"
+    if sample.path and packing_of(sample.path) and suffix not in FORMATS:  # `data.zip`
+        suffix = ".json" if sample.form.is_array else f".{sample.form.format}"
     return ".txt" if sample.form.delimiter == "\t" or not suffix else suffix
 
 # %% ../nbs/07_submission.ipynb #4461ab98

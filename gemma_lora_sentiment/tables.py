@@ -165,13 +165,18 @@ def _open_zstandard(file: BinaryIO) -> BinaryIO:
 def _open_zip(file: BinaryIO) -> BinaryIO:
     try:
         archive = zipfile.ZipFile(file)
-        names = [each for each in archive.namelist() if not each.endswith("/") and not each.startswith("__MACOSX/")]
-        if len(names) == 1:
-            return archive.open(names[0])
+        return archive.open(_only_name(archive, str(file.name)))
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # the last two: encrypted, packed oddly
         problem = f"cannot be unpacked ({error}). Pack it again, or unpack it."
         raise DataError(problem, source=str(file.name)) from None
-    raise DataError(f"{len(names)} files in one archive. Unpack it, and give one of them.", source=str(file.name))
+
+
+def _only_name(archive: zipfile.ZipFile, name: str) -> str:
+    "The name of the one file in an archive; a `DataError` where there are more, or none."
+    names = [each for each in archive.namelist() if not each.endswith("/") and not each.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise DataError(f"{len(names)} files in one archive. Unpack it, and give one of them.", source=name)
+    return names[0]
 
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard, ".zip": _open_zip}
@@ -329,13 +334,20 @@ _NAMED_DELIMITERS = {
 }  # fmt: skip
 
 
+def _format_by_name(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
+    return FORMATS.get(suffixes[-1] if suffixes else "")
+
+
 def format_of(
     path: Path,  # of a file that need not be there
     format: str | None = None,  # asked for
 ) -> str:  # a value of FORMATS, or "lines"
-    "The format asked for, or that of the suffix before one of an archive. Raises `DataError`."
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
-    kind = format or FORMATS.get(suffixes[-1] if suffixes else "")
+    "The format asked for, or that of the suffix before one of an archive, or in a zip archive. Raises `DataError`."
+    kind = format or _format_by_name(path)
+    if kind is None and packing_of(path) == ".zip" and path.is_file():
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            kind = _format_by_name(Path(_only_name(archive, str(path))))
     if kind not in {*FORMATS.values(), "lines"}:
         known = "'tsv', 'csv', 'txt', 'jsonl', 'parquet', 'xlsx' or 'lines'"
         what = "of unknown format. Give it a suffix such as .tsv, .csv, .txt, .jsonl, .json, .parquet or .xlsx"
@@ -353,6 +365,8 @@ def _given_dialect(path: Path, given: Dialect) -> Dialect:
             raise DataError(problem + "semicolon, bar, or none for one comment a line.", source=str(path))
         if kind in ("jsonl", "parquet", "xlsx"):
             raise DataError(f"a {kind} file has no delimiter. Leave out delimiter=....", source=str(path))
+    if given.encoding is not None and kind in ("parquet", "xlsx"):
+        raise DataError(f"a {kind} file knows its encoding itself. Leave out encoding=....", source=str(path))
     if given.sheet is not None and kind != "xlsx":
         raise DataError("only an .xlsx file has sheets. Leave out sheet=....", source=str(path))
     if kind == "lines":
@@ -369,9 +383,10 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_OLE = b"\xd0\xcf\x11\xe0"  # of old Office files, and of new ones behind a password
 _SIGNATURES = {
     b"PK\x03\x04": "an Excel or zip file, not text. Name it .xlsx if it is Excel, or save it as CSV in UTF-8.",
-    b"\xd0\xcf\x11\xe0": "an old Excel file, not text. Save it as .xlsx, or as CSV in UTF-8.",
+    _OLE: "an old Excel file, not text. Save it as .xlsx, or as CSV in UTF-8.",
     b"PAR1": "a Parquet file, not text. Name it .parquet.",
     b"\x1f\x8b": "a gzip file, not text. Name it so: .csv.gz for example.",
     b"\xfd7zXZ": "an xz file, not text. Name it so: .csv.xz for example.",
@@ -746,6 +761,9 @@ def find_delimiter(
     usual = {"tsv": "\t", "csv": ","}.get(kind)
     readings = [reading for mark in _DELIMITERS if len((reading := _parted(lines, mark, is_header)).names) > 1]
     known, fitting = [r for r in readings if r.known], [r for r in readings if r.fits]
+    if not known and (mark := _long_mark(lines, is_header)):
+        problem = f"is parted by {mark!r}, and a delimiter is one character. Replace it by a tab throughout"
+        raise DataError(f"{problem}, or pass delimiter=... with none where each line is a comment.", source=name)
     for good in ([r for r in known if r.fits], known, fitting, readings):
         marks = [reading.delimiter for reading in good]
         if usual in marks or (usual is None and "\t" in marks):  # a comment has commas and bars, but no tabs
@@ -763,6 +781,19 @@ def find_delimiter(
         problem = f"may be a table parted by {fitting[0].delimiter!r}, or one comment a line. Pass delimiter=... with "
         raise DataError(f"{problem}{fitting[0].delimiter!r} or none.", source=name)
     return "none"
+
+
+_LONG_MARKS = ("::", "##", "@@", "$$", "^^", "~~", "<>")
+
+
+def _long_mark(lines: Sequence[str], is_header: Callable[[list[str]], bool]) -> str | None:
+    "What parts the fields where it is more than one character: by the header, or `::` in each line as often."
+    for mark in _LONG_MARKS:
+        if mark in lines[0] and is_header(clean_names(lines[0].split(mark))):
+            return mark
+    filled = [line for line in lines if line.strip()]
+    is_table = len(filled) > 1 and {line.count("::") for line in filled} == {filled[0].count("::")}
+    return "::" if is_table and "::" in filled[0] else None
 
 
 def clean_names(
@@ -981,6 +1012,24 @@ def with_nested(
     return {**row, first: with_nested(inner or {}, more, value)}
 
 # %% ../nbs/00a_tables.ipynb #35759b10
+def _check_signature(file: BinaryIO, name: str, own: bytes) -> None:
+    "`DataError` for what begins like another format than its name says; for an Excel file behind a password too."
+    head = file.read(65536)
+    file.seek(0)
+    if head.startswith(own):
+        return
+    if own == b"PK" and head.startswith(_OLE):
+        content = file.read(_LONGEST_LINE)
+        file.seek(0)
+        if "EncryptedPackage".encode("utf-16-le") in content:
+            raise DataError("is encrypted. Save it in Excel without a password, or as CSV in UTF-8.", source=name)
+        raise DataError("is an old Excel file (.xls) by its content. Save it as .xlsx, or as CSV.", source=name)
+    for signature, what in _SIGNATURES.items():
+        if head.startswith(signature):
+            raise DataError(f"is {what.rstrip('.')}, whatever its name says.", source=name)
+    _check_is_table(head.decode("utf-8", "replace"), name, True)
+
+
 def _excel_rows(file: BinaryIO, given: Dialect, name: str) -> tuple[Dialect, Iterator[tuple[int, tuple]]]:
     "What there is to choose from, and the rows of a sheet with their numbers from 1; needs openpyxl."
     try:
@@ -988,6 +1037,7 @@ def _excel_rows(file: BinaryIO, given: Dialect, name: str) -> tuple[Dialect, Ite
     except ImportError:
         problem = "Excel needs openpyxl. Install gemma_lora_sentiment[excel], or save the sheet as CSV in UTF-8."
         raise DataError(problem, source=name) from None
+    _check_signature(file, name, b"PK")
     try:
         book = openpyxl.load_workbook(file, read_only=True, data_only=True)
     except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, zlib.error, SyntaxError) as error:
@@ -1045,6 +1095,7 @@ def _parquet_file(file: BinaryIO, name: str) -> tuple[Any, list[str], list[dict]
     except ImportError:
         problem = "Parquet needs pyarrow. Install gemma_lora_sentiment[parquet], or save the table as CSV."
         raise DataError(problem, source=name) from None
+    _check_signature(file, name, b"PAR")
     with _arrow_errors(name):
         parquet = pyarrow.parquet.ParquetFile(file)
         index = json.loads((parquet.schema_arrow.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])

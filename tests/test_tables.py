@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import unicodedata
 import zipfile
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from gemma_lora_sentiment import tables
 from gemma_lora_sentiment.data import Reading, read_comments, read_table, write_table
 from gemma_lora_sentiment.scale import read_chunks
-from gemma_lora_sentiment.submission import write_submission
+from gemma_lora_sentiment.submission import sample_comments, write_submission
 from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
@@ -901,3 +902,94 @@ def test_labels_and_names_without_what_stands_around_them_unseen():
         read_comments(write("b.csv", "comment,label\n굿,\u200b\n"))
     write_submission(["긍정", "부정", "부정", "긍정"], path, "out.csv")
     assert read_comments("out.csv")["label"].tolist() == ["긍정", "부정", "부정", "긍정"]
+
+
+@pytest.mark.parametrize("inner, name", [("train.csv", "data.zip"), ("train.txt", "a.v2.zip"), ("a/b.jsonl", "A.ZIP")])
+def test_a_zip_is_what_the_file_in_it_is(name, inner):
+    path = write(name, packed((JSON_LINES if inner.endswith("l") else TABLE).encode(), ".zip", inner))
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path) and len(table) == 2
+    out = write_submission([1, 1], path)
+    assert out.suffix == {"train.csv": ".csv", "train.txt": ".txt", "a/b.jsonl": ".jsonl"}[inner]
+    write_submission([1, 1], path, "out.zip")
+    assert read_comments("out.zip")["label"].tolist() in (["1", "1"], [1, 1])
+    os.mkdir("folder")
+    Path("folder/a.zip").write_bytes(path.read_bytes())
+    assert streamed(Path("folder")) == table["comment"].tolist()
+    with pytest.raises(DataError, match="b.zip: of unknown format"):
+        read_comments(write("b.zip", packed(b"a", ".zip", "a.dat")))
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".parquet"])
+def test_an_encoding_is_of_text(suffix):
+    path = Path(f"a{suffix}")
+    frame = pd.DataFrame({"id": [1, 2], "comment": TWO, "label": [0, 1]})
+    frame.to_excel(path, index=False) if suffix == ".xlsx" else frame.to_parquet(path, index=False)
+    reading = Reading(Dialect(encoding="cp949"))
+    for act in (lambda: read_comments(path, encoding="cp949"), lambda: streamed(path, reading)):
+        with pytest.raises(DataError, match=rf"^a\{suffix}: .*encoding itself. Leave out encoding="):
+            act()
+    text = write("b.csv", TABLE.encode("cp949"))  # of two files it is for the one that is text
+    assert sample_comments(path, text, reading) == sample_comments(text, path, reading) == TWO
+
+
+def test_excel_behind_a_password_and_what_is_no_excel():
+    ole = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600)
+    for content, said in (
+        (ole + "EncryptedPackage".encode("utf-16-le") + bytes(600), "is encrypted. Save it in Excel without a pass"),
+        (ole, "is an old Excel file .*Save it as .xlsx"),
+        (b"PAR1" + bytes(20), "is a Parquet file"),
+        (OTHER_FORMATS["is a Git LFS pointer.*git lfs pull"], "is a Git LFS pointer"),
+        (OTHER_FORMATS["is a web page"], "is a web page"),
+        ("id,comment\n1,굿\n", "not a whole Excel file"),
+    ):
+        path = write("a.xlsx", content)
+        for act in (lambda path=path: read_comments(path), lambda path=path: streamed(path)):
+            with pytest.raises(DataError, match=rf"^a\.xlsx: {said}") as caught:
+                act()
+            assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"^a\.parquet: is a Git LFS pointer"):
+        read_comments(write("a.parquet", OTHER_FORMATS["is a Git LFS pointer.*git lfs pull"]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("mark", ["::", "@@", "^^"])
+@pytest.mark.parametrize("header", [True, False])
+def test_separators_of_several_characters_are_named(header, mark, name):
+    text = TABLE.replace(",", mark) if header else "1::굿, 굿::1\n2::음::0\n".replace("::", mark)
+    path = write(name, text)
+    if not header and mark != "::":
+        return  # `^^` is a face
+    said = rf"^a\.\w+: is parted by '{re.escape(mark)}', .*Replace it by a tab"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said):
+            act()
+    assert len(streamed(path, Reading(Dialect(delimiter="none")))) == text.count("\n")
+
+
+def test_faces_are_no_separators():
+    for lines in (["굿^^", "음^^"], ["굿~~", "음~~"], ["굿::", "음"], ["a::b"]):
+        assert read_comments(write("a.txt", "\n".join(lines)), labelled=False)["comment"].tolist() == lines
+
+
+def test_formulas_without_a_result_are_handed_through():
+    rows = (["id", "comment", "memo", "label"], [1, "굿", "=A2+1", "=1-1"], [2, "음", "=SUM(A2:A3)", None])
+    path = workbook("a.xlsx", Sheet=rows, Other=[["=Sheet!A2*2"], [7]])
+    write_submission([1, 0], path, "out.xlsx")
+    book = openpyxl.load_workbook("out.xlsx")
+    right = [rows[0], [1, "굿", "=A2+1", 1], [2, "음", "=SUM(A2:A3)", 0]]
+    assert [list(row) for row in book["Sheet"].values] == right
+    assert book["Other"]["A1"].value == "=Sheet!A2*2"
+    with zipfile.ZipFile("a.xlsx") as archive:  # as Excel leaves it, with the result
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    sheet = parts["xl/worksheets/sheet1.xml"].decode()
+    assert sheet.count("<v />") + sheet.count("<v></v>") >= 2
+    parts["xl/worksheets/sheet1.xml"] = sheet.replace("<f>A2+1</f><v />", "<f>A2+1</f><v>2</v>").replace(
+        "<f>A2+1</f><v></v>", "<f>A2+1</f><v>2</v>"
+    ).encode()
+    with zipfile.ZipFile("b.xlsx", "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    write_submission([1, 0], "b.xlsx", "out.xlsx")
+    book = openpyxl.load_workbook("out.xlsx")
+    assert [book["Sheet"][cell].value for cell in ("C2", "C3")] == [2, "=SUM(A2:A3)"]
