@@ -411,7 +411,7 @@ def _checked_labels(
 ) -> list:
     "Every label as it stands first among its equals, None where it is missing and need not be there."
     allowed = None if labels is None else {label_key(label) for label in labels}
-    spelled, kinds, checked, seen = {}, {}, [], {}  # `seen`: labels are few, rows are many
+    spelled, rows, kinds, checked, seen = {}, {}, {}, [], {}  # `seen`: labels are few, rows are many
     for row, value in zip(places, values, strict=True):
         try:
             checked.append(seen[type(value), value])
@@ -439,8 +439,22 @@ def _checked_labels(
             raise at.error(problem, row, "label")
         word = composed(label) if isinstance(label, str) and at.unit != "index" else label
         checked.append(spelled.setdefault(key, word))
+        rows.setdefault(key, row)
         seen[type(value), value] = checked[-1]
+    if labelled:
+        _check_labels_differ(rows, at)
     return checked
+
+
+def _check_labels_differ(rows: dict[str, object], at: _Place) -> None:  # the row in which each label stands first
+    "`DataError` for two labels that differ only by the width of characters, or by zeros before a number."
+    first: dict[str, str] = {}
+    for label, row in rows.items():
+        text = unicodedata.normalize("NFKC", label)
+        twin = first.setdefault((text.lstrip("0") or "0") if text.isdecimal() else text, label)
+        if twin != label:
+            problem = f"the label {shown(label)} differs from {shown(twin)} in {at.unit} {rows[twin]} only by the width"
+            raise at.error(f"{problem} of its characters or by zeros before it. Write both alike.", row, "label")
 
 
 def _missing_label(label: object, row: object, at: _Place) -> DataError:

@@ -367,7 +367,7 @@ def _quoted(label: str, before: str, delimiter: str) -> str:
     if delimiter == "\t":
         return tab_field(label) if before[:1] != '"' else '"' + label.replace('"', '""') + '"'
     text = io.StringIO()
-    style = csv.QUOTE_ALL if before[:1] == '"' else csv.QUOTE_MINIMAL
+    style = csv.QUOTE_ALL if before.lstrip(" ")[:1] == '"' else csv.QUOTE_MINIMAL
     csv.writer(text, delimiter=delimiter, quoting=style, lineterminator="").writerow([label])
     return text.getvalue()
 

@@ -26,7 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -296,6 +296,7 @@ class Dialect(NamedTuple):
     sheets: tuple[str, ...] = ()  # all there are
     packing: str | None = None  # as packing_of names it; None goes by the name of the file
     separator_line: str = ""  # Excel's `sep=;`, where text begins with such a line
+    skips_spaces: bool = False  # those before a quotation mark, or any field
 
     @property
     def text(self) -> str:
@@ -621,9 +622,11 @@ def quoted_records(
     lines: Iterable[str],  # without their line ends
     delimiter: str = ",",  # one character
     name: str = "the text",  # for messages
+    skips_spaces: bool = False,  # those before a field, in which a quotation mark may follow
 ) -> _Records:  # the line at which a row starts (from 1), and its fields
     "Rows of quoted text, line breaks inside quotes included. Raises `DataError` for quotes that do not pair."
-    reader, start = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True), 1
+    ended, start = (line + "\n" for line in lines), 1
+    reader = csv.reader(ended, delimiter=delimiter, strict=True, skipinitialspace=skips_spaces)
     while True:
         limit = csv.field_size_limit(_LONGEST_LINE)
         try:
@@ -718,10 +721,10 @@ def _unquoted(text: str) -> list[str] | None:
     return rows[0] if len(rows) == 1 else None
 
 
-def _records(lines: Iterator[str], delimiter: str, name: str) -> _Records:
+def _records(lines: Iterator[str], delimiter: str, name: str, skips_spaces: bool = False) -> _Records:
     if delimiter == "none":
         return chain([(0, ["comment"])], ((number, [line]) for number, line in enumerate(lines, start=1)))
-    return tab_records(lines, name) if delimiter == "\t" else quoted_records(lines, delimiter, name)
+    return tab_records(lines, name) if delimiter == "\t" else quoted_records(lines, delimiter, name, skips_spaces)
 
 # %% ../nbs/00a_tables.ipynb #dbcd6236
 _DELIMITERS = ("\t", ",", ";", "|")
@@ -737,8 +740,35 @@ class _Parted(NamedTuple):
     known: bool  # the header has a column of comments
 
 
+def _skips_spaces(lines: Sequence[str], delimiter: str) -> bool:
+    "Whether spaces before quotation marks belong to no field: each row is sound, and as wide as the header, only then."
+    if delimiter in ("none", "\t") or not any(f'{delimiter} ' in line and '"' in line for line in lines):
+        return False
+    raw, skipped = _widths(lines, delimiter, False), _widths(lines, delimiter, True)
+    return len(skipped) == 1 and (raw != skipped or _has_spaced_quotes(lines, delimiter))
+
+
+def _widths(lines: Sequence[str], delimiter: str, skips_spaces: bool) -> set[int]:  # empty where a quote does not pair
+    "How many fields the rows have."
+    widths = set()
+    try:
+        for _, fields in quoted_records(lines, delimiter, "", skips_spaces):
+            widths |= {len(fields)} if "".join(fields).strip() else set()
+    except DataError as error:
+        if len(lines) < _SAMPLE or "end of data" not in str(error):
+            return set()
+    return widths
+
+
+def _has_spaced_quotes(lines: Sequence[str], delimiter: str) -> bool:
+    fields = chain.from_iterable(row for _, row in quoted_records(lines, delimiter))
+    with suppress(DataError):
+        return any(field[:1] == " " and field.lstrip(" ")[:1] == '"' for field in fields)
+    return True
+
+
 def _parted(lines: Sequence[str], delimiter: str, is_header: Callable[[list[str]], bool]) -> _Parted:
-    records, rows, names, fits = _records(iter(lines), delimiter, ""), 0, [], True
+    records, rows, names, fits = _records(iter(lines), delimiter, "", _skips_spaces(lines, delimiter)), 0, [], True
     try:
         for _, fields in records:
             if not "".join(fields).strip():
@@ -1142,14 +1172,15 @@ def _open_text(
         lines, is_array = source.counted_lines(chain(begin, lines)), begin[-1].lstrip().startswith("[")
         rows = json_rows(lines, is_array, name)
         return _Opened(dialect._replace(is_array=is_array), [], lambda n, _: _json_batches(rows, n, fields, dropped))
+    sample = list(islice(lines, _SAMPLE))
+    filled = list(dropwhile(lambda line: not line.strip(), sample))
     if dialect.delimiter is None:
-        sample = list(islice(lines, _SAMPLE))
-        filled = next((number for number, line in enumerate(sample) if line.strip()), None)
-        if filled is None:
+        if not filled:
             raise _is_empty(name)
-        dialect = dialect._replace(delimiter=find_delimiter(sample[filled:], dialect.format, name, is_header))
-        lines = chain(sample, lines)
-    records = _records(source.counted_lines(lines), dialect.delimiter, name)
+        dialect = dialect._replace(delimiter=find_delimiter(filled, dialect.format, name, is_header))
+    skips = dialect.skips_spaces or _skips_spaces(filled, dialect.delimiter)
+    dialect, lines = dialect._replace(skips_spaces=skips), chain(sample, lines)
+    records = _records(source.counted_lines(lines), dialect.delimiter, name, skips)
     for _, header in records:
         if "".join(header).strip():
             break
@@ -1355,11 +1386,13 @@ def raw_cells(
     lines = _raw_lines(path, dialect)
     if dialect.delimiter == "none":
         return [["comment"], *([line] for line in lines)]
-    records = [*_records(iter(lines), dialect.delimiter, str(path)), (len(lines) + 1, [])]
+    own = _records(iter(lines), dialect.delimiter, str(path), dialect.skips_spaces)
+    records = [*own, (len(lines) + 1, [])]
     rows = []
     for (first, fields), (after, _) in zip(records, records[1:], strict=False):
         if "".join(fields).strip() or len(fields) < 2 and len(rows[0] if rows else ()) == 1:
-            rows.append(_raw_fields("\n".join(lines[first - 1 : after - 1]).rstrip("\n"), fields, dialect.delimiter))
+            text = "\n".join(lines[first - 1 : after - 1]).rstrip("\n")
+            rows.append(_raw_fields(text, fields, dialect.delimiter, " *" if dialect.skips_spaces else ""))
     return rows
 
 
@@ -1381,10 +1414,10 @@ def raw_objects(
     return rows, len(lines) > 1
 
 
-def _raw_fields(text: str, fields: list[str], delimiter: str) -> list[str]:
+def _raw_fields(text: str, fields: list[str], delimiter: str, before: str) -> list[str]:
     "The fields of one row as they stand in its text."
     raw = text.split(delimiter)
     if len(raw) != len(fields) or (delimiter != "\t" and '"' in text):
         mark = re.escape(delimiter)
-        raw = re.findall(rf'(?:\A|{mark})("(?:[^"]|"")*"|[^{mark}]*)', text)
+        raw = re.findall(rf'(?:\A|{mark})({before}"(?:[^"]|"")*"|[^{mark}]*)', text)
     return raw

@@ -993,3 +993,65 @@ def test_formulas_without_a_result_are_handed_through():
     write_submission([1, 0], "b.xlsx", "out.xlsx")
     book = openpyxl.load_workbook("out.xlsx")
     assert [book["Sheet"][cell].value for cell in ("C2", "C3")] == [2, "=SUM(A2:A3)"]
+
+
+SPACED = 'id, "comment", "label"\n1, "국이 식었어요, 정말", "0"\n2, 면발이 쫄깃해요, 1\n3, "두\n줄; ""굿""", 1\n'
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|"])
+@pytest.mark.parametrize("given_delimiter", [True, False])
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_spaces_before_quotation_marks(name, given_delimiter, delimiter):
+    path = write(name, SPACED.replace(",", delimiter).replace("줄;", "줄"))
+    reading = Reading(Dialect(delimiter=delimiter)) if given_delimiter else None
+    table = read_comments(path, reading=reading)
+    right = [f"국이 식었어요{delimiter} 정말", "면발이 쫄깃해요", '두 줄 "굿"']
+    assert table["comment"].tolist() == streamed(path, reading) == streamed(path, reading, 1) == right
+    assert table["label"].tolist() == ["0", "1", "1"] and list(table.columns) == ["id", "comment", "label"]
+    out = write_submission(["1", "0", "0"], path, f"out{path.suffix}")
+    written = 'id, "comment", "label"\n1, "국이 식었어요, 정말","1"\n2, 면발이 쫄깃해요,0\n'.replace(",", delimiter)
+    assert out.read_text("utf-8").startswith(written) and read_comments(out)["comment"].tolist() == right
+
+
+@pytest.mark.parametrize(
+    "row, comment",
+    [
+        ('1, "최고" 라니, 1', '"최고" 라니'),
+        ('1, 최고 "라니", 1', '최고 "라니"'),
+        ('1,"a, ""b""", 1', 'a, "b"'),
+        ('1, "최고", 1', "최고"),
+        ('1, "최고, 1', '"최고'),
+    ],
+)
+def test_quotation_marks_after_a_space_that_are_the_comment_s_own(row, comment):
+    assert read_comments(write("a.csv", f"id,comment,label\n{row}\n"))["comment"].tolist() == [comment]
+
+
+def test_a_space_before_a_quotation_mark_where_no_reading_fits():
+    path = write("a.csv", 'id,comment,label\n1, "a, b", 1\n2, "최고" 라니, 1\n')
+    with pytest.raises(DataError, match=r"^a\.csv line 2: 4 fields where the header has 3"):
+        read_comments(path)
+    late = "".join(f'{n}, "굿, {n}", 1\n' for n in range(1500))
+    path = write("b.csv", f'id,comment,label\n{late}9999, "최고" 라니, 1\n')
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=r"^b\.csv line 1502: its quotation marks do not pair"):
+            act()
+
+
+@pytest.mark.parametrize("one, other", [("1", "１"), ("0", "00"), ("7", "007"), ("good", "ｇｏｏｄ"), ("０１", "1")])
+def test_labels_that_only_look_alike_are_no_two_classes(one, other):
+    path = write("a.csv", f"id,comment,label\n1,굿,{one}\n2,음,x\n3,굿굿,{one}\n4,음음,{other}\n")
+    said = rf"^a\.csv line 5: the label '{other}' differs from '{one}' in line 2 only by the width .*Write both alike"
+    with pytest.raises(DataError, match=said) as caught:
+        read_comments(path)
+    assert "\n" not in str(caught.value) and caught.value.column == "label"
+    with pytest.raises(DataError, match=rf"table index 1: the label '{other}' differs from '{one}' in index 0"):
+        read_comments(pd.DataFrame({"comment": ["굿", "음"], "label": [one, other]}))
+    assert len(read_comments(path, labelled=False)) == len(streamed(path)) == 4
+
+
+def test_labels_of_one_form_stay_as_they_are():
+    for labels in (["01", "02", "10"], ["１", "２", "３"], ["0", "1", "-1"], ["a", "A", "b"], ["0", "0.0", "1"]):
+        rows = "".join(f"굿{n},{label}\n" for n, label in enumerate(labels))
+        found = read_comments(write("a.csv", f"comment,label\n{rows}"))["label"].tolist()
+        assert found == ["0", "0", "1"] if "0.0" in labels else found == labels
