@@ -6,7 +6,7 @@
 __all__ = ['OUTPUT_FORMATS', 'EXCEL_MARK', 'MISSING_LABELS', 'check_folder', 'whole_file', 'cache_dir', 'download_comments',
            'locate', 'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table',
            'json_array', 'label_key', 'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches',
-           'read_comments', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
+           'read_comments', 'no_rows_of', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
            'split_comments', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #dea725eb
@@ -289,7 +289,7 @@ def read_table(
     with _opened(_path_of(source), reading) as table:
         (batch,) = [*table.batches()] or [Batch(table.names, [], [[] for _ in table.names])]
         if not batch.places:
-            raise _no_rows(batch.names, table.name)
+            raise _no_rows(batch.names, table.name, table.advice())
         index = pd.Index(batch.places, name=table.unit, dtype="int64")
         columns = dict(zip(batch.names, map(_column, batch.cells), strict=True))
         result = pd.DataFrame(columns).set_axis(index, axis=0)
@@ -303,8 +303,10 @@ def _path_of(source: object) -> Path:
     return locate(source)
 
 
-def _no_rows(names: Iterable[object], source: str) -> DataError:
-    return DataError(f"a header ({listed(names)}) and no rows. Add rows under it.", source=source)
+def _no_rows(names: Sequence[object], source: str, advice: str = "") -> DataError:
+    if not len(names):
+        return DataError('no rows. Write one object for each, such as {"comment": "...", "label": 1}.', source=source)
+    return DataError(f"a header ({listed(names)}) and no rows. Add rows under it. {advice}", source=source)
 
 
 def _with_id_of_index(table: pd.DataFrame) -> pd.DataFrame:
@@ -504,6 +506,9 @@ def _check_are_text(values: list, places: Sequence, at: _Place) -> list[str]:
         for row, value in zip(places, values, strict=True):
             if not isinstance(value, str) and not (pd.api.types.is_scalar(value) and pd.isna(value)):
                 problem = f"the comment {shown(value)} is no text ({type(value).__name__}). Turn the column into text."
+                if isinstance(value, dict):  # of JSON, or of a Parquet column of structs
+                    problem = f"the comment is no text, but an object with {listed(value)}. Write the field with the "
+                    problem += "text as a column of its own; one of JSON can be named, as comment_column=... data.text."
                 raise at.error(problem, row, "comment")
             texts.append(value if isinstance(value, str) else "")
     if half_a_character("comment", "\n".join(texts)):
@@ -613,7 +618,7 @@ def checked_batches(
         for batch in batches:
             if not batch.places:
                 continue
-            roles = roles or _roles(table.names or batch.names, labelled, reading, at)
+            roles = roles or _roles(table.names or batch.names, labelled, reading, at, table)
             found, blank = _checked_rows(
                 batch, roles, at, reading, labels, labelled, table.is_text, table.dropped, before
             )
@@ -638,7 +643,9 @@ def _further_blanks(batches: Iterator[Batch], roles: dict[str, object], at: _Pla
     return blank
 
 
-def _roles(names: Iterable[object], labelled: bool, reading: Reading, at: _Place) -> dict[str, object]:
+def _roles(
+    names: Iterable[object], labelled: bool, reading: Reading, at: _Place, table: OpenTable | None = None
+) -> dict[str, object]:
     "What `find_columns` finds; a `DataError` where a column that is needed is not there."
     names = list(names)
     roles = find_columns(names, **reading.columns, source=at.source)
@@ -651,8 +658,20 @@ def _roles(names: Iterable[object], labelled: bool, reading: Reading, at: _Place
                 problem = f"no comment column among {listed(names)}: the header has {mark!r} between names, too."
                 raise at.error(f"{problem} Use one delimiter throughout, or pass delimiter=... with it.", column=role)
             wanted = ", ".join(_SYNONYMS[role])
+            remedy = remedy if table is None else _remedy_in(table, role, remedy)
             raise at.error(f"no {role} column among {listed(names)} (wanted: {wanted}). {remedy}", column=role)
     return roles
+
+
+def _remedy_in(table: OpenTable, role: str, remedy: str) -> str:
+    "The remedy for a column that is not there, with what the file itself shows."
+    inner = table.inner_names
+    likely = [name for name in inner if _spelled(name.rpartition(".")[2]) in _SYNONYMS[role]]
+    if likely:
+        return f"Pass {role}_column=... with {likely[0]!r}, which stands inside of an object."
+    if inner:
+        return f"{remedy} Inside of objects stand {listed(inner)}, which can be named so."
+    return f"{remedy} {table.advice()}" if role == "comment" else remedy
 
 
 def _mark_in(names: list[object], reading: Reading) -> str | None:
@@ -690,7 +709,7 @@ def read_comments(
     path = _path_of(source)
     parts = list(checked_batches(path, None, reading, labels=labels, labelled=labelled, everything=True))
     if not parts or not parts[0].places:
-        raise _no_rows_in(path, reading)
+        raise no_rows_of(path, reading)
     result = _as_table(parts[0])
     if parts[0].form:
         result.attrs["reading"] = {"text": reading_text(path, parts[0].form, parts[0].counts), **parts[0].counts}
@@ -713,9 +732,13 @@ def _comments_of_table(source: pd.DataFrame, reading: Reading, labels: Sequence 
     return _as_table(CheckedRows(**found, **dict(zip(CheckedRows._fields[6:], facts, strict=True))))
 
 
-def _no_rows_in(path: Path, reading: Reading) -> DataError:
+def no_rows_of(
+    path: Path,  # of a file
+    reading: Reading,  # how it was read
+) -> DataError:  # to be raised
+    "What to say of a file in which no rows were found."
     with _opened(path, reading) as table:
-        return _no_rows(table.names, table.name)
+        return _no_rows(table.names, table.name, table.advice())
 
 
 def _as_table(rows: CheckedRows) -> pd.DataFrame:

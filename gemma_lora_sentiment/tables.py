@@ -1007,6 +1007,73 @@ def _next_value(text: str, lines: Iterator[str], decoder: json.JSONDecoder) -> t
             text, wanted = "\n".join([text, *more]), 2 * wanted
 
 
+def _one_value(lines: Iterator[str]) -> tuple[Any, Iterator[str]]:  # None where there are more or none; all lines
+    "The JSON value that a file consists of, in one line or in many."
+    held, value, length = [], None, 0
+    for line in lines:
+        held.append(line)
+        if value is not None and line.strip():
+            return None, chain(held, lines)
+        if line.strip() and not length:
+            value = _json_or_none(line)
+        length += len(line.strip())
+        if value is None and length > _HEAD:
+            break
+    return value if value is not None else _json_or_none("\n".join(held)), chain(held, lines)
+
+
+def _json_or_none(text: str) -> Any:
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+
+def _not_a_row(
+    value: dict[str, Any],  # the only value of a file
+    is_header: Callable[[list[str]], bool],
+    fields: Sequence[str],  # asked for by name
+) -> str | None:  # what it is, and what to do
+    "What a JSON object is that holds all rows, in an array or by their columns; None where it may be a row itself."
+    if any(nested(value, field) is not None for field in fields if "." in field):
+        return None
+    if not value:
+        return f"holds one empty JSON object, and no rows. {_EXAMPLE}"
+    of_rows = _arrays_of_rows(value)
+    if of_rows and not is_header(clean_names(value)):
+        return f"is one JSON object, whose rows stand under {shown(of_rows[0])}. Write that array alone, in one file."
+    columns = [set(cells) if isinstance(cells, dict) else len(cells) if isinstance(cells, list) else 0
+               for cells in value.values()]  # fmt: skip
+    are_dicts = all(isinstance(cells, dict) and cells for cells in value.values())
+    is_numbered = are_dicts and all(key.isdecimal() for key in columns[0])
+    is_table = all(columns) and all(each == columns[0] for each in columns) and (len(columns) > 1 or is_numbered)
+    if is_table or {"columns", "data"} <= set(value):
+        names = f"is one JSON object of columns ({listed(value)}), not of rows."
+        return f'{names} Write one object a row, as pandas does by to_json(orient="records").'
+    return None
+
+
+def _arrays_of_rows(value: dict[str, Any], before: str = "") -> list[str]:
+    "Where arrays of objects stand inside of a JSON object, with dots."
+    places = []
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            places += _arrays_of_rows(inner, f"{before}{key}.")
+        elif isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            places.append(before + key)
+    return places
+
+
+def _inner_names(row: dict[str, Any], before: str = "") -> list[str]:
+    "Fields of objects inside of a JSON object, with dots."
+    names = []
+    for key, value in row.items():
+        if isinstance(value, dict):
+            names += _inner_names(value, f"{before}{key}.")
+        elif before:
+            names.append(before + key)
+    return names
+
+
 def nested(
     row: dict[str, Any],  # a JSON object
     name: str,  # "data.text": the field `text` of the object `data`
@@ -1061,21 +1128,8 @@ def _check_signature(file: BinaryIO, name: str, own: bytes) -> None:
 
 
 def _excel_rows(file: BinaryIO, given: Dialect, name: str) -> tuple[Dialect, Iterator[tuple[int, tuple]]]:
-    "What there is to choose from, and the rows of a sheet with their numbers from 1; needs openpyxl."
-    try:
-        import openpyxl
-    except ImportError:
-        problem = "Excel needs openpyxl. Install gemma_lora_sentiment[excel], or save the sheet as CSV in UTF-8."
-        raise DataError(problem, source=name) from None
-    _check_signature(file, name, b"PK")
-    try:
-        book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, zlib.error, SyntaxError) as error:
-        problem = f"not a whole Excel file ({shown(str(error))}). Save it again as .xlsx, or as CSV in UTF-8."
-        raise DataError(problem, source=name) from None
-    except (AttributeError, TypeError):  # openpyxl 3.1 on an empty chart sheet
-        problem = "an Excel file that openpyxl cannot read, for its charts perhaps. Save the sheet as CSV in UTF-8."
-        raise DataError(problem, source=name) from None
+    "What there is to choose from, and the rows of a sheet with their numbers from 1."
+    book = _excel_book(file, name)
     titles = tuple(sheet.title for sheet in book.worksheets)
     chosen = titles[0] if given.sheet is None and titles else given.sheet
     chosen = next((title for title in titles if composed(title) == composed(str(chosen))), chosen)
@@ -1084,10 +1138,29 @@ def _excel_rows(file: BinaryIO, given: Dialect, name: str) -> tuple[Dialect, Ite
     if chosen not in titles:
         problem = f"no sheet {shown(given.sheet)} among {listed(titles)}. Pass sheet=... with one of these."
         raise DataError(problem, source=name)
-    sheet = book[chosen]
+    return given._replace(sheet=chosen, sheets=titles), _excel_cells(book[chosen])
+
+
+def _excel_cells(sheet: Any) -> Iterator[tuple[int, tuple]]:
     sheet.reset_dimensions()  # what a file says of its own size may be wrong
-    rows = map(_without_escapes, sheet.iter_rows(values_only=True))
-    return given._replace(sheet=chosen, sheets=titles), enumerate(rows, start=1)
+    return enumerate(map(_without_escapes, sheet.iter_rows(values_only=True)), start=1)
+
+
+def _excel_book(file: BinaryIO, name: str) -> Any:  # of openpyxl, which it needs
+    try:
+        import openpyxl
+    except ImportError:
+        problem = "Excel needs openpyxl. Install gemma_lora_sentiment[excel], or save the sheet as CSV in UTF-8."
+        raise DataError(problem, source=name) from None
+    _check_signature(file, name, b"PK")
+    try:
+        return openpyxl.load_workbook(file, read_only=True, data_only=True)
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, zlib.error, SyntaxError) as error:
+        problem = f"not a whole Excel file ({shown(str(error))}). Save it again as .xlsx, or as CSV in UTF-8."
+        raise DataError(problem, source=name) from None
+    except (AttributeError, TypeError):  # openpyxl 3.1 on an empty chart sheet
+        problem = "an Excel file that openpyxl cannot read, for its charts perhaps. Save the sheet as CSV in UTF-8."
+        raise DataError(problem, source=name) from None
 
 
 _EXCEL_ESCAPE = re.compile("_x((?![dD][89a-fA-F])[0-9a-fA-F]{4})_")  # but for halves of characters
@@ -1109,13 +1182,39 @@ def excel_text(
     return re.sub("_(?=x[0-9a-fA-F]{4}_)", "_x005F_", text)
 
 
-def _excel_header(rows: Iterator[tuple[int, tuple]], name: str) -> list:
+def _excel_header(rows: Iterator[tuple[int, tuple]]) -> tuple[int, list]:  # its row; 0 where there is none
     "The first row with something in it, without empty cells at its end."
-    for _, row in rows:
+    for number, row in rows:
         filled = [place for place, cell in enumerate(row) if cell is not None]
         if filled:
-            return list(row[: filled[-1] + 1])
-    raise DataError("is empty. Give a sheet with a header and rows.", source=name)
+            return number, list(row[: filled[-1] + 1])
+    return 0, []
+
+
+_ROWS_LOOKED_AT = 50  # of a sheet, for a header further down
+
+
+def _excel_advice(
+    file: BinaryIO,
+    dialect: Dialect,  # found
+    first: int,  # row of what was taken for the header; 0 where there was nothing
+    is_header: Callable[[list[str]], bool],
+    name: str,
+) -> str:  # a sentence or two for a message; "" where there is nothing to say
+    "What to do where a sheet turned out to be no table: a title may stand above the header, a cover sheet before it."
+    book, found = _excel_book(file, name), {}
+    for title in dialect.sheets:
+        rows = islice(_excel_cells(book[title]), _ROWS_LOOKED_AT)
+        found[title] = next((number for number, row in rows if is_header(clean_names(filter(None, row)))), 0)
+    if (number := found[dialect.sheet]) > first > 0:
+        which = f"row {first}" if number == first + 1 else f"rows {first} to {number - 1}"
+        return f"Row {first} was taken for the header, which seems to stand in row {number}. Remove {which} above it."
+    others = [title for title in dialect.sheets if title != dialect.sheet]
+    if not others:
+        return ""
+    likely = [title for title in others if found[title]] or others
+    read = f"Sheet {shown(dialect.sheet)} was read, of {listed(dialect.sheets)}."
+    return f"{read} Pass sheet=... with {shown(likely[0])}."
 
 
 def _parquet_file(file: BinaryIO, name: str) -> tuple[Any, list[str], list[dict]]:
@@ -1151,6 +1250,8 @@ class _Opened(NamedTuple):
     dialect: Dialect  # found
     header: list  # cells as the file has them; JSON has none
     batches: Callable[[int | None, Callable | None], Iterator[Batch]]
+    advice: Callable[[], str] = str  # where no header is found in it: what else was seen, and what to do
+    inner: Sequence[str] = ()  # fields inside of the first JSON object
 
 
 def _is_empty(name: str) -> DataError:
@@ -1166,12 +1267,7 @@ def _open_text(
 ) -> _Opened:
     name, dialect, lines = str(source.path), *_text_lines(source, given)
     if dialect.format == "jsonl":
-        begin = []
-        while not begin or not begin[-1].strip():
-            begin.append(next(lines))
-        lines, is_array = source.counted_lines(chain(begin, lines)), begin[-1].lstrip().startswith("[")
-        rows = json_rows(lines, is_array, name)
-        return _Opened(dialect._replace(is_array=is_array), [], lambda n, _: _json_batches(rows, n, fields, dropped))
+        return _open_json(source, dialect, lines, is_header, fields, dropped)
     sample = list(islice(lines, _SAMPLE))
     filled = list(dropwhile(lambda line: not line.strip(), sample))
     if dialect.delimiter is None:
@@ -1188,6 +1284,36 @@ def _open_text(
     else:
         raise _is_empty(name)
     return _Opened(dialect, header, lambda n, _: _text_batches(records, header, dialect.delimiter, name, n, dropped))
+
+
+def _open_json(
+    source: _Bytes,
+    dialect: Dialect,
+    lines: Iterator[str],  # the first with something in it among them
+    is_header: Callable[[list[str]], bool],
+    fields: Sequence[str],
+    dropped: Counter,
+) -> _Opened:
+    name, begin = str(source.path), []
+    while not begin or not begin[-1].strip():
+        begin.append(next(lines))
+    is_array, lines = begin[-1].lstrip().startswith("["), chain(begin, lines)
+    if not is_array:
+        value, lines = _one_value(lines)
+        if isinstance(value, dict) and (problem := _not_a_row(value, is_header, fields)):
+            raise DataError(problem, source=name)
+    inner: list[str] = []
+    rows = _noting_inner(json_rows(source.counted_lines(lines), is_array, name), inner)
+    dialect = dialect._replace(is_array=is_array)
+    return _Opened(dialect, [], lambda n, _: _json_batches(rows, n, fields, dropped), inner=inner)
+
+
+def _noting_inner(rows: Iterator[tuple[int, dict]], inner: list[str]) -> Iterator[tuple[int, dict]]:
+    "The rows; `inner` is filled by the first."
+    for number, (place, row) in enumerate(rows):
+        if not number:
+            inner += _inner_names(row)
+        yield place, row
 
 
 def _text_lines(source: _Bytes, given: Dialect) -> tuple[Dialect, Iterator[str]]:
@@ -1259,10 +1385,18 @@ def _is_filled(row: dict[str, Any]) -> bool:
     return len(row) == 1 or any(value not in (None, "") for value in row.values())
 
 
-def _open_excel(source: _Bytes, given: Dialect, dropped: Counter) -> _Opened:
-    name = str(source.path)
-    dialect, numbered = _excel_rows(source.seekable(), given, name)
-    header = _excel_header(numbered, name)
+def _open_excel(
+    source: _Bytes, given: Dialect, is_header: Callable[[list[str]], bool], dropped: Counter
+) -> _Opened:
+    name, file = str(source.path), source.seekable()
+    dialect, numbered = _excel_rows(file, given, name)
+    first, header = _excel_header(numbered)
+
+    def advice() -> str:
+        return _excel_advice(file, dialect, first, is_header, name)
+
+    if not header:
+        raise DataError(f"is empty. Give a sheet with a header and rows. {advice()}", source=name)
 
     def batches(rows: int | None, _: object) -> Iterator[Batch]:
         names = clean_names(header)
@@ -1271,7 +1405,8 @@ def _open_excel(source: _Bytes, given: Dialect, dropped: Counter) -> _Opened:
             dropped["empty rows"] += len(batch) - len(full)
             for place, row in full:
                 if any(cell is not None for cell in row[len(names) :]):
-                    problem = f"a cell beyond the {len(names)} columns of the header. Empty it, or name its column."
+                    problem = f"a cell beyond the {len(names)} columns of the header ({listed(names)})."
+                    problem = f"{problem} Empty it, or name its column. {advice()}"
                     raise DataError(problem, source=name, row=place, unit="row")
             places, rows_of_cells = [place for place, _ in full], [row[: len(names)] for _, row in full]
             _check_no_second_header(names, places, rows_of_cells, name, "row")
@@ -1279,7 +1414,7 @@ def _open_excel(source: _Bytes, given: Dialect, dropped: Counter) -> _Opened:
             source.decoded, source.used = source.decoded + len(batch), source.used + len(batch)
             yield Batch(names, places, cells)
 
-    return _Opened(dialect, header, batches)
+    return _Opened(dialect, header, batches, advice)
 
 
 def _open_parquet(source: _Bytes, given: Dialect, is_id: Callable[[str], bool]) -> _Opened:
@@ -1300,7 +1435,19 @@ def _open_parquet(source: _Bytes, given: Dialect, is_id: Callable[[str], bool]) 
             source.used, first = source.used + len(part), first + len(part)
             yield Batch([*columns, *(entry["name"] for entry in ranges)], places, [*listed_cells, *ids])
 
-    return _Opened(given, [*header, *(entry["name"] for entry in ranges)], batches)
+    def advice() -> str:
+        inner = _struct_fields(parquet.schema_arrow)
+        return f"Inside of columns stand {listed(inner)}. Write such a field as a column of its own." if inner else ""
+
+    return _Opened(given, [*header, *(entry["name"] for entry in ranges)], batches, advice)
+
+
+def _struct_fields(schema: Any) -> list[str]:  # of pyarrow
+    "Fields inside of columns, with a dot."
+    from pyarrow.types import is_struct
+
+    columns = [(field.name, field.type) for field in schema if is_struct(field.type)]
+    return [f"{column}.{kind.field(place).name}" for column, kind in columns for place in range(kind.num_fields)]
 
 
 def _parquet_parts(parquet: Any, rows: int, columns: list[str], name: str) -> Iterator[Any]:  # tables of pyarrow
@@ -1339,7 +1486,7 @@ class OpenTable:
             if given.format == "parquet":
                 self._opened = _open_parquet(self._bytes, given, is_id)
             elif given.format == "xlsx":
-                self._opened = _open_excel(self._bytes, given, self.dropped)
+                self._opened = _open_excel(self._bytes, given, is_header, self.dropped)
             else:
                 self._opened = _open_text(self._bytes, given, is_header, fields, self.dropped)
         except BaseException:
@@ -1353,6 +1500,15 @@ class OpenTable:
     def names(self) -> list[str]:
         "Columns, as far as a header tells them; JSON has none."
         return clean_names(self.header) if self.dialect.format != "parquet" else list(self.header)
+
+    @property
+    def inner_names(self) -> list[str]:
+        "Fields inside of the first JSON object that was read, as `nested` takes them."
+        return list(self._opened.inner)
+
+    def advice(self) -> str:
+        "A sentence for who finds no column in it: what else was seen, and what to do; or nothing."
+        return self._opened.advice()
 
     @property
     def fraction(self) -> float:  # 0 to 1

@@ -158,7 +158,7 @@ def test_malformed_file_is_one_line(name, content, row, column, message):
         ('[{"comment": "a", "label": 1} {"comment": "b"}]', "array.json row 2: not JSON ('{"),
         ('[{"comment": "a", "label": 1},\n', "array.json row 2: not JSON (the array does not end)"),
         ('[{"comment": "a", "label": 1}] []', "array.json row 2: not JSON (something stands after the array)"),
-        ("[]", "array.json: a header () and no rows"),
+        ("[]", "array.json: no rows. Write one object for each"),
     ],
 )
 def test_malformed_array_names_the_row(content, message):

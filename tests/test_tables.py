@@ -1055,3 +1055,106 @@ def test_labels_of_one_form_stay_as_they_are():
         rows = "".join(f"굿{n},{label}\n" for n, label in enumerate(labels))
         found = read_comments(write("a.csv", f"comment,label\n{rows}"))["label"].tolist()
         assert found == ["0", "0", "1"] if "0.0" in labels else found == labels
+
+
+GOOD = [["id", "comment", "label"], [1, "국이 식었어요", 0], [2, "면발이 쫄깃해요", 1]]
+COVERS = {  # the first sheet
+    "title": [["2024년 후기"], ["만든 사람", "김", None, "x"], [], ["끝"]],
+    "empty": [],
+    "line": [["2024년 후기"]],
+    "column": [["2024년 후기"], ["굿"], ["음"]],
+}
+
+
+@pytest.mark.parametrize("cover", COVERS)
+def test_a_cover_sheet_is_named_with_the_sheets_behind_it(cover):
+    path = workbook("a.xlsx", 표지=COVERS[cover], 메모=[["메모"]], 자료=GOOD)
+    said = r"^a\.xlsx.*: .*Sheet '표지' was read, of '표지', '메모', '자료'\. Pass sheet=\.\.\. with '자료'\.$"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert read_comments(path, sheet="자료")["comment"].tolist() == TWO
+
+
+@pytest.mark.parametrize("title", [[["2024년 후기"]], [["2024년 후기"], []], [["후기", "1월"], ["김", None]]])
+def test_a_title_above_the_header_is_named(title):
+    path = workbook("a.xlsx", *title, *GOOD)
+    rows = "row 1" if len(title) == 1 else "rows 1 to 2"
+    said = f"Row 1 was taken for the header, which seems to stand in row {len(title) + 1}. Remove {rows} above it"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said):
+            act()
+    path = workbook("b.xlsx", *title, ["comment"], ["굿"])
+    with pytest.raises(DataError, match=said):
+        read_comments(path, labelled=False)
+    path = workbook("c.xlsx", *title, ["번호", "의견", "느낌"], [1, "굿", 0])
+    with pytest.raises(DataError, match=said):
+        read_comments(path, comment_column="의견")
+
+
+ROWS_OF_JSON = [{"id": 1, "comment": "굿", "label": 1}, {"id": 2, "comment": "음", "label": 0}]
+WRAPPED = {
+    "data": ({"data": ROWS_OF_JSON}, "whose rows stand under 'data'. Write that array alone"),
+    "deep": ({"count": 2, "result": {"items": ROWS_OF_JSON}}, "whose rows stand under 'result.items'"),
+    "columns": (
+        {"comment": {"0": "굿", "1": "음"}, "label": {"0": 1, "1": 0}},
+        r"of columns \('comment', 'label'\).*to_json\(orient=\"records\"\)",
+    ),
+    "one column": ({"comment": {"0": "굿"}}, r"of columns \('comment'\)"),
+    "lists": ({"comment": ["굿", "음"], "label": [1, 0]}, "of columns"),
+    "split": ({"columns": ["comment"], "index": [0, 1], "data": [["굿"], ["음"]]}, "of columns"),
+    "nothing": ({}, "holds one empty JSON object"),
+    "no row": ([], r"no rows\. Write one object for each"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_that_is_no_rows_is_told_by_what_it_is(indent, name, kind):
+    value, said = WRAPPED[kind]
+    path = write(name, "\n" + json.dumps(value, ensure_ascii=False, indent=indent) + "\n\n")
+    for act in (lambda: read_comments(path, labelled=False), lambda: streamed(path), lambda: read_table(path)):
+        with pytest.raises(DataError, match=rf"^{name}: .*{said}") as caught:
+            act()
+        assert "\n" not in str(caught.value) and str(caught.value).count(name) == 1
+
+
+def test_rows_of_one_object_are_rows():
+    for row, reading in (
+        ({"comment": "굿", "replies": [{"text": "네"}]}, None),
+        ({"comment": "굿", "by": {"name": "김"}}, None),
+        ({"data": {"text": "굿"}}, Reading(comment_column="data.text")),
+    ):
+        path = write("a.jsonl", "\n" + json.dumps(row, ensure_ascii=False))
+        assert read_comments(path, labelled=False, reading=reading)["comment"].tolist() == ["굿"]
+        assert streamed(path, reading) == ["굿"]
+
+
+def test_a_comment_inside_of_an_object_is_found_and_told():
+    path = write("a.jsonl", '{"id": 1, "data": {"text": "굿", "by": "김"}, "label": 1}\n' * 2)
+    said = r"^a\.jsonl: no comment column among 'id', 'data', 'label' .*Pass comment_column=\.\.\. with 'data.text'"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said):
+            act()
+    path = write("b.json", '[{"data": {"후기": "굿"}}]')
+    with pytest.raises(DataError, match="Inside of objects stand 'data.후기', which can be named so"):
+        read_comments(path)
+    path = write("c.jsonl", '{"comment": {"text": "굿"}, "label": 1}\n{"comment": {"text": "음"}, "label": 0}')
+    with pytest.raises(DataError, match=r"line 1: the comment is no text, but an object with 'text'\. .*data\.text"):
+        read_comments(path)
+    assert read_comments(path, comment_column="comment.text")["comment"].tolist() == ["굿", "음"]
+
+
+def test_a_parquet_column_of_structs_is_named():
+    frame = pd.DataFrame({"id": [1, 2], "data": [{"text": "굿", "by": "김"}, {"text": "음", "by": "박"}]})
+    frame.to_parquet("a.parquet")
+    said = r"^a\.parquet: no comment column among 'id', 'data' .*Inside of columns stand 'data.text', 'data.by'"
+    for act in (lambda: read_comments("a.parquet"), lambda: streamed(Path("a.parquet"))):
+        with pytest.raises(DataError, match=said) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    frame.rename(columns={"data": "comment"}).to_parquet("b.parquet")
+    with pytest.raises(DataError, match="row 1: the comment is no text, but an object with 'text', 'by'"):
+        read_comments("b.parquet", labelled=False)
