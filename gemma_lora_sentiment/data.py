@@ -443,7 +443,7 @@ def _checked_labels(
         checked.append(spelled.setdefault(key, word))
         rows.setdefault(key, row)
         seen[type(value), value] = checked[-1]
-    if labelled:
+    if labelled and at.unit != "index":  # Python's own labels are what they are
         _check_labels_differ(rows, at)
     return checked
 
