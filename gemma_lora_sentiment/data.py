@@ -38,6 +38,7 @@ from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
     OpenTable,
+    blank_texts,
     composed,
     find_encoding,
     fold_whitespace,
@@ -580,7 +581,7 @@ def _checked_rows(
     if roles["id"] is not None:
         columns["ids"] = batch.column(roles["id"])
     others = {name: cells for name, cells in zip(batch.names, batch.cells, strict=True) if name not in roles.values()}
-    blank = [place for place, comment in zip(batch.places, cleaned.clean, strict=True) if is_blank(comment)]
+    blank = [batch.places[place] for place in blank_texts(cleaned.clean)]
     if blank and reading.skip_blank:
         counts["blank comments"] += len(blank)
         keep = [not is_blank(comment) for comment in cleaned.clean]
@@ -637,7 +638,7 @@ def _further_blanks(batches: Iterator[Batch], roles: dict[str, object], at: _Pla
         for batch in batches:
             texts = _check_are_text(batch.column(roles["comment"]), batch.places, at)
             clean = _cleaned(texts, True, Counter()).clean
-            blank += [place for place, comment in zip(batch.places, clean, strict=True) if is_blank(comment)]
+            blank += [batch.places[place] for place in blank_texts(clean)]
     except DataError:  # told when the comments are mended
         pass
     return blank
