@@ -449,11 +449,14 @@ def _checked_labels(
     return checked
 
 
+_WIDE = re.compile("[\uff01-\uffee]+")  # full-width and half-width forms
+
+
 def _check_labels_differ(rows: dict[str, object], at: _Place) -> None:  # the row in which each label stands first
     "`DataError` for two labels that differ only by the width of characters, or by zeros before a number."
     first: dict[str, str] = {}
     for label, row in rows.items():
-        text = unicodedata.normalize("NFKC", label)
+        text = _WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), label)
         twin = first.setdefault((text.lstrip("0") or "0") if text.isdecimal() else text, label)
         if twin != label:
             problem = f"the label {shown(label)} differs from {shown(twin)} in {at.unit} {rows[twin]} only by the width"

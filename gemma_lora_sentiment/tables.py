@@ -1413,7 +1413,8 @@ def _open_excel(
             for place, row in full:
                 if any(cell is not None for cell in row[len(names) :]):
                     problem = f"a cell beyond the {len(names)} columns of the header ({listed(names)})."
-                    problem = f"{problem} Empty it, or name its column. {advice()}"
+                    remedy = advice() or f"Where row {first} is a title, remove it."
+                    problem = f"{problem} Empty it, or name its column. {remedy}"
                     raise DataError(problem, source=name, row=place, unit="row")
             places, rows_of_cells = [place for place, _ in full], [row[: len(names)] for _, row in full]
             firsts = (str(row[0]).strip() for row in rows_of_cells)

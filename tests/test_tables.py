@@ -1051,7 +1051,7 @@ def test_labels_that_only_look_alike_are_no_two_classes(one, other):
 
 
 def test_labels_of_one_form_stay_as_they_are():
-    for labels in (["01", "02", "10"], ["１", "２", "３"], ["0", "1", "-1"], ["a", "A", "b"], ["0", "0.0", "1"]):
+    for labels in (["01", "02", "10"], ["１", "２", "３"], ["0", "1", "-1"], ["½", "1⁄2", "①"], ["0", "0.0", "1"]):
         rows = "".join(f"굿{n},{label}\n" for n, label in enumerate(labels))
         found = read_comments(write("a.csv", f"comment,label\n{rows}"))["label"].tolist()
         assert found == ["0", "0", "1"] if "0.0" in labels else found == labels
@@ -1089,6 +1089,8 @@ def test_a_title_above_the_header_is_named(title):
     with pytest.raises(DataError, match=said):
         read_comments(path, labelled=False)
     path = workbook("c.xlsx", *title, ["번호", "의견", "느낌"], [1, "굿", 0])
+    with pytest.raises(DataError, match=r"a cell beyond the . columns .* Where row 1 is a title, remove it"):
+        read_comments(path)
     with pytest.raises(DataError, match=said):
         read_comments(path, comment_column="의견")
 
