@@ -6,7 +6,7 @@
 __all__ = ['OUTPUT_FORMATS', 'EXCEL_MARK', 'MISSING_LABELS', 'check_folder', 'whole_file', 'cache_dir', 'download_comments',
            'locate', 'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table',
            'json_array', 'label_key', 'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches',
-           'read_comments', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
+           'read_comments', 'no_rows_of', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
            'split_comments', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #dea725eb
@@ -38,11 +38,15 @@ from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
     OpenTable,
+    blank_texts,
     composed,
     find_encoding,
     fold_whitespace,
+    half_a_character,
+    is_blank,
     listed,
     shown,
+    stripped,
     tab_field,
     without_html,
 )
@@ -89,7 +93,7 @@ def _fetch(address: str, rows: int, timeout: float) -> bytes:
         data = reply.read()
     if not data.strip():
         raise ValueError("the reply is empty")
-    text = data.decode(find_encoding(data, "the reply")).removeprefix("\ufeff")
+    text = data.decode(find_encoding(data, "the reply")).lstrip("\ufeff")
     lines = [line for line in text.splitlines() if line]
     if lines[0].split("\t") != ["id", "comment", "label"]:
         raise ValueError("the reply is another page, without the header id, comment, label")
@@ -150,7 +154,8 @@ def check_is_file(
         names = ", ".join([*_BUNDLED_FILES, *_TUTORIAL_FILES])
         raise DataError(f"no such file. Give the path of a file, or one of the names {names}.", source=name)
     if path.is_dir():
-        raise DataError("is a folder. Give the path of a file in it.", source=name)
+        problem = "is a folder, and only predict reads all files of one. Give the path of a file in it"
+        raise DataError(f"{problem}, or join its files.", source=name)
 
 # %% ../nbs/00_data.ipynb #758143a8
 _SYNONYMS = {
@@ -285,7 +290,7 @@ def read_table(
     with _opened(_path_of(source), reading) as table:
         (batch,) = [*table.batches()] or [Batch(table.names, [], [[] for _ in table.names])]
         if not batch.places:
-            raise _no_rows(batch.names, table.name)
+            raise _no_rows(batch.names, table.name, table.advice())
         index = pd.Index(batch.places, name=table.unit, dtype="int64")
         columns = dict(zip(batch.names, map(_column, batch.cells), strict=True))
         result = pd.DataFrame(columns).set_axis(index, axis=0)
@@ -299,8 +304,10 @@ def _path_of(source: object) -> Path:
     return locate(source)
 
 
-def _no_rows(names: Iterable[object], source: str) -> DataError:
-    return DataError(f"a header ({listed(names)}) and no rows. Add rows under it.", source=source)
+def _no_rows(names: Sequence[object], source: str, advice: str = "") -> DataError:
+    if not len(names):
+        return DataError('no rows. Write one object for each, such as {"comment": "...", "label": 1}.', source=source)
+    return DataError(f"a header ({listed(names)}) and no rows. Add rows under it. {advice}", source=source)
 
 
 def _with_id_of_index(table: pd.DataFrame) -> pd.DataFrame:
@@ -369,7 +376,7 @@ def label_key(
         label = label.item()
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    text = composed(str(label)).strip()
+    text = stripped(composed(str(label)))
     match = _WHOLE_FLOAT.fullmatch(text)
     return match[1] if match else text
 
@@ -380,7 +387,7 @@ def is_missing_label(
 ) -> bool:
     "Whether a label stands for none."
     if isinstance(label, str):
-        return not label.strip() or (not keep_na and label.strip().casefold() in MISSING_LABELS)
+        return is_blank(label) or (not keep_na and stripped(label).casefold() in MISSING_LABELS)
     return bool(pd.isna(label))
 
 
@@ -407,18 +414,18 @@ def _checked_labels(
 ) -> list:
     "Every label as it stands first among its equals, None where it is missing and need not be there."
     allowed = None if labels is None else {label_key(label) for label in labels}
-    spelled, kinds, checked, seen = {}, {}, [], {}  # `seen`: labels are few, rows are many
+    spelled, rows, kinds, checked, seen = {}, {}, {}, [], {}  # `seen`: labels are few, rows are many
     for row, value in zip(places, values, strict=True):
         try:
             checked.append(seen[type(value), value])
             continue
         except (KeyError, TypeError):
             pass
-        label = value.strip() if isinstance(value, str) else value
+        label = stripped(value) if isinstance(value, str) else value
         if not pd.api.types.is_scalar(label):
             raise at.error(f"the label {shown(label)} is no single value. Use text or a number.", row, "label")
-        if isinstance(label, str) and _SURROGATE.search(label):
-            raise at.error(_half_a_character("label", label), row, "label")
+        if isinstance(label, str) and (fault := half_a_character("label", label)):
+            raise at.error(fault, row, "label")
         if is_missing_label(label, reading.keep_na):
             if labelled:
                 raise _missing_label(label, row, at)
@@ -435,15 +442,25 @@ def _checked_labels(
             raise at.error(problem, row, "label")
         word = composed(label) if isinstance(label, str) and at.unit != "index" else label
         checked.append(spelled.setdefault(key, word))
+        rows.setdefault(key, row)
         seen[type(value), value] = checked[-1]
+    if labelled and at.unit != "index":  # Python's own labels are what they are
+        _check_labels_differ(rows, at)
     return checked
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_WIDE = re.compile("[\uff01-\uffee]+")  # full-width and half-width forms
 
 
-def _half_a_character(role: str, text: str) -> str:
-    return f"the {role} {shown(fold_whitespace(text))} holds half a character (a lone surrogate). Write it again."
+def _check_labels_differ(rows: dict[str, object], at: _Place) -> None:  # the row in which each label stands first
+    "`DataError` for two labels that differ only by the width of characters, or by zeros before a number."
+    first: dict[str, str] = {}
+    for label, row in rows.items():
+        text = _WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), label)
+        twin = first.setdefault((text.lstrip("0") or "0") if text.isdecimal() else text, label)
+        if twin != label:
+            problem = f"the label {shown(label)} differs from {shown(twin)} in {at.unit} {rows[twin]} only by the width"
+            raise at.error(f"{problem} of its characters or by zeros before it. Write both alike.", row, "label")
 
 
 def _missing_label(label: object, row: object, at: _Place) -> DataError:
@@ -493,11 +510,15 @@ def _check_are_text(values: list, places: Sequence, at: _Place) -> list[str]:
         for row, value in zip(places, values, strict=True):
             if not isinstance(value, str) and not (pd.api.types.is_scalar(value) and pd.isna(value)):
                 problem = f"the comment {shown(value)} is no text ({type(value).__name__}). Turn the column into text."
+                if isinstance(value, dict):  # of JSON, or of a Parquet column of structs
+                    problem = f"the comment is no text, but an object with {listed(value)}. Write the field with the "
+                    problem += "text as a column of its own; one of JSON can be named, as comment_column=... data.text."
                 raise at.error(problem, row, "comment")
             texts.append(value if isinstance(value, str) else "")
-    if _SURROGATE.search("\n".join(texts)):
-        row, text = next((row, text) for row, text in zip(places, texts, strict=True) if _SURROGATE.search(text))
-        raise at.error(_half_a_character("comment", text), row, "comment")
+    if half_a_character("comment", "\n".join(texts)):
+        faults = ((row, half_a_character("comment", text)) for row, text in zip(places, texts, strict=True))
+        row, fault = next((row, fault) for row, fault in faults if fault)
+        raise at.error(fault, row, "comment")
     return texts
 
 
@@ -516,7 +537,7 @@ def _checked_ids(values: list, places: Sequence, at: _Place, is_text: bool) -> l
     "Every id, which no other of these rows may have."
     names = [value.strip() if isinstance(value, str) else value for value in values]
     is_sound = set(map(type, names)) <= {str, int} and len(set(names)) == len(names) and "" not in names
-    if is_sound and (is_text or not _SURROGATE.search("".join(map(str, names)))):  # decoded text has no half character
+    if is_sound and (is_text or not half_a_character("id", "".join(map(str, names)))):  # decoded text has none
         return names
     first_row = {}
     for row, name in zip(places, names, strict=True):
@@ -525,8 +546,8 @@ def _checked_ids(values: list, places: Sequence, at: _Place, is_text: bool) -> l
         if name in first_row:
             place = f"{at.unit} {first_row[name]}"
             raise at.error(f"id {shown(name)} stands already in {place}. Give each row its own id.", row, "id")
-        if isinstance(name, str) and _SURROGATE.search(name):
-            raise at.error(_half_a_character("id", name), row, "id")
+        if isinstance(name, str) and (fault := half_a_character("id", name)):
+            raise at.error(fault, row, "id")
         first_row[name] = row
     return names
 
@@ -563,10 +584,10 @@ def _checked_rows(
     if roles["id"] is not None:
         columns["ids"] = batch.column(roles["id"])
     others = {name: cells for name, cells in zip(batch.names, batch.cells, strict=True) if name not in roles.values()}
-    blank = [place for place, comment in zip(batch.places, cleaned.clean, strict=True) if not comment]
+    blank = [batch.places[place] for place in blank_texts(cleaned.clean)]
     if blank and reading.skip_blank:
         counts["blank comments"] += len(blank)
-        keep = [bool(comment) for comment in cleaned.clean]
+        keep = [not is_blank(comment) for comment in cleaned.clean]
         columns = {name: list(compress(cells, keep)) for name, cells in columns.items()}
         others = {name: list(compress(cells, keep)) for name, cells in others.items()}
         blank = []
@@ -601,7 +622,7 @@ def checked_batches(
         for batch in batches:
             if not batch.places:
                 continue
-            roles = roles or _roles(table.names or batch.names, labelled, reading, at)
+            roles = roles or _roles(table.names or batch.names, labelled, reading, at, table)
             found, blank = _checked_rows(
                 batch, roles, at, reading, labels, labelled, table.is_text, table.dropped, before
             )
@@ -620,13 +641,15 @@ def _further_blanks(batches: Iterator[Batch], roles: dict[str, object], at: _Pla
         for batch in batches:
             texts = _check_are_text(batch.column(roles["comment"]), batch.places, at)
             clean = _cleaned(texts, True, Counter()).clean
-            blank += [place for place, comment in zip(batch.places, clean, strict=True) if not comment]
+            blank += [batch.places[place] for place in blank_texts(clean)]
     except DataError:  # told when the comments are mended
         pass
     return blank
 
 
-def _roles(names: Iterable[object], labelled: bool, reading: Reading, at: _Place) -> dict[str, object]:
+def _roles(
+    names: Iterable[object], labelled: bool, reading: Reading, at: _Place, table: OpenTable | None = None
+) -> dict[str, object]:
     "What `find_columns` finds; a `DataError` where a column that is needed is not there."
     names = list(names)
     roles = find_columns(names, **reading.columns, source=at.source)
@@ -639,8 +662,20 @@ def _roles(names: Iterable[object], labelled: bool, reading: Reading, at: _Place
                 problem = f"no comment column among {listed(names)}: the header has {mark!r} between names, too."
                 raise at.error(f"{problem} Use one delimiter throughout, or pass delimiter=... with it.", column=role)
             wanted = ", ".join(_SYNONYMS[role])
+            remedy = remedy if table is None else _remedy_in(table, role, remedy)
             raise at.error(f"no {role} column among {listed(names)} (wanted: {wanted}). {remedy}", column=role)
     return roles
+
+
+def _remedy_in(table: OpenTable, role: str, remedy: str) -> str:
+    "The remedy for a column that is not there, with what the file itself shows."
+    inner = table.inner_names
+    likely = [name for name in inner if _spelled(name.rpartition(".")[2]) in _SYNONYMS[role]]
+    if likely:
+        return f"Pass {role}_column=... with {likely[0]!r}, which stands inside of an object."
+    if inner:
+        return f"{remedy} Inside of objects stand {listed(inner)}, which can be named so."
+    return f"{remedy} {table.advice()}" if role == "comment" else remedy
 
 
 def _mark_in(names: list[object], reading: Reading) -> str | None:
@@ -678,7 +713,7 @@ def read_comments(
     path = _path_of(source)
     parts = list(checked_batches(path, None, reading, labels=labels, labelled=labelled, everything=True))
     if not parts or not parts[0].places:
-        raise _no_rows_in(path, reading)
+        raise no_rows_of(path, reading)
     result = _as_table(parts[0])
     if parts[0].form:
         result.attrs["reading"] = {"text": reading_text(path, parts[0].form, parts[0].counts), **parts[0].counts}
@@ -701,9 +736,13 @@ def _comments_of_table(source: pd.DataFrame, reading: Reading, labels: Sequence 
     return _as_table(CheckedRows(**found, **dict(zip(CheckedRows._fields[6:], facts, strict=True))))
 
 
-def _no_rows_in(path: Path, reading: Reading) -> DataError:
+def no_rows_of(
+    path: Path,  # of a file
+    reading: Reading,  # how it was read
+) -> DataError:  # to be raised
+    "What to say of a file in which no rows were found."
     with _opened(path, reading) as table:
-        return _no_rows(table.names, table.name)
+        return _no_rows(table.names, table.name, table.advice())
 
 
 def _as_table(rows: CheckedRows) -> pd.DataFrame:

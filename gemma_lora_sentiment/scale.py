@@ -36,6 +36,7 @@ from gemma_lora_sentiment.data import (
     checked_batches,
     json_array,
     locate,
+    no_rows_of,
     reading_text,
     whole_file,
     write_table,
@@ -92,9 +93,10 @@ def read_chunks(
             if len(table):
                 yield Chunk(before, table.set_axis(index, axis=0), part.columns["id"] is None, *about)
             first, before = part.rows_before + len(part.places), before + len(table)
+    if not first and path.is_dir():
+        raise DataError("its files have headers and no rows. Add rows under them.", source=str(path))
     if not first:
-        what = "its files have headers and no rows" if path.is_dir() else "a header and no rows"
-        raise DataError(f"{what}. Add rows under it.", source=str(path))
+        raise no_rows_of(path, reading)
 
 
 def _ids(ids: list) -> pd.Series:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
     composed,
+    excel_text,
+    half_a_character,
     listed,
     nested,
     packed,
@@ -52,6 +55,7 @@ from gemma_lora_sentiment.tables import (
     raw_cells,
     raw_objects,
     shown,
+    stripped,
     tab_field,
     unpacked,
     with_nested,
@@ -88,6 +92,7 @@ def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | No
     table = read_table(sample, reading=reading)
     name = "the sample" if isinstance(sample, pd.DataFrame) else str(sample)
     columns = find_columns(table.columns, id_column=reading.id_column, label_column=reading.label_column, source=name)
+    _check_can_be_written(table, name)
     form, path = table.attrs.pop("dialect", None), None if isinstance(sample, pd.DataFrame) else locate(sample)
     if form is None or form.delimiter == "none":
         path, form = None, Dialect("tsv", "utf-8", "\t")
@@ -106,6 +111,18 @@ def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | No
         ids = [_id(value) for value in table[columns["id"]]]
         _check_ids(ids, table.index, name)
     return _Sample(cells, table, ids, str(label_column), name, path, form, is_added, columns["id"] is not None)
+
+
+def _check_can_be_written(table: pd.DataFrame, name: str) -> None:
+    "`DataError` for half a character in a name of a column or in a cell: pandas itself fails on some."
+    for column in map(str, table.columns):
+        if fault := half_a_character("name of the column", column):
+            raise DataError(fault, source=name)
+    for place, row in zip(table.index, table.itertuples(index=False, name=None), strict=True):
+        for column, cell in zip(table.columns, row, strict=True):
+            if isinstance(cell, str) and (fault := half_a_character(str(column), cell)):
+                unit = table.index.name or "index"
+                raise DataError(fault, source=name, row=place, column=str(column), unit=unit)
 
 
 def _answer_column(
@@ -326,7 +343,7 @@ def _form_of_table(path: Path, format: str | None) -> Dialect:
 # %% ../nbs/07_submission.ipynb #ed648c77
 def _known_labels(sample: _Sample) -> list[str]:
     "The labels that the sample shows, each once."
-    labels = [label.strip() for label in sample.cells[sample.label_column]]
+    labels = [stripped(label) for label in sample.cells[sample.label_column]]
     return list(dict.fromkeys(label for label in labels if label))
 
 
@@ -350,7 +367,7 @@ def _quoted(label: str, before: str, delimiter: str) -> str:
     if delimiter == "\t":
         return tab_field(label) if before[:1] != '"' else '"' + label.replace('"', '""') + '"'
     text = io.StringIO()
-    style = csv.QUOTE_ALL if before[:1] == '"' else csv.QUOTE_MINIMAL
+    style = csv.QUOTE_ALL if before.lstrip(" ")[:1] == '"' else csv.QUOTE_MINIMAL
     csv.writer(text, delimiter=delimiter, quoting=style, lineterminator="").writerow([label])
     return text.getvalue()
 
@@ -431,6 +448,7 @@ def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
         problem = f"openpyxl cannot write it back ({shown(str(error))}). Save the sheet as CSV."
         raise DataError(problem, source=sample.name) from None
     sheet, column = book[sample.form.sheet], list(sample.cells.columns).index(sample.label_column) + 1
+    _keep_formulas(book, source, column, sheet.title)
     if sample.is_added:
         header = next(row for row in sheet.iter_rows() if any(cell.value is not None for cell in row))[0].row
         sheet.cell(header, column, sample.label_column)
@@ -446,9 +464,21 @@ def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
     return content.getvalue()
 
 
+def _keep_formulas(book: Any, source: io.BytesIO, column: int, sheet: str) -> None:
+    "Put formulas back whose result the file does not hold, since no program has computed them yet."
+    import openpyxl
+
+    source.seek(0)
+    for of_formulas in openpyxl.load_workbook(source).worksheets:
+        for cell in chain.from_iterable(of_formulas.iter_rows()):
+            is_answer = of_formulas.title == sheet and cell.column == column
+            if cell.data_type == "f" and not is_answer and book[of_formulas.title][cell.coordinate].value is None:
+                book[of_formulas.title][cell.coordinate].value = cell.value
+
+
 def _fill(cell: Any, value: object) -> None:
     "A value in a cell of Excel; text that begins with `=` is text."
-    cell.value = value
+    cell.value = excel_text(value) if isinstance(value, str) else value
     if isinstance(value, str):
         cell.data_type = "s"
 
@@ -564,7 +594,9 @@ def _check_suffix(out: Path, sample: _Sample) -> None:
 
 def _usual_suffix(sample: _Sample) -> str:
     "The sample's own suffix, that of a packing left out; .txt for tabs."
-    suffix = _suffix_of(sample.path) if sample.path else ""
+    suffix = _suffix_of(sample.path) if sample.path else ".txt"
+    if sample.path and packing_of(sample.path) and suffix not in FORMATS:  # `data.zip`
+        suffix = ".json" if sample.form.is_array else f".{sample.form.format}"
     return ".txt" if sample.form.delimiter == "\t" or not suffix else suffix
 
 # %% ../nbs/07_submission.ipynb #4461ab98
@@ -613,6 +645,8 @@ def _labels(predictions: object, rows: _Sample) -> list[_Label]:
         spelled = _spell(label, known)
         if spelled is None:
             raise DataError(f"prediction for id {name!r}: {_unfit(label, known)}", column="label")
+        if fault := half_a_character("label", spelled):
+            raise DataError(f"prediction for id {name!r}: {fault}", column="label")
         labels.append(_Label(_BREAKS.sub(" ", spelled), label))
     return labels
 

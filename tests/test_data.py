@@ -158,7 +158,7 @@ def test_malformed_file_is_one_line(name, content, row, column, message):
         ('[{"comment": "a", "label": 1} {"comment": "b"}]', "array.json row 2: not JSON ('{"),
         ('[{"comment": "a", "label": 1},\n', "array.json row 2: not JSON (the array does not end)"),
         ('[{"comment": "a", "label": 1}] []', "array.json row 2: not JSON (something stands after the array)"),
-        ("[]", "array.json: a header () and no rows"),
+        ("[]", "array.json: no rows. Write one object for each"),
     ],
 )
 def test_malformed_array_names_the_row(content, message):
@@ -367,9 +367,9 @@ def test_extra_columns_are_kept_and_ids_numbered():
 
 
 def test_text_is_kept_as_it_stands():
-    write("a.tsv", HEADER + "01\tNA\t01\n1\tnull\t1\n1.0\tNone\t1.5\n1e3\tnan\tnull\n")
+    write("a.tsv", HEADER + "01\tNA\t01\n1\tnull\t2\n1.0\tNone\t1.5\n1e3\tnan\tnull\n")
     table = read_comments("a.tsv", keep_na=True)
-    assert values(table) == [["01", "NA", "01"], ["1", "null", "1"], ["1.0", "None", "1.5"], ["1e3", "nan", "null"]]
+    assert values(table) == [["01", "NA", "01"], ["1", "null", "2"], ["1.0", "None", "1.5"], ["1e3", "nan", "null"]]
     assert all(type(value) is str for row in values(table) for value in row)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import unicodedata
 import zipfile
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from gemma_lora_sentiment import tables
 from gemma_lora_sentiment.data import Reading, read_comments, read_table, write_table
 from gemma_lora_sentiment.scale import read_chunks
-from gemma_lora_sentiment.submission import write_submission
+from gemma_lora_sentiment.submission import sample_comments, write_submission
 from gemma_lora_sentiment.tables import (
     DataError,
     Dialect,
@@ -614,7 +615,7 @@ COMMENTS = st.lists(st.text(LETTERS, max_size=30).map(as_read).filter(bool), min
 def written_table(draw, folder):
     """A table in one of the ways in which it can be written, and how it has to be read."""
     comments = draw(COMMENTS)
-    labels = draw(st.lists(st.sampled_from(["0", "1", "긍정", "01"]), min_size=len(comments), max_size=len(comments)))
+    labels = draw(st.lists(st.sampled_from(["0", "1", "긍정", "02"]), min_size=len(comments), max_size=len(comments)))
     table = pd.DataFrame({"id": [f"n{n}" for n in range(len(comments))], "comment": comments, "label": labels})
     order = draw(st.permutations(["id", "comment", "label"]))
     table, way = table[list(order)], draw(st.sampled_from(["csv", "ours", "array", "xlsx", "parquet"]))
@@ -713,3 +714,449 @@ def test_an_excel_file_that_openpyxl_stumbles_over_is_refused_in_one_line(tmp_pa
     with pytest.raises(DataError, match="Save the sheet as CSV") as error:
         read_comments(tmp_path / "chart.xlsx")
     assert "\n" not in str(error.value)
+
+
+# --- what is no table -----------------------------------------------------------------------------------------------
+
+JSON_LINES = '{"comment": "국이 식었어요", "label": 0}\n{"comment": "굿", "label": 1}\n'
+OTHER_FORMATS = {  # what is said: content
+    r"is a web page \(HTML\).*Download the file itself": "<!doctype html>\n<html>\n<body>로그인</body></html>\n",
+    "is a web page": "\ufeff<HTML lang='ko'>\n<head><title>로그인</title>\n",
+    "is a web page .HTML., not a table": "<table border=1><tr><td>id<td>comment\n<tr><td>1<td>굿</table>",
+    "is an RTF document.*Save it as plain text": "{\\rtf1\\ansi\\ansicpg949\n\\f0 굿\\par\n}",
+    "is a Git LFS pointer.*git lfs pull": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+    "is an XML file": '<?xml version="1.0"?>\n<rows><row>굿</row></rows>\n',
+    r"is JSON.*Name it \.json or \.jsonl": JSON_LINES,
+    r"is JSON.*Name it": json.dumps([{"comment": "굿"}, {"comment": "음"}], ensure_ascii=False, indent=1),
+    r"is JSON": json.dumps({"data": [{"comment": "굿"}]}, ensure_ascii=False, indent=1),
+}
+
+
+@pytest.mark.parametrize("said", OTHER_FORMATS)
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp949"])
+def test_text_of_another_format_is_no_table(encoding, suffix, said):
+    path = write(f"a{suffix}", OTHER_FORMATS[said].encode(encoding, "ignore"))
+    for own in (None, encoding):
+        for act in (lambda own=own: read_comments(path, labelled=False, encoding=own), lambda: streamed(path)):
+            with pytest.raises(DataError, match=rf"^a\{suffix}: {said}") as caught:
+                act()
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["[배송] 빨라요", "{굿}", '{"a": 1'],
+        [*JSON_LINES.splitlines(), "굿"],
+        ["[1]", "[2]"],
+        ["<html> 태그를 배웠어요", "<!doctype html> 이 뭐죠"],
+        ["[{맛집}] 인정"],
+        ["version https://git-lfs.github.com/spec/v1 이 뭐죠"],
+    ],
+)
+def test_comments_that_begin_like_another_format_are_read(lines):
+    path = write("a.txt", "\n".join(lines))
+    table = read_comments(path, labelled=False, delimiter=None)
+    assert table["comment"].tolist() == streamed(path) == [fold_whitespace(without_html(line)) for line in lines]
+
+
+def test_lines_of_json_are_comments_where_one_says_so():
+    path = write("a.txt", JSON_LINES)
+    assert len(read_comments(path, labelled=False, delimiter="none")) == len(read_comments(path, format="jsonl")) == 2
+    with pytest.raises(DataError, match="is a web page"):
+        read_comments(write("a.jsonl", "<!doctype html><html>"))
+
+
+SECOND = "id,comment,label\n3,국이 짜요,0\n"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize("second", [SECOND, SECOND.replace("id,comment,label", "comment,label,id")])
+def test_a_second_header_is_named_with_its_line(second, quote, delimiter, mark):
+    text = TABLE + mark + second
+    if quote:
+        fields = [line.lstrip("\ufeff").split(",") for line in text.splitlines()]
+        lines = [",".join(f'"{field}"' for field in row) for row in fields]
+        lines[3] = mark + lines[3]
+        text = "\n".join(lines)
+    path = write("a.csv", text.replace(",", delimiter))
+    said = r"^a\.csv line 4: the header stands here again.* Remove this line"
+    for act in (lambda: read_comments(path), lambda: streamed(path, rows=2), lambda: streamed(path, rows=100)):
+        with pytest.raises(DataError, match=said):
+            act()
+
+
+def test_a_second_header_in_excel_and_words_that_are_none():
+    book = openpyxl.Workbook()
+    for row in (["id", "comment"], [1, "굿"], ["id", "comment"], [2, "음"]):
+        book.active.append(row)
+    book.save("a.xlsx")
+    with pytest.raises(DataError, match=r"^a\.xlsx row 3: the header stands here again.* Remove this row"):
+        read_comments("a.xlsx", labelled=False)
+    write("a.txt", "comment\n")  # a header without rows, not a comment
+    lines = write("b.txt", "굿\ncomment\n음\ncomment\n")
+    assert len(read_comments(lines, labelled=False, delimiter="none")) == 4
+    columns = write("c.csv", "id,comment\nid,굿\n1,comment\n")
+    assert read_comments(columns, labelled=False)["comment"].tolist() == ["굿", "comment"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.json"])
+def test_two_byte_order_marks_are_none(name, encoding, monkeypatch):
+    content = {"a.jsonl": JSON_LINES, "a.json": f"[{','.join(JSON_LINES.splitlines())}]"}.get(name, TABLE)
+    path = write(name, ("\ufeff\ufeff" + content).encode(encoding))
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path)
+    assert list(table.columns) == ["id", "comment", "label"] and len(table) == 2
+    assert read_comments(path, encoding=encoding)["comment"].equals(table["comment"])
+    monkeypatch.setattr(tables, "_BLOCK", 3)  # a mark of its own in each of the first blocks
+    assert read_comments(path)["comment"].equals(table["comment"])
+    with pytest.raises(DataError, match="is empty"):
+        read_comments(write(name, "\ufeff\ufeff\n".encode(encoding)))
+
+
+HALF = [
+    r'"id": 1, "comment": "굿", "memo": "x\ud800"',
+    r'"id": 1, "comment": "굿", "m\udc00": 1',
+    r'"id": 1, "comment": "굿", "memo": {"a": [1, {"b": "\udbff"}]}',
+    r'"id": 1, "comment": "굿\ud800"',
+]
+
+
+@pytest.mark.parametrize("fields", HALF)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_anywhere_in_json(name, fields):
+    rows = [r'{"id": 0, "comment": "\ud83d\udc4d", "label": 0}', f'{{{fields}, "label": 0}}']
+    path = write(name, "\n".join(rows) if name == "a.jsonl" else f"[{','.join(rows)}]")
+    said = rf"^{name} {'line' if name == 'a.jsonl' else 'row'} 2: the (memo|key|b|comment) .*holds half a character"
+    whole = [lambda: read_comments(path), lambda: streamed(path, rows=1)]
+    for act in [*whole, lambda: write_submission([1, 1], path, f"out{Path(name).suffix}")]:
+        with pytest.raises(DataError, match=said) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert os.listdir() == [name]
+
+
+def test_half_a_character_in_a_sample_of_python():
+    sample = pd.DataFrame({"id": ["1", "2"], "memo": ["굿", "x\ud800"], "label": ["0", "0"]}, dtype=object)
+    for out in ("out.txt", "out.csv", "out.jsonl", "out.xlsx"):
+        with pytest.raises(DataError, match="the sample index 1: the memo .* holds half a character"):
+            write_submission([1, 1], sample, out)
+        with pytest.raises(DataError, match="name of the column .* holds half a character"):
+            write_submission([1, 1], sample.set_axis(pd.Index(["id", "m\udc00", "label"], dtype=object), axis=1), out)
+        with pytest.raises(DataError, match="prediction for id '2': the label .* holds half a character"):
+            write_submission(["good", "x\ud800"], sample.assign(memo="", label=""), out)
+    assert os.listdir() == []
+
+
+def workbook(path, *rows, **sheets):
+    """An Excel file; the rows of the first sheet, or sheets by their names."""
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, cells in (sheets or {"Sheet": rows}).items():
+        sheet = book.create_sheet(title)
+        for row in cells:
+            sheet.append(row)
+    book.save(path)
+    return Path(path)
+
+
+def test_escapes_of_excel_are_the_characters_they_stand_for():
+    text = "두_x000D_\n줄"
+    path = workbook("a.xlsx", ["id", "comment_x000D_", "label"], [1, text, 0], [2, "_x005F_x000D_ _xD83D_", 1])
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path) == ["두 줄", "_x000D_ _xD83D_"]
+    write_submission([1, 0], path, "out.xlsx")
+    assert openpyxl.load_workbook("out.xlsx").active["B2"].value == text  # handed through as it stood
+    sample = pd.DataFrame({"id": ["1"], "memo": ["_x000D_"], "label": [""]})
+    write_submission(["_x0041_"], sample, "own.xlsx")
+    assert read_table("own.xlsx").to_numpy().tolist() == [["1", "_x000D_", "_x0041_"]]
+
+
+UNSEEN = ["\u200b", "\u2060", "\ufeff", "\u200b \ufeff", "\u3164", "\u200d\u200b", "\u3000\u200b", "&#8203;"]
+
+
+@pytest.mark.parametrize("comment", UNSEEN)
+def test_comments_of_what_cannot_be_seen_are_blank(comment):
+    path = write("a.csv", f"id,comment,label\n1,굿,1\n2,{comment},0\n3,\u200b음,0\n")
+    with pytest.raises(DataError, match=r"^a\.csv line 3: the comment is empty"):
+        read_comments(path)
+    with pytest.raises(DataError, match="line 3: the comment is empty"):
+        streamed(path, rows=1)
+    reading = Reading(skip_blank=True)
+    assert read_comments(path, reading=reading)["comment"].tolist() == streamed(path, reading) == ["굿", "\u200b음"]
+    if comment[0] not in "&<":
+        with pytest.raises(DataError, match="table index 0: the comment is empty"):
+            read_comments(pd.DataFrame({"comment": [comment]}), labelled=False)
+
+
+def test_labels_and_names_without_what_stands_around_them_unseen():
+    rows = "1,굿,\u200b긍정\n2,굿굿,긍정\u2060\n3,음,부정\n4,음음, \ufeff부정 \n"
+    path = write("a.csv", f"id,\u200bcomment,label\ufeff\n{rows}")
+    assert read_comments(path)["label"].tolist() == ["긍정", "긍정", "부정", "부정"]
+    assert read_comments(path, labels=["긍정", "\u200b부정"])["label"].nunique() == 2
+    with pytest.raises(DataError, match="line 2: the label is missing"):
+        read_comments(write("b.csv", "comment,label\n굿,\u200b\n"))
+    write_submission(["긍정", "부정", "부정", "긍정"], path, "out.csv")
+    assert read_comments("out.csv")["label"].tolist() == ["긍정", "부정", "부정", "긍정"]
+
+
+@pytest.mark.parametrize("inner, name", [("train.csv", "data.zip"), ("train.txt", "a.v2.zip"), ("a/b.jsonl", "A.ZIP")])
+def test_a_zip_is_what_the_file_in_it_is(name, inner):
+    path = write(name, packed((JSON_LINES if inner.endswith("l") else TABLE).encode(), ".zip", inner))
+    table = read_comments(path)
+    assert table["comment"].tolist() == streamed(path) and len(table) == 2
+    out = write_submission([1, 1], path)
+    assert out.suffix == {"train.csv": ".csv", "train.txt": ".txt", "a/b.jsonl": ".jsonl"}[inner]
+    write_submission([1, 1], path, "out.zip")
+    assert read_comments("out.zip")["label"].tolist() in (["1", "1"], [1, 1])
+    os.mkdir("folder")
+    Path("folder/a.zip").write_bytes(path.read_bytes())
+    assert streamed(Path("folder")) == table["comment"].tolist()
+    with pytest.raises(DataError, match="b.zip: of unknown format"):
+        read_comments(write("b.zip", packed(b"a", ".zip", "a.dat")))
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".parquet"])
+def test_an_encoding_is_of_text(suffix):
+    path = Path(f"a{suffix}")
+    frame = pd.DataFrame({"id": [1, 2], "comment": TWO, "label": [0, 1]})
+    frame.to_excel(path, index=False) if suffix == ".xlsx" else frame.to_parquet(path, index=False)
+    reading = Reading(Dialect(encoding="cp949"))
+    for act in (lambda: read_comments(path, encoding="cp949"), lambda: streamed(path, reading)):
+        with pytest.raises(DataError, match=rf"^a\{suffix}: .*encoding itself. Leave out encoding="):
+            act()
+    text = write("b.csv", TABLE.encode("cp949"))  # of two files it is for the one that is text
+    assert sample_comments(path, text, reading) == sample_comments(text, path, reading) == TWO
+
+
+def test_excel_behind_a_password_and_what_is_no_excel():
+    ole = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600)
+    for content, said in (
+        (ole + "EncryptedPackage".encode("utf-16-le") + bytes(600), "is encrypted. Save it in Excel without a pass"),
+        (ole, "is an old Excel file .*Save it as .xlsx"),
+        (b"PAR1" + bytes(20), "is a Parquet file"),
+        (OTHER_FORMATS["is a Git LFS pointer.*git lfs pull"], "is a Git LFS pointer"),
+        (OTHER_FORMATS["is a web page"], "is a web page"),
+        ("id,comment\n1,굿\n", "not a whole Excel file"),
+    ):
+        path = write("a.xlsx", content)
+        for act in (lambda path=path: read_comments(path), lambda path=path: streamed(path)):
+            with pytest.raises(DataError, match=rf"^a\.xlsx: {said}") as caught:
+                act()
+            assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"^a\.parquet: is a Git LFS pointer"):
+        read_comments(write("a.parquet", OTHER_FORMATS["is a Git LFS pointer.*git lfs pull"]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("mark", ["::", "@@", "^^"])
+@pytest.mark.parametrize("header", [True, False])
+def test_separators_of_several_characters_are_named(header, mark, name):
+    text = TABLE.replace(",", mark) if header else "1::굿, 굿::1\n2::음::0\n".replace("::", mark)
+    path = write(name, text)
+    if not header and mark != "::":
+        return  # `^^` is a face
+    said = rf"^a\.\w+: is parted by '{re.escape(mark)}', .*Replace it by a tab"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said):
+            act()
+    assert len(streamed(path, Reading(Dialect(delimiter="none")))) == text.count("\n")
+
+
+def test_faces_are_no_separators():
+    for lines in (["굿^^", "음^^"], ["굿~~", "음~~"], ["굿::", "음"], ["a::b"]):
+        assert read_comments(write("a.txt", "\n".join(lines)), labelled=False)["comment"].tolist() == lines
+
+
+def test_formulas_without_a_result_are_handed_through():
+    rows = (["id", "comment", "memo", "label"], [1, "굿", "=A2+1", "=1-1"], [2, "음", "=SUM(A2:A3)", None])
+    path = workbook("a.xlsx", Sheet=rows, Other=[["=Sheet!A2*2"], [7]])
+    write_submission([1, 0], path, "out.xlsx")
+    book = openpyxl.load_workbook("out.xlsx")
+    right = [rows[0], [1, "굿", "=A2+1", 1], [2, "음", "=SUM(A2:A3)", 0]]
+    assert [list(row) for row in book["Sheet"].values] == right
+    assert book["Other"]["A1"].value == "=Sheet!A2*2"
+    with zipfile.ZipFile("a.xlsx") as archive:  # as Excel leaves it, with the result
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    sheet = parts["xl/worksheets/sheet1.xml"].decode()
+    assert sheet.count("<v />") + sheet.count("<v></v>") >= 2
+    parts["xl/worksheets/sheet1.xml"] = sheet.replace("<f>A2+1</f><v />", "<f>A2+1</f><v>2</v>").replace(
+        "<f>A2+1</f><v></v>", "<f>A2+1</f><v>2</v>"
+    ).encode()
+    with zipfile.ZipFile("b.xlsx", "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    write_submission([1, 0], "b.xlsx", "out.xlsx")
+    book = openpyxl.load_workbook("out.xlsx")
+    assert [book["Sheet"][cell].value for cell in ("C2", "C3")] == [2, "=SUM(A2:A3)"]
+
+
+SPACED = 'id, "comment", "label"\n1, "국이 식었어요, 정말", "0"\n2, 면발이 쫄깃해요, 1\n3, "두\n줄; ""굿""", 1\n'
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|"])
+@pytest.mark.parametrize("given_delimiter", [True, False])
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_spaces_before_quotation_marks(name, given_delimiter, delimiter):
+    path = write(name, SPACED.replace(",", delimiter).replace("줄;", "줄"))
+    reading = Reading(Dialect(delimiter=delimiter)) if given_delimiter else None
+    table = read_comments(path, reading=reading)
+    right = [f"국이 식었어요{delimiter} 정말", "면발이 쫄깃해요", '두 줄 "굿"']
+    assert table["comment"].tolist() == streamed(path, reading) == streamed(path, reading, 1) == right
+    assert table["label"].tolist() == ["0", "1", "1"] and list(table.columns) == ["id", "comment", "label"]
+    out = write_submission(["1", "0", "0"], path, f"out{path.suffix}")
+    written = 'id, "comment", "label"\n1, "국이 식었어요, 정말","1"\n2, 면발이 쫄깃해요,0\n'.replace(",", delimiter)
+    assert out.read_text("utf-8").startswith(written) and read_comments(out)["comment"].tolist() == right
+
+
+@pytest.mark.parametrize(
+    "row, comment",
+    [
+        ('1, "최고" 라니, 1', '"최고" 라니'),
+        ('1, 최고 "라니", 1', '최고 "라니"'),
+        ('1,"a, ""b""", 1', 'a, "b"'),
+        ('1, "최고", 1', "최고"),
+        ('1, "최고, 1', '"최고'),
+    ],
+)
+def test_quotation_marks_after_a_space_that_are_the_comment_s_own(row, comment):
+    assert read_comments(write("a.csv", f"id,comment,label\n{row}\n"))["comment"].tolist() == [comment]
+
+
+def test_a_space_before_a_quotation_mark_where_no_reading_fits():
+    path = write("a.csv", 'id,comment,label\n1, "a, b", 1\n2, "최고" 라니, 1\n')
+    with pytest.raises(DataError, match=r"^a\.csv line 2: 4 fields where the header has 3"):
+        read_comments(path)
+    late = "".join(f'{n}, "굿, {n}", 1\n' for n in range(1500))
+    path = write("b.csv", f'id,comment,label\n{late}9999, "최고" 라니, 1\n')
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=r"^b\.csv line 1502: its quotation marks do not pair"):
+            act()
+
+
+@pytest.mark.parametrize("one, other", [("1", "１"), ("0", "00"), ("7", "007"), ("good", "ｇｏｏｄ"), ("０１", "1")])
+def test_labels_that_only_look_alike_are_no_two_classes(one, other):
+    path = write("a.csv", f"id,comment,label\n1,굿,{one}\n2,음,x\n3,굿굿,{one}\n4,음음,{other}\n")
+    said = rf"^a\.csv line 5: the label '{other}' differs from '{one}' in line 2 only by the width .*Write both alike"
+    with pytest.raises(DataError, match=said) as caught:
+        read_comments(path)
+    assert "\n" not in str(caught.value) and caught.value.column == "label"
+    of_python = read_comments(pd.DataFrame({"comment": ["굿", "음"], "label": [one, other]}))
+    assert of_python["label"].tolist() == [one, other]
+    assert len(read_comments(path, labelled=False)) == len(streamed(path)) == 4
+
+
+def test_labels_of_one_form_stay_as_they_are():
+    for labels in (["01", "02", "10"], ["１", "２", "３"], ["0", "1", "-1"], ["½", "1⁄2", "①"], ["0", "0.0", "1"]):
+        rows = "".join(f"굿{n},{label}\n" for n, label in enumerate(labels))
+        found = read_comments(write("a.csv", f"comment,label\n{rows}"))["label"].tolist()
+        assert found == ["0", "0", "1"] if "0.0" in labels else found == labels
+
+
+GOOD = [["id", "comment", "label"], [1, "국이 식었어요", 0], [2, "면발이 쫄깃해요", 1]]
+COVERS = {  # the first sheet
+    "title": [["2024년 후기"], ["만든 사람", "김", None, "x"], [], ["끝"]],
+    "empty": [],
+    "line": [["2024년 후기"]],
+    "column": [["2024년 후기"], ["굿"], ["음"]],
+}
+
+
+@pytest.mark.parametrize("cover", COVERS)
+def test_a_cover_sheet_is_named_with_the_sheets_behind_it(cover):
+    path = workbook("a.xlsx", 표지=COVERS[cover], 메모=[["메모"]], 자료=GOOD)
+    said = r"^a\.xlsx.*: .*Sheet '표지' was read, of '표지', '메모', '자료'\. Pass sheet=\.\.\. with '자료'\.$"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert read_comments(path, sheet="자료")["comment"].tolist() == TWO
+
+
+@pytest.mark.parametrize("title", [[["2024년 후기"]], [["2024년 후기"], []], [["후기", "1월"], ["김", None]]])
+def test_a_title_above_the_header_is_named(title):
+    path = workbook("a.xlsx", *title, *GOOD)
+    rows = "row 1" if len(title) == 1 else "rows 1 to 2"
+    said = f"Row 1 was taken for the header, which seems to stand in row {len(title) + 1}. Remove {rows} above it"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said):
+            act()
+    path = workbook("b.xlsx", *title, ["comment"], ["굿"])
+    with pytest.raises(DataError, match=said):
+        read_comments(path, labelled=False)
+    path = workbook("c.xlsx", *title, ["번호", "의견", "느낌"], [1, "굿", 0])
+    with pytest.raises(DataError, match=r"a cell beyond the . columns .* Where row 1 is a title, remove it"):
+        read_comments(path)
+    with pytest.raises(DataError, match=said):
+        read_comments(path, comment_column="의견")
+
+
+ROWS_OF_JSON = [{"id": 1, "comment": "굿", "label": 1}, {"id": 2, "comment": "음", "label": 0}]
+WRAPPED = {
+    "data": ({"data": ROWS_OF_JSON}, "whose rows stand under 'data'. Write that array alone"),
+    "deep": ({"count": 2, "result": {"items": ROWS_OF_JSON}}, "whose rows stand under 'result.items'"),
+    "columns": (
+        {"comment": {"0": "굿", "1": "음"}, "label": {"0": 1, "1": 0}},
+        r"of columns \('comment', 'label'\).*to_json\(orient=\"records\"\)",
+    ),
+    "one column": ({"comment": {"0": "굿"}}, r"of columns \('comment'\)"),
+    "lists": ({"comment": ["굿", "음"], "label": [1, 0]}, "of columns"),
+    "split": ({"columns": ["comment"], "index": [0, 1], "data": [["굿"], ["음"]]}, "of columns"),
+    "nothing": ({}, "holds one empty JSON object"),
+    "no row": ([], r"no rows\. Write one object for each"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_that_is_no_rows_is_told_by_what_it_is(indent, name, kind):
+    value, said = WRAPPED[kind]
+    path = write(name, "\n" + json.dumps(value, ensure_ascii=False, indent=indent) + "\n\n")
+    for act in (lambda: read_comments(path, labelled=False), lambda: streamed(path), lambda: read_table(path)):
+        with pytest.raises(DataError, match=rf"^{name}: .*{said}") as caught:
+            act()
+        assert "\n" not in str(caught.value) and str(caught.value).count(name) == 1
+
+
+def test_rows_of_one_object_are_rows():
+    for row, reading in (
+        ({"comment": "굿", "replies": [{"text": "네"}]}, None),
+        ({"comment": "굿", "by": {"name": "김"}}, None),
+        ({"data": {"text": "굿"}}, Reading(comment_column="data.text")),
+    ):
+        path = write("a.jsonl", "\n" + json.dumps(row, ensure_ascii=False))
+        assert read_comments(path, labelled=False, reading=reading)["comment"].tolist() == ["굿"]
+        assert streamed(path, reading) == ["굿"]
+
+
+def test_a_comment_inside_of_an_object_is_found_and_told():
+    path = write("a.jsonl", '{"id": 1, "data": {"text": "굿", "by": "김"}, "label": 1}\n' * 2)
+    said = r"^a\.jsonl: no comment column among 'id', 'data', 'label' .*Pass comment_column=\.\.\. with 'data.text'"
+    for act in (lambda: read_comments(path), lambda: streamed(path)):
+        with pytest.raises(DataError, match=said):
+            act()
+    path = write("b.json", '[{"data": {"후기": "굿"}}]')
+    with pytest.raises(DataError, match="Inside of objects stand 'data.후기', which can be named so"):
+        read_comments(path)
+    path = write("c.jsonl", '{"comment": {"text": "굿"}, "label": 1}\n{"comment": {"text": "음"}, "label": 0}')
+    with pytest.raises(DataError, match=r"line 1: the comment is no text, but an object with 'text'\. .*data\.text"):
+        read_comments(path)
+    assert read_comments(path, comment_column="comment.text")["comment"].tolist() == ["굿", "음"]
+
+
+def test_a_parquet_column_of_structs_is_named():
+    frame = pd.DataFrame({"id": [1, 2], "data": [{"text": "굿", "by": "김"}, {"text": "음", "by": "박"}]})
+    frame.to_parquet("a.parquet")
+    said = r"^a\.parquet: no comment column among 'id', 'data' .*Inside of columns stand 'data.text', 'data.by'"
+    for act in (lambda: read_comments("a.parquet"), lambda: streamed(Path("a.parquet"))):
+        with pytest.raises(DataError, match=said) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    frame.rename(columns={"data": "comment"}).to_parquet("b.parquet")
+    with pytest.raises(DataError, match="row 1: the comment is no text, but an object with 'text', 'by'"):
+        read_comments("b.parquet", labelled=False)
