@@ -968,7 +968,7 @@ def test_separators_of_several_characters_are_named(header, mark, name):
 
 
 def test_faces_are_no_separators():
-    for lines in (["굿^^", "음^^"], ["굿~~", "음~~"], ["굿::", "음"], ["a::b"]):
+    for lines in (["굿^^", "음^^"], ["굿~~", "음~~"], ["굿::", "음"], ["a::b"], ["리뷰~~", "굿~~"], ["리뷰^^굿", "음"]):
         assert read_comments(write("a.txt", "\n".join(lines)), labelled=False)["comment"].tolist() == lines
 
 
