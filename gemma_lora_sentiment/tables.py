@@ -827,12 +827,14 @@ _LONG_MARKS = ("::", "##", "@@", "$$", "^^", "~~", "<>")
 
 def _long_mark(lines: Sequence[str], is_header: Callable[[list[str]], bool]) -> str | None:
     "What parts the fields where it is more than one character: by the header, or `::` in each line as often."
+    header, *rows = [line for line in lines if line.strip()]
     for mark in _LONG_MARKS:
-        if mark in lines[0] and is_header(clean_names(lines[0].split(mark))):
+        parts, times = header.split(mark), header.count(mark)
+        is_parted = times and all(map(str.strip, parts)) and all(row.count(mark) >= times for row in rows)
+        if is_parted and is_header(clean_names(parts)):
             return mark
-    filled = [line for line in lines if line.strip()]
-    is_table = len(filled) > 1 and {line.count("::") for line in filled} == {filled[0].count("::")}
-    return "::" if is_table and "::" in filled[0] else None
+    is_table = rows and {row.count("::") for row in rows} == {header.count("::")}
+    return "::" if is_table and "::" in header else None
 
 
 def clean_names(

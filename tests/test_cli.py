@@ -175,6 +175,10 @@ BAD_FILES = {  # what is wrong: (file name, bytes, what the message must name)
     "either delimiter": ("rows.txt", "번호,후기\n1,굿\n2,음\n".encode(), "--delimiter"),
     "not Parquet": ("rows.parquet", b"PAR1 not really", "Parquet"),
     "unknown format": ("rows.docx", b"id\tcomment\tlabel\n", "unknown format"),
+    "JSON": ("rows.txt", '{"comment": "굿", "label": 1}\n{"comment": "음", "label": 0}\n'.encode(), "Name it .json"),
+    "web page": ("rows.csv", b"<!doctype html>\n<html><head><title>Sign in</title>", "a web page"),
+    "second header": ("rows.tsv", (HEADER + "1\t굿\t0\n\ufeff" + HEADER + "2\t음\t1\n").encode(), "line 3"),
+    "comment inside": ("rows.jsonl", b'{"data": {"text": "a"}, "label": 1}\n' * 2, "--comment-column with 'data.text'"),
     "cut archive": ("rows.tsv.gz", b"\x1f\x8b\x08\x00 cut", "unpacked"),
 }
 BAD_LABELS = {

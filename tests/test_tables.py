@@ -968,7 +968,7 @@ def test_separators_of_several_characters_are_named(header, mark, name):
 
 
 def test_faces_are_no_separators():
-    for lines in (["굿^^", "음^^"], ["굿~~", "음~~"], ["굿::", "음"], ["a::b"]):
+    for lines in (["굿^^", "음^^"], ["굿~~", "음~~"], ["굿::", "음"], ["a::b"], ["리뷰~~", "굿~~"], ["리뷰^^굿", "음"]):
         assert read_comments(write("a.txt", "\n".join(lines)), labelled=False)["comment"].tolist() == lines
 
 
@@ -1160,3 +1160,11 @@ def test_a_parquet_column_of_structs_is_named():
     frame.rename(columns={"data": "comment"}).to_parquet("b.parquet")
     with pytest.raises(DataError, match="row 1: the comment is no text, but an object with 'text', 'by'"):
         read_comments("b.parquet", labelled=False)
+
+
+def test_a_label_that_is_added_is_quoted_as_the_header_is():
+    for text, right in (
+        ('id,comment\n1,"국이 식었어요, 정말"\n2,굿\n', 'id,comment,label\n1,"국이 식었어요, 정말",0\n2,굿,1\n'),
+        ('"id","comment"\n"1","굿"\n"2","음"\n', '"id","comment","label"\n"1","굿","0"\n"2","음","1"\n'),
+    ):
+        assert write_submission(["0", "1"], write("a.csv", text), "out.csv").read_text("utf-8") == right
