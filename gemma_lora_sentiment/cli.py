@@ -276,8 +276,8 @@ def _baselines(clf: Any) -> dict[str, Any]:  # unfitted, by name
     if hasattr(clf, "recipe_"):
         recipe, dtype, quantization = clf.recipe_, clf.dtype_, clf.quantization_
     else:  # dtype="auto" is decided by the first fit, which may overflow; quantization by what a fit needs
-        recipe, dtype, quantization = clf._resolved_recipe()[1], clf.dtype, clf.quantization
-        quantization = clf._chosen_base().quantization if quantization == "auto" else quantization
+        recipe, dtype, quantization = clf.resolve_recipe()[1], clf.dtype, clf.quantization
+        quantization = clf.choose_base().quantization if quantization == "auto" else quantization
     frozen = FrozenGemmaClassifier(
         clf.preset, clf.template, recipe.max_length, dtype, quantization, clf.devices, clf.strategy, clf.seed
     )  # fmt: skip
@@ -403,8 +403,8 @@ def _settings(clf: Any) -> dict[str, Any]:
 def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[str, Any]) -> dict[str, Any]:
     from gemma_lora_sentiment.data import describe_comments, fingerprint
 
-    base = clf._chosen_base() if not hasattr(clf, "recipe_") else None
-    name, recipe = clf._resolved_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
+    base = clf.choose_base() if not hasattr(clf, "recipe_") else None
+    name, recipe = clf.resolve_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
     summary, more = describe_comments(rows)["value"].to_dict(), {**more}
     data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary}
     if reading := more.pop("reading", None):  # options with which these rows can be read again
@@ -557,7 +557,7 @@ def _checked_classifier(
     if isinstance(clf.label_words, dict):  # options are text, the labels of typed files are not
         spelled = {label_key(label): label for label in labels}
         clf.label_words = {spelled.get(label_key(label), label): word for label, word in clf.label_words.items()}
-    clf._prepared(sorted(labels, key=str))
+    clf.prepare(sorted(labels, key=str))
     return clf
 
 
@@ -613,12 +613,12 @@ def _repeat(
     given: dict[str, Any],  # options of this call; None where left out
 ) -> None:
     "Make `clf` mean what it meant in the run. Raises `ValueError` when the base has changed."
-    same_base, base = given["preset"] is None, clf._chosen_base()
+    same_base, base = given["preset"] is None, clf.choose_base()
     same_format = (base.dtype, base.quantization) == (run["dtype"], run["quantization"])
     if same_base and same_format and base.fingerprint != run["base_fingerprint"]:
         raise ValueError(f"--from: the base at {clf.preset} is not the one of the run. Give the original base.")
     if same_base and given["recipe"] is None:  # a later version's recipe may have other numbers
-        for name, value in vars(clf._resolved_recipe(base)[1]).items():
+        for name, value in vars(clf.resolve_recipe(base)[1]).items():
             if getattr(clf, name, None) == "auto" and run["recipe"].get(name, value) != value:
                 clf.set_params(**{name: run["recipe"][name]})
     here = {**_versions(), **_device()}
@@ -632,7 +632,7 @@ def _plan(rows: Any, clf: Any, refit: bool) -> dict[str, Any]:
     "All that decides what a run comes to, as JSON holds it."
     from gemma_lora_sentiment.data import fingerprint
 
-    base, device = clf._chosen_base(), _device()
+    base, device = clf.choose_base(), _device()
     plan = {"rows": len(rows), "data": fingerprint(rows), **_settings(clf), "refit": refit}
     plan |= {"platform": device["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
     plan |= {"resolved_quantization": base.quantization} if clf.quantization == "auto" else {}
@@ -977,11 +977,11 @@ def _predictions_of(
 def _copies_as_comments(tables: list[Any], runs: tuple[Path, Path]) -> list[Any]:
     "Tables without comments share rows where they were measured on the same ones; the number of copies is the comment."
     from gemma_lora_sentiment.data import duplicate_groups
-    from gemma_lora_sentiment.report import _metrics_file
+    from gemma_lora_sentiment.report import metrics_file
 
     if all("comment" in table for table in tables):
         return tables
-    measured = [json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("fingerprint") for run in runs]
+    measured = [json.loads(metrics_file(run).read_text(encoding="utf-8")).get("fingerprint") for run in runs]
     if measured[0] is None or measured[0] != measured[1]:
         raise ValueError(f"{runs[0]} and {runs[1]} hold no comments to compare by, and other rows. Give --rows FILE.")
     groups = [table.group if "group" in table else duplicate_groups(table.comment) for table in tables]
@@ -1033,9 +1033,9 @@ def decide(
 
     from gemma_lora_sentiment import analysis
     from gemma_lora_sentiment.data import duplicate_groups, label_key, whole_file
-    from gemma_lora_sentiment.report import _metrics_file, write_report
+    from gemma_lora_sentiment.report import metrics_file, write_report
 
-    path, table = _metrics_file(run), _predictions_of(by or run, None)
+    path, table = metrics_file(run), _predictions_of(by or run, None)
     metrics = json.loads(path.read_text(encoding="utf-8"))
     if by is not None:
         _check_same_job(run, by)
@@ -1062,9 +1062,9 @@ def decide(
 
 def _check_same_job(run: Path, by: Path) -> None:
     "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
-    from gemma_lora_sentiment.report import _metrics_file
+    from gemma_lora_sentiment.report import metrics_file
 
-    ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (run / "run.json", _metrics_file(by)))
+    ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (run / "run.json", metrics_file(by)))
     for name in ("data", "base_fingerprint", "recipe"):
         both = [each.get(name) for each in (ours, theirs)]
         if name == "data":
@@ -1141,9 +1141,9 @@ def predict(
 
 
 def _decision_of_run(run: Path) -> dict[str, Any]:
-    from gemma_lora_sentiment.report import _metrics_file
+    from gemma_lora_sentiment.report import metrics_file
 
-    decision = json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("decision")
+    decision = json.loads(metrics_file(run).read_text(encoding="utf-8")).get("decision")
     if decision is None:
         raise ValueError(f"{run} stores no decision. Train again, or leave out --calibrated.")
     return decision
@@ -1191,7 +1191,7 @@ def _quantization_and_why(clf: Any) -> str:
     if clf.quantization not in (None, "auto"):
         return f"{clf.quantization} (as asked for)"
     try:
-        chosen, why = choose_quantization(clf.preset, clf.dtype, **clf._needs())
+        chosen, why = choose_quantization(clf.preset, clf.dtype, **clf.memory_needs())
     except ValueError as error:  # not even int4 fits
         if clf.quantization == "auto":
             raise
@@ -1223,8 +1223,8 @@ def info(
     resolve_preset(preset)
     print(f"access: {check_access(preset)}", flush=True)
     print(f"quantization: {_quantization_and_why(clf)}", flush=True)
-    base = clf._chosen_base()
-    name, recipe = clf._resolved_recipe(base)
+    base = clf.choose_base()
+    name, recipe = clf.resolve_recipe(base)
     targets = recipe.targets(base)
     estimate = memory_estimate(base, recipe.lora_rank, targets, recipe.batch_size, length=64)
     trainable = sum(math.prod(shape) for shape in lora_shapes(base.config, recipe.lora_rank, targets).values())
@@ -1378,7 +1378,7 @@ def _float32_base(clf: Any, quiet: bool) -> Any:
     from gemma_lora_sentiment.model import load_base, release_bases
 
     if clf.dtype_ == "float32" and not clf.quantization_:
-        return clf._loaded_base()
+        return clf.fitted_base()
     _say(quiet, f"loading {clf.preset} in float32, to merge without rounding twice")
     release_bases()
     return load_base(clf.preset, "float32")
@@ -1392,7 +1392,7 @@ def _export_checkpoint(clf: Any, to: Path, dtype: str, quiet: bool) -> None:
 
     base = _float32_base(clf, quiet)
     comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
-    prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
+    prompts = clf.encode(comments, base)
     rank = next(iter(padded_pairs(clf.adapter_).values()))[0].shape[0]
     name = "BASE" if Path(clf.preset).exists() else str(clf.preset)
     card = f"{_card(clf)}\n\n{serving_readme(served_name(to), 'hf', name, rank)}"
@@ -1514,7 +1514,7 @@ def _label(  # a public name would make the docs link every `label` here
     _say_how_read(quiet, rows)
     given = dict(preset=preset, dtype=dtype, quantization=quantization, seed=seed, label_words=label_word)
     clf = _classifier(True, given)
-    words = clf._prepared(sorted(names))[3]
+    words = clf.prepare(sorted(names)).words
     spoken = dict(zip(map(str, words.labels), words.words, strict=True))
     from gemma_lora_sentiment.label_page import label_comments
 

@@ -119,7 +119,7 @@ class ScoringService:
 
     def _warm(self) -> None:
         "Compile every shape of a request."
-        clf, base = self.clf, self.clf._loaded_base()
+        clf, base = self.clf, self.clf.fitted_base()
         spoken = 0 if clf.words_.single_token else max(len(ids) for ids in clf.words_.scored_ids)
         for length in line_lengths(clf.recipe_.max_length):
             prompt = np.full(min(length, clf.recipe_.max_length) - spoken, 2, np.int32)

@@ -267,7 +267,7 @@ def info_line(*arguments):
 
 
 def test_info_says_which_quantization_and_why(tiny, memory):
-    recipe = GemmaLoraClassifier(tiny)._needs()
+    recipe = GemmaLoraClassifier(tiny).memory_needs()
     memory("unknown")
     assert info_line("--preset", tiny) == (
         "none (the default); auto would choose none (the device does not say how much memory it has)"
