@@ -26,6 +26,9 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, TunedThres
 
 from .data import duplicate_groups
 from gemma_lora_sentiment.evaluation import (
+    METRICS,
+    OTHERS,
+    OURS,
     check_inputs,
     check_probabilities,
     class_positions,
@@ -188,7 +191,7 @@ def metric_intervals(
     deviations = [
         np.std(of_metric[np.isfinite(of_metric)]) if np.isfinite(of_metric).any() else 0 for of_metric in drawn
     ]
-    names = ("accuracy", "macro_f1", "roc_auc")
+    names = [name for name in METRICS if name != "log_loss"]
     parts = zip(names, values[:3], deviations[:3], strict=True)
     intervals = {name: _interval(value, error, int(numbers.max()) + 1, level) for name, value, error in parts}
     of_true_label = layers[:, np.arange(len(numbers)), true_positions]
@@ -207,7 +210,7 @@ def metrics_with_intervals(
     values = np.asarray(probabilities)
     each = [compute_metrics(y_true, layer, classes) for layer in (values if values.ndim == 3 else [values])]
     metrics = dict(each[0])
-    for name in ("accuracy", "macro_f1", "roc_auc", "log_loss"):
+    for name in METRICS:
         metrics[name] = None if metrics[name] is None else float(np.mean([one[name] for one in each]))
     return metrics | {"intervals": metric_intervals(y_true, probabilities, classes, groups=groups)}
 
@@ -222,8 +225,7 @@ def metrics_table(
         between = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         return "-" if of_one[name] is None else f"{of_one[name]:.3f}{between}"
 
-    names = ("accuracy", "macro_f1", "roc_auc", "log_loss")
-    return pd.DataFrame({name: {who: cell(of_one, name) for who, of_one in metrics.items()} for name in names})
+    return pd.DataFrame({name: {who: cell(of_one, name) for who, of_one in metrics.items()} for name in METRICS})
 
 # %% ../nbs/06a_analysis.ipynb #942066f0
 def _p_text(p_value: float) -> str:
@@ -253,7 +255,7 @@ def paired_comparison(
     classes: Sequence,  # class values in the order of the columns
     *,
     groups: Sequence | None = None,  # n group names, each counted once; None: each row for itself
-    names: Sequence[str] = ("gemma + LoRA", "the TF-IDF baseline"),  # how the sentence calls the two
+    names: Sequence[str] = (OURS, OTHERS["baseline"].said),  # how the sentence calls the two
     level: float = 0.95,  # of the interval, see metric_intervals
     resamples: int = 2000,  # sets of n rows drawn with replacement
     seed: int = 0,

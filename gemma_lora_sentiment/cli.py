@@ -292,23 +292,22 @@ def _fitted_baselines(rows: Any, clf: Any) -> dict[str, Any]:
 
 def _to_draw(theirs: dict[str, Any]) -> dict[str, Any] | None:  # by the name in a figure
     "The classifiers that are drawn beside ours."
-    from gemma_lora_sentiment.evaluation import OTHERS
+    from gemma_lora_sentiment.evaluation import shown_others
 
-    return {OTHERS[name].drawn: theirs[name] for name in ("baseline", "frozen") if name in theirs} or None
+    return shown_others({name: theirs[name] for name in ("baseline", "frozen") if name in theirs}, "drawn") or None
 
 
 def _print_comparison(ours: dict[str, Any], baseline: dict[str, Any] | None) -> None:
     "The verdict first, then the table."
     from gemma_lora_sentiment.analysis import decision_text, metrics_table
-    from gemma_lora_sentiment.evaluation import OTHERS, frozen_verdict, verdict
+    from gemma_lora_sentiment.evaluation import OURS, frozen_verdict, shown_others, verdict
 
     if baseline is not None:
         print(verdict(ours, baseline))
         print(ours["comparison"]["sentence"])
     if simpler := frozen_verdict(ours):
         print(simpler)
-    others = {other.short: ours["baselines"][name] for name, other in OTHERS.items() if name in ours["baselines"]}
-    print(metrics_table({"gemma + LoRA": ours, **others}).to_string())
+    print(metrics_table({OURS: ours, **shown_others(ours["baselines"])}).to_string())
     print(decision_text(ours["decision"]))
 
 # %% ../nbs/11_cli.ipynb #1f983e02
@@ -335,7 +334,7 @@ def _add_analysis(
 ) -> None:
     from gemma_lora_sentiment import analysis
     from gemma_lora_sentiment.data import duplicate_groups, fingerprint
-    from gemma_lora_sentiment.evaluation import OTHERS
+    from gemma_lora_sentiment.evaluation import OTHERS, OURS
 
     groups = duplicate_groups(rows.comment)
     metrics["fingerprint"] = fingerprint(rows)
@@ -344,7 +343,7 @@ def _add_analysis(
     for name, values in theirs.items():
         baselines[name] = analysis.metrics_with_intervals(rows.label, values, classes, groups)
         baselines[name]["comparison"] = analysis.paired_comparison(
-            rows.label, probabilities, values, classes, groups=groups, names=("gemma + LoRA", OTHERS[name].said)
+            rows.label, probabilities, values, classes, groups=groups, names=(OURS, OTHERS[name].said)
         )
     tfidf = baselines.get("baseline")
     metrics |= {"baseline_accuracy": tfidf["accuracy"] if tfidf else None, "baseline": tfidf, "baselines": baselines}

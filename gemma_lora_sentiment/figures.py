@@ -22,6 +22,7 @@ from sklearn.model_selection import LearningCurveDisplay
 from .data import duplicate_groups
 from gemma_lora_sentiment.evaluation import (
     MARKERS,
+    METRICS,
     check_estimators,
     check_inputs,
     class_positions,
@@ -158,7 +159,7 @@ def learning_curve(
                 rows.append({"estimator": name, "size": size, "seed": seed, **metrics})
                 if progress is not None:
                     progress(len(rows), total, name)
-    columns = ["estimator", "size", "seed", "accuracy", "macro_f1", "roc_auc", "log_loss"]
+    columns = ["estimator", "size", "seed", *METRICS]
     return pd.DataFrame(rows, columns=columns).astype({"roc_auc": float})
 
 # %% ../nbs/06c_figures.ipynb #f16c0018

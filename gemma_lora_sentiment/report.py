@@ -20,7 +20,7 @@ import pandas as pd
 
 from .analysis import decision_text
 from .data import whole_file
-from .evaluation import OTHERS, frozen_verdict, share_interval, verdict
+from .evaluation import METRICS, OURS, frozen_verdict, share_interval, shown_others, verdict
 
 # %% ../nbs/06b_report.ipynb #7510162d
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # no HTML may hold these
@@ -143,16 +143,12 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
-_METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "roc_auc": "ROC AUC", "log_loss": "log-loss"}
-_NAMES = {name: other.short for name, other in OTHERS.items()}
-
-
 def _measure(metrics: Mapping[str, Any], name: str) -> ElementTree.Element:
     return _number(metrics[name], (metrics.get("intervals") or {}).get(name))
 
 
 def _cards(metrics: Mapping[str, Any]) -> ElementTree.Element:
-    cards = [_tag("div", _tag("dt", shown), _tag("dd", _measure(metrics, name))) for name, shown in _METRICS.items()]
+    cards = [_tag("div", _tag("dt", shown), _tag("dd", _measure(metrics, name))) for name, shown in METRICS.items()]
     return _tag("dl", *cards, class_="cards")
 
 
@@ -171,15 +167,14 @@ def _strip(
 # %% ../nbs/06b_report.ipynb #eb569402
 def _classifiers(metrics: Mapping[str, Any]) -> ElementTree.Element:
     "All that was measured on these rows, side by side."
-    all_of_them = {"gemma + LoRA": metrics}
-    all_of_them |= {_NAMES.get(name, name): other for name, other in (metrics.get("baselines") or {}).items()}
+    all_of_them = {OURS: metrics, **shown_others(metrics.get("baselines") or {})}
     intervals = {name: (other.get("intervals") or {}).get("accuracy") for name, other in all_of_them.items()}
     start = max(0.0, int(min((ends[0] for ends in intervals.values() if ends), default=0) * 10 - 1e-9) / 10)
     rows = []
     for name, other in all_of_them.items():
         strip = _strip(other["accuracy"], intervals[name], start) if intervals[name] else ""
-        rows.append([name, *(_measure(other, metric) for metric in _METRICS), strip])
-    head = ["classifier", *_METRICS.values(), f"accuracy, {start:.1f} to 1"]
+        rows.append([name, *(_measure(other, metric) for metric in METRICS), strip])
+    head = ["classifier", *METRICS.values(), f"accuracy, {start:.1f} to 1"]
     return _table(f"Measured on the same {metrics['n']} comments", head, rows, numeric=range(1, 5), class_="scores")
 
 
@@ -188,17 +183,17 @@ def _p_value(value: float) -> ElementTree.Element:
 
 
 def _comparisons(metrics: Mapping[str, Any]) -> ElementTree.Element | None:
-    baselines = metrics.get("baselines") or {}
+    baselines = shown_others(metrics.get("baselines") or {})
     others = {name: each["comparison"] for name, each in baselines.items() if "comparison" in each}
     rows = [
         [
-            _NAMES.get(name, name), each["better"], each["worse"],
+            name, each["better"], each["worse"],
             _number(each["difference"], each["interval"], "+.3f"),
             _p_value(each["p_value"]),
         ]
         for name, each in others.items()
     ]  # fmt: skip
-    head = ["gemma + LoRA against", "better on", "worse on", "difference in accuracy", "p"]
+    head = [f"{OURS} against", "better on", "worse on", "difference in accuracy", "p"]
     return _table("Comment by comment; p by McNemar's exact test", head, rows, numeric=range(1, 5)) if rows else None
 
 # %% ../nbs/06b_report.ipynb #fbc0adff
