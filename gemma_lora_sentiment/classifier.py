@@ -364,6 +364,21 @@ class _Fitting:
         for each, job, result in zip(clones, jobs, results, strict=True):
             yield each._take(job, *(each._trained(job) if result is None else result))
 
+    def refitted(
+        self,
+        X: Sequence[str],  # n comments, those of `fit` and others
+        y: Sequence[Any],  # n labels
+    ) -> GemmaLoraClassifier:  # another one, fitted
+        "The same on more rows, for the epochs, words and batch size that were found on a part. Raises as `fit` does."
+        everything = clone(self).set_params(epochs=max(1, self.best_epoch_), validation_fraction=0.0, patience=None)
+        everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
+        if self.recipe_.epochs == 0:
+            everything.set_params(epochs=0)
+        everything.fit(X, y)
+        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
+        everything.choices_ = self.choices_ | strength
+        return everything
+
     def _ready(
         self,
         X: Sequence[str],

@@ -61,7 +61,9 @@ ROOM_IMPORTS = {
     "features": {"adapter", "data", "model", "precision", "prompt", "scoring"},
     "evaluation": {"data"},
     "analysis": {"data", "evaluation"},
-    "report": {"data", "evaluation", "analysis"},
+    "run": {"tables", "data", "adapter", "checkpoint"},  # the last two when it writes, so that reading needs no Keras
+    "report": {"data", "evaluation", "analysis", "run"},
+    "judge": {"data", "classifier", "features", "evaluation", "analysis", "report", "run", "submission"},
     "figures": {"data", "evaluation"},
     "labelling": {"tables", "data", "evaluation", "analysis"},
     "submission": {"data", "tables"},
@@ -69,7 +71,7 @@ ROOM_IMPORTS = {
         *("tables", "data", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "classifier"),
         "analysis",
     },
-    "service": {"tables", "adapter", "scoring", "classifier", "analysis"},
+    "service": {"tables", "adapter", "scoring", "classifier", "analysis", "run"},
     "pretraining": {"model", "prompt"},
     "benchmark": {
         *("backend", "data", "prompt", "cache", "gemma", "model", "precision", "adapter", "scoring", "training"),
@@ -79,9 +81,9 @@ ROOM_IMPORTS = {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "features", "evaluation", "analysis", "report", "figures"),
         *("submission", "pretraining", "benchmark", "scale", "upstream", "gguf_export", "serving_files"),
-        *("service", "web", "label_page"),
+        *("service", "web", "label_page", "run", "judge"),
     },
-    "web": {"tables", "data", "adapter", "classifier", "report", "service"},
+    "web": {"tables", "data", "adapter", "classifier", "report", "run", "service"},
     "label_page": {"tables", "checkpoint", "labelling", "service"},
 }
 ROOMS_WITHOUT_KERAS = [
