@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -244,6 +244,19 @@ Comments = Annotated[
 ]
 
 
+_OF_A_FIT = {  # option of the shell: parameter of the classifier
+    "preset": "preset", "recipe": "recipe", "epochs": "epochs", "rank": "lora_rank", "learning_rate": "learning_rate",
+    "batch_size": "batch_size", "max_length": "max_length", "template": "template", "label_word": "label_words",
+    "class_weight": "class_weight", "dtype": "dtype", "quantization": "quantization", "seed": "seed",
+    "patience": "patience",
+}  # fmt: skip
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:  # parameters of the classifier; None where left out
+    "Of a command's options those that say how to fit."
+    return {parameter: options[option] for option, parameter in _OF_A_FIT.items() if option in options}
+
+
 def _quantization(given: str | None) -> str | None:  # as Python wants it: None, "auto", "int8" or "int4"
     if given not in (None, "auto", "none", "int8", "int4"):
         raise ValueError(f"--quantization {given!r} is not one of auto, none, int8, int4. Choose one of these.")
@@ -390,6 +403,7 @@ def train(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Fine-tune on FILE and save the run: metrics from a held-out fifth, adapter from all rows."""
+    given = {**_given(locals()), "validation_fraction": 0.2 if patience else None}
     from gemma_lora_sentiment.run import RunFolder
 
     if resume and RunFolder(out).is_finished():
@@ -397,12 +411,6 @@ def train(
         if not comments:
             _warn_of_comments(out)
         return
-    given = dict(
-        preset=preset, recipe=recipe, epochs=epochs, lora_rank=rank, learning_rate=learning_rate,
-        batch_size=batch_size, max_length=max_length, template=template, label_words=label_word,
-        class_weight=class_weight, dtype=dtype, quantization=quantization, seed=seed, patience=patience,
-        validation_fraction=0.2 if patience else None,
-    )  # fmt: skip
     started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit)
     from gemma_lora_sentiment.judge import train_run
 
@@ -465,11 +473,7 @@ def cross_validate(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Out-of-fold metrics of ours and of the baseline, stratified, duplicates in one fold."""
-    given = dict(
-        preset=preset, recipe=recipe, epochs=epochs, lora_rank=rank, learning_rate=learning_rate,
-        batch_size=batch_size, max_length=max_length, template=template, label_words=label_word,
-        class_weight=class_weight, dtype=dtype, quantization=quantization, seed=seed,
-    )  # fmt: skip
+    given = _given(locals())
     from gemma_lora_sentiment.data import read_comments
 
     started, say = time.perf_counter(), functools.partial(_say, quiet)
@@ -635,8 +639,25 @@ def submit(
 ) -> None:
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import check_folder, read_table
-    from gemma_lora_sentiment.submission import check_output, reading_of_sample, sample_comments, write_submission
+    from gemma_lora_sentiment.data import check_folder
+    from gemma_lora_sentiment.submission import write_submission
+
+    of_sample, comments, told = _sample(sample, text_from, reading, out)
+    clf = GemmaLoraClassifier.load(run, preset)
+    if out is not None:
+        check_folder(out)
+    for line in (*told, f"scoring {len(comments)} comments"):
+        _say(quiet, line)
+    path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
+    print(f"{len(comments)} rows written to {path}")
+
+
+def _sample(
+    sample: str, text_from: str | None, reading: dict[str, Any] | None, out: Path | None
+) -> tuple[Any, list[str], list[str]]:  # how the sample is read, its comments, lines to be told
+    "The sample to fill in, and whether the file to write can be like it."
+    from gemma_lora_sentiment.data import read_table
+    from gemma_lora_sentiment.submission import check_output, reading_of_sample, sample_comments
 
     how = _how(reading)
     of_sample = reading_of_sample(sample, text_from, how)
@@ -647,14 +668,7 @@ def submit(
         if text_from is not None:
             _check_apart(out, text_from)
         check_output(out, sample, of_sample)
-    clf = GemmaLoraClassifier.load(run, preset)
-    if out is not None:
-        check_folder(out)
-    for line in told:
-        _say(quiet, line)
-    _say(quiet, f"scoring {len(comments)} comments")
-    path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
-    print(f"{len(comments)} rows written to {path}")
+    return of_sample, comments, told
 
 # %% ../nbs/11_cli.ipynb #7dc42ae3
 def _quantization_and_why(clf: Any) -> str:
@@ -672,6 +686,37 @@ def _quantization_and_why(clf: Any) -> str:
     return text if clf.quantization == "auto" else f"none (the default); auto would choose {text}"
 
 
+def _base_and_recipe(clf: Any) -> str:  # lines
+    "What a fit would begin with, and what it would take."
+    from gemma_lora_sentiment.memory import memory_estimate, memory_text
+    from gemma_lora_sentiment.model import lora_shapes
+
+    base = clf.choose_base()
+    name, recipe = clf.resolve_recipe(base)
+    targets, rows = recipe.targets(base), recipe.batch_size
+    needed = memory_text(memory_estimate(base, recipe.lora_rank, targets, rows, length=64))
+    trainable = sum(math.prod(shape) for shape in lora_shapes(base.config, recipe.lora_rank, targets).values())
+    numbers = {**vars(recipe), "target_layers": " ".join(targets)}
+    return (
+        f"base: {clf.preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}\n"
+        f"recipe: {name}, {', '.join(f'{key} {value}' for key, value in numbers.items())}\n"
+        f"memory to train {rows} rows of 64 tokens a step, estimated: {needed}"
+    )
+
+
+def _cache_and_versions() -> str:  # lines
+    from gemma_lora_sentiment.cache import use_compile_cache
+    from gemma_lora_sentiment.data import cache_dir
+    from gemma_lora_sentiment.run import versions
+
+    kept = use_compile_cache()
+    return (
+        f"cache: {cache_dir()}\n"
+        f"compiled programs: {'kept by JAX where you said, or not kept' if kept is None else f'kept in {kept}'}\n"
+        f"versions: {', '.join(f'{package} {version}' for package, version in versions().items())}"
+    )
+
+
 @app.command()
 @_guarded
 def info(
@@ -681,13 +726,10 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Devices, number format and quantization and why, memory estimate, versions."""
-    from gemma_lora_sentiment.cache import use_compile_cache
-    from gemma_lora_sentiment.credentials import check_access
-    from gemma_lora_sentiment.data import cache_dir
-    from gemma_lora_sentiment.memory import memory_estimate, memory_text
     from gemma_lora_sentiment.backend import choose_dtype
-    from gemma_lora_sentiment.model import lora_shapes, resolve_preset
-    from gemma_lora_sentiment.run import device, versions
+    from gemma_lora_sentiment.credentials import check_access
+    from gemma_lora_sentiment.model import resolve_preset
+    from gemma_lora_sentiment.run import device
 
     clf, here = _classifier(True, {"preset": preset, "dtype": dtype, "quantization": quantization}), device()
     chosen, why = choose_dtype(dtype)
@@ -696,19 +738,8 @@ def info(
     resolve_preset(preset)
     print(f"access: {check_access(preset)}", flush=True)
     print(f"quantization: {_quantization_and_why(clf)}", flush=True)
-    base = clf.choose_base()
-    name, recipe = clf.resolve_recipe(base)
-    targets = recipe.targets(base)
-    estimate = memory_estimate(base, recipe.lora_rank, targets, recipe.batch_size, length=64)
-    trainable = sum(math.prod(shape) for shape in lora_shapes(base.config, recipe.lora_rank, targets).values())
-    print(f"base: {preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}")
-    numbers = {**vars(recipe), "target_layers": " ".join(targets)}
-    print(f"recipe: {name}, " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
-    print(f"memory to train {recipe.batch_size} rows of 64 tokens a step, estimated: {memory_text(estimate)}")
-    print(f"cache: {cache_dir()}")
-    kept = use_compile_cache()
-    print(f"compiled programs: {'kept by JAX where you said, or not kept' if kept is None else f'kept in {kept}'}")
-    print("versions: " + ", ".join(f"{package} {version}" for package, version in versions().items()))
+    print(_base_and_recipe(clf))
+    print(_cache_and_versions())
 
 # %% ../nbs/11_cli.ipynb #5add6a4f
 @app.command()
@@ -775,15 +806,11 @@ def pretrain(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Train a base like mini_ko on any corpus of rated reviews."""
-    import pandas as pd
-
-    from gemma_lora_sentiment.data import read_comments
     from gemma_lora_sentiment.pretraining import PretrainingSettings, pretrain_base, read_reviews
     from gemma_lora_sentiment.run import whole_folder
 
     reviews = read_reviews(corpus)
-    tables = [read_comments(name, labels=("0", "1"), reading=_how(reading)) for name in comments or ()]
-    own = pd.concat(tables, ignore_index=True) if tables else None
+    own = _comments_of(comments or (), reading)
     given = {"rows": rows, "learning_rate": learning_rate, "comments_from": 0.0 if start else None}
     settings = PretrainingSettings(seed=seed, **{name: value for name, value in given.items() if value is not None})
     with whole_folder(out) as folder:
@@ -792,6 +819,16 @@ def pretrain(
             progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True), start=start,
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
+
+
+def _comments_of(sources: Iterable[str], reading: dict[str, Any] | None) -> Any | None:  # a table of all of them
+    "Labelled comments of several files; None where there is no file."
+    import pandas as pd
+
+    from gemma_lora_sentiment.data import read_comments
+
+    tables = [read_comments(name, labels=("0", "1"), reading=_how(reading)) for name in sources]
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 # %% ../nbs/11_cli.ipynb #fc8b7caf
 def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
@@ -978,26 +1015,32 @@ def _label(  # a public name would make the docs link every `label` here
     from gemma_lora_sentiment.service import check_extra
 
     check_extra()
+    names = _names_of_labels(labels, out)
+    rows = read_comments(file, labelled=False, reading=_how(reading))
+    _say_how_read(quiet, rows)
+    clf = _classifier(True, given := _given(locals()))
+    words, run = clf.prepare(sorted(names)).words, run or out.with_name(f"{out.stem}-run")
+    from gemma_lora_sentiment.label_page import label_comments
+
+    label_comments(
+        rows, names, out, clf, host=host, port=port, choose=choose, seed=seed, names=_shown_labels(names, words),
+        finish=functools.partial(_finish_labelling, run=run, rows=rows, sample=sample, reading=reading, given=given),
+        say=functools.partial(print, flush=True),
+    )  # fmt: skip
+
+
+def _names_of_labels(labels: str, out: Path) -> list[str]:
     names = [name.strip() for name in labels.split(",") if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"--labels {labels!r} names no two different labels. Give them with commas: --labels 0,1.")
     if out.suffix.lower() not in (".tsv", ".txt"):
         raise ValueError(f"--out {out} holds tabs between its columns. Give it the suffix .tsv.")
-    rows = read_comments(file, labelled=False, reading=_how(reading))
-    _say_how_read(quiet, rows)
-    given = dict(preset=preset, dtype=dtype, quantization=quantization, seed=seed, label_words=label_word)
-    clf = _classifier(True, given)
-    words = clf.prepare(sorted(names)).words
-    spoken = dict(zip(map(str, words.labels), words.words, strict=True))
-    from gemma_lora_sentiment.label_page import label_comments
+    return names
 
-    run = run or out.with_name(f"{out.stem}-run")
-    label_comments(
-        rows, names, out, clf, host=host, port=port, choose=choose, seed=seed,
-        names={name: name if spoken[name] == name else f"{name} ({spoken[name]})" for name in names},
-        finish=functools.partial(_finish_labelling, run=run, rows=rows, sample=sample, reading=reading, given=given),
-        say=functools.partial(print, flush=True),
-    )  # fmt: skip
+
+def _shown_labels(names: list[str], words: Any) -> dict[str, str]:  # label -> as its button says it
+    spoken = dict(zip(map(str, words.labels), words.words, strict=True))
+    return {name: name if spoken[name] == name else f"{name} ({spoken[name]})" for name in names}
 
 
 def _finish_labelling(
