@@ -27,9 +27,9 @@ from .gemma import LORA_LAYERS, GemmaConfig, array_name, array_shapes
 from .model import Base, LayerRanks, lora_shapes
 
 # %% auto #0
-__all__ = ['RunError', 'Adapter', 'new_adapter', 'stacked_lora', 'unstacked_lora', 'lora_scales', 'to_peft', 'from_peft',
-           'from_textbook', 'to_textbook', 'write_atomically', 'save_files', 'check_files', 'padded_pairs',
-           'adapter_files', 'save_adapter', 'load_adapter']
+__all__ = ['PEFT_MODULES', 'PER_HEAD', 'RunError', 'Adapter', 'new_adapter', 'stacked_lora', 'unstacked_lora', 'lora_scales',
+           'to_peft', 'from_peft', 'from_textbook', 'to_textbook', 'write_atomically', 'save_files', 'check_files',
+           'padded_pairs', 'adapter_files', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/03_adapter.ipynb #03a48d85
 class RunError(RuntimeError):
@@ -148,7 +148,7 @@ def _targets_of_groups(
     return found
 
 # %% ../nbs/03_adapter.ipynb #a8333bc8
-_PEFT_MODULES = {  # Keras layer -> module of the transformers checkpoint
+PEFT_MODULES = {  # Keras layer -> module of the transformers checkpoint
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
@@ -157,7 +157,7 @@ _PEFT_MODULES = {  # Keras layer -> module of the transformers checkpoint
     "ffw_gating_2": "mlp.up_proj",
     "ffw_linear": "mlp.down_proj",
 }
-_PER_HEAD = ("query", "key", "value")
+PER_HEAD = ("query", "key", "value")  # layers whose kernel is (heads, hidden, head size)
 
 
 def _pairs(
@@ -176,7 +176,7 @@ def to_peft(
     b: np.ndarray,  # float32 (rank, outputs)
 ) -> tuple[np.ndarray, np.ndarray]:  # lora_A (r, inputs), lora_B (outputs, r)
     "One layer's pair in PEFT's layout; for a projection with heads, r is heads x rank."
-    if layer not in _PER_HEAD:
+    if layer not in PER_HEAD:
         return np.ascontiguousarray(a.reshape(-1, a.shape[-1]).T), np.ascontiguousarray(b.T)
     heads, _, rank = a.shape
     stacked = a.transpose(0, 2, 1).reshape(heads * rank, -1)
@@ -193,14 +193,14 @@ def from_peft(
     a_shape: tuple[int, ...],  # shape of Keras's A
 ) -> tuple[np.ndarray, np.ndarray]:  # Keras's A and B
     "The inverse of `to_peft`. Raises `RunError` when per-head matrices do not share one B."
-    if layer not in _PER_HEAD:
+    if layer not in PER_HEAD:
         return lora_a.T.reshape(a_shape), lora_b.T
     heads, _, rank = a_shape
     a = lora_a.reshape(heads, rank, -1).transpose(0, 2, 1)
     b = lora_b[: lora_b.shape[0] // heads, :rank].T
     if not np.array_equal(to_peft(layer, a, b)[1], lora_b):
         raise RunError(
-            f"lora_B of {_PEFT_MODULES[layer]} is not one matrix repeated for each head, as this package writes it."
+            f"lora_B of {PEFT_MODULES[layer]} is not one matrix repeated for each head, as this package writes it."
         )
     return a, b
 
@@ -321,9 +321,9 @@ def _peft_pairs(
     pairs = {}
     for path, block, layer, a, b in _pairs(adapter):
         scaled = b * np.float32(_scale_of(adapter, path))
-        textbook = isinstance(adapter.rank, Mapping) and layer in _PER_HEAD
+        textbook = isinstance(adapter.rank, Mapping) and layer in PER_HEAD
         pair = to_textbook(a, scaled) if textbook else to_peft(layer, a, scaled)
-        pairs[f"layers.{block}.{_PEFT_MODULES[layer]}"] = pair
+        pairs[f"layers.{block}.{PEFT_MODULES[layer]}"] = pair
     return pairs
 
 
@@ -385,7 +385,7 @@ def adapter_files(
     "`adapter_config.json` and `adapter_model.safetensors` in PEFT's layout, of one rank and no scale."
     pairs = padded_pairs(adapter)
     rank = next(iter(pairs.values()))[0].shape[0]
-    modules = [_PEFT_MODULES[target] for target in adapter.targets]
+    modules = [PEFT_MODULES[target] for target in adapter.targets]
     blocks = {name.split(".")[1] for name in pairs}
     everywhere = len(pairs) == len(modules) * len(blocks) == len(modules) * (1 + max(map(int, blocks)))
     config = {
@@ -533,8 +533,8 @@ def _lora_layers(
     for path, shape in array_shapes(base.config).items():
         if (name := array_name(path)) in LORA_LAYERS:
             block = int(path.split("/")[0].rsplit("_", 1)[1])
-            order = (block, list(_PEFT_MODULES).index(name))
-            found[order] = (f"layers.{block}.{_PEFT_MODULES[name]}", (path.removesuffix("/kernel"), name, shape))
+            order = (block, list(PEFT_MODULES).index(name))
+            found[order] = (f"layers.{block}.{PEFT_MODULES[name]}", (path.removesuffix("/kernel"), name, shape))
     return dict(found[order] for order in sorted(found))
 
 
@@ -584,7 +584,7 @@ def load_adapter(
         _check_targets(config, layers, folder)
         for module, (path, layer, shape) in layers.items():
             if _is_target(config["target_modules"], module):
-                heads = shape[0] if layer in _PER_HEAD else 1
+                heads = shape[0] if layer in PER_HEAD else 1
                 outputs = heads * shape[-1]
                 rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
                 alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
@@ -606,8 +606,8 @@ def _unpadded(
     rank: int,  # Keras's
     textbook: bool,
 ) -> tuple[np.ndarray, np.ndarray]:  # Keras's A, and B with the scale in it
-    heads = shape[0] if layer in _PER_HEAD else 1
-    if textbook and layer in _PER_HEAD:
+    heads = shape[0] if layer in PER_HEAD else 1
+    if textbook and layer in PER_HEAD:
         return from_textbook(pair[0][: rank // heads], pair[1][:, : rank // heads], heads)
     return from_peft(layer, pair[0][: rank * heads], pair[1][:, : rank * heads], (*shape[:-1], rank))
 
@@ -654,15 +654,15 @@ def _check_targets(config: dict[str, Any], layers: Iterable[str], folder: Path) 
     modules = config["target_modules"]
     for name in [modules] if isinstance(modules, str) else modules:
         if not any(_is_target(name if isinstance(modules, str) else [name], module) for module in layers):
-            known = ", ".join(module.split(".")[-1] for module in _PEFT_MODULES.values())
+            known = ", ".join(module.split(".")[-1] for module in PEFT_MODULES.values())
             raise RunError(f"{folder}: target module {name!r} is none of {known} in this base; use its own base.")
 
 
 def _targets_of(config: dict[str, Any], pairs: Mapping[str, tuple]) -> tuple[str, ...]:
-    keras_names = {module.split(".")[-1]: layer for layer, module in _PEFT_MODULES.items()}
+    keras_names = {module.split(".")[-1]: layer for layer, module in PEFT_MODULES.items()}
     order = [keras_names.get(name.split(".")[-1]) for name in config["target_modules"]]  # as it was saved
     found = {layer for layer, *_ in pairs.values()}
-    return tuple(dict.fromkeys([*(layer for layer in [*order, *_PEFT_MODULES] if layer in found)]))
+    return tuple(dict.fromkeys([*(layer for layer in [*order, *PEFT_MODULES] if layer in found)]))
 
 
 def _per_head_adapter(config: dict[str, Any], pairs: Mapping[str, tuple], base: Base) -> Adapter | None:
@@ -673,7 +673,7 @@ def _per_head_adapter(config: dict[str, Any], pairs: Mapping[str, tuple], base: 
         return None
     arrays = {}
     for path, (layer, shape, lora_a, lora_b, layer_alpha) in pairs.items():
-        heads = shape[0] if layer in _PER_HEAD else 1
+        heads = shape[0] if layer in PER_HEAD else 1
         if (lora_a.shape[0], layer_alpha) != (rank * heads, alpha * heads):
             return None
         try:
@@ -689,7 +689,7 @@ def _textbook_adapter(config: dict[str, Any], pairs: Mapping[str, tuple]) -> Ada
     arrays, ranks = {}, {}
     for path, (layer, shape, lora_a, lora_b, layer_alpha) in pairs.items():
         rank = lora_a.shape[0]
-        if layer in _PER_HEAD:
+        if layer in PER_HEAD:
             a, b = from_textbook(lora_a, lora_b, shape[0])
         else:
             a, b = from_peft(layer, lora_a, lora_b, (*shape[:-1], rank))

@@ -26,13 +26,17 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, TunedThres
 
 from .data import duplicate_groups
 from gemma_lora_sentiment.evaluation import (
-    _check_inputs,
-    _check_probabilities,
-    _class_positions,
-    _plain,
+    METRICS,
+    OTHERS,
+    OURS,
+    check_inputs,
+    check_probabilities,
+    class_positions,
     compute_metrics,
     expected_calibration_error,
     fold_indices,
+    plain_values,
+    share_interval,
 )
 
 # %% ../nbs/06a_analysis.ipynb #6a64dfdd
@@ -44,7 +48,7 @@ def _group_numbers(
         return np.arange(n_rows)
     if len(groups) != n_rows:
         raise ValueError(f"there are {n_rows} labels and {len(groups)} groups. Pass one group for each row.")
-    return pd.factorize(np.array(_plain(groups), dtype=object))[0]
+    return pd.factorize(np.array(plain_values(groups), dtype=object))[0]
 
 
 def _resamples(
@@ -68,7 +72,7 @@ def _layers(
 ) -> np.ndarray:  # float64 (repeats, n, n_classes)
     values = np.asarray(probabilities)
     return np.stack(
-        [_check_probabilities(layer, n_rows, classes) for layer in (values if values.ndim == 3 else [values])]
+        [check_probabilities(layer, n_rows, classes) for layer in (values if values.ndim == 3 else [values])]
     )
 
 # %% ../nbs/06a_analysis.ipynb #8096b081
@@ -123,8 +127,7 @@ def _interval(
     if not np.isfinite(value):
         return None
     if min(value, 1 - value) < 1e-9:
-        share = binomtest(n_groups * round(value), n_groups).proportion_ci(level, method="wilson")
-        return [float(share.low), float(share.high)]
+        return list(share_interval(n_groups * round(value), n_groups, level))
     if not deviation > 1e-9:
         return None
     reach /= value * (1 - value)
@@ -175,8 +178,8 @@ def metric_intervals(
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, and must lie between 0 and 1. Pass 0.95.")
-    classes = _plain(classes)
-    true_positions = _class_positions(y_true, classes)
+    classes = plain_values(classes)
+    true_positions = class_positions(y_true, classes)
     layers = _layers(probabilities, len(true_positions), classes)
     numbers = _group_numbers(groups, len(true_positions))
 
@@ -188,7 +191,7 @@ def metric_intervals(
     deviations = [
         np.std(of_metric[np.isfinite(of_metric)]) if np.isfinite(of_metric).any() else 0 for of_metric in drawn
     ]
-    names = ("accuracy", "macro_f1", "roc_auc")
+    names = [name for name in METRICS if name != "log_loss"]
     parts = zip(names, values[:3], deviations[:3], strict=True)
     intervals = {name: _interval(value, error, int(numbers.max()) + 1, level) for name, value, error in parts}
     of_true_label = layers[:, np.arange(len(numbers)), true_positions]
@@ -207,7 +210,7 @@ def metrics_with_intervals(
     values = np.asarray(probabilities)
     each = [compute_metrics(y_true, layer, classes) for layer in (values if values.ndim == 3 else [values])]
     metrics = dict(each[0])
-    for name in ("accuracy", "macro_f1", "roc_auc", "log_loss"):
+    for name in METRICS:
         metrics[name] = None if metrics[name] is None else float(np.mean([one[name] for one in each]))
     return metrics | {"intervals": metric_intervals(y_true, probabilities, classes, groups=groups)}
 
@@ -222,8 +225,7 @@ def metrics_table(
         between = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         return "-" if of_one[name] is None else f"{of_one[name]:.3f}{between}"
 
-    names = ("accuracy", "macro_f1", "roc_auc", "log_loss")
-    return pd.DataFrame({name: {who: cell(of_one, name) for who, of_one in metrics.items()} for name in names})
+    return pd.DataFrame({name: {who: cell(of_one, name) for who, of_one in metrics.items()} for name in METRICS})
 
 # %% ../nbs/06a_analysis.ipynb #942066f0
 def _p_text(p_value: float) -> str:
@@ -253,14 +255,14 @@ def paired_comparison(
     classes: Sequence,  # class values in the order of the columns
     *,
     groups: Sequence | None = None,  # n group names, each counted once; None: each row for itself
-    names: Sequence[str] = ("gemma + LoRA", "the TF-IDF baseline"),  # how the sentence calls the two
+    names: Sequence[str] = (OURS, OTHERS["baseline"].said),  # how the sentence calls the two
     level: float = 0.95,  # of the interval, see metric_intervals
     resamples: int = 2000,  # sets of n rows drawn with replacement
     seed: int = 0,
 ) -> dict[str, Any]:  # better, worse, p_value, difference (of accuracies), interval (of it, or None), n, sentence
     "McNemar's exact test and a paired bootstrap, in words. `ValueError` if the inputs do not fit each other."
-    classes = _plain(classes)
-    true_positions = _class_positions(y_true, classes)
+    classes = plain_values(classes)
+    true_positions = class_positions(y_true, classes)
     n, numbers = len(true_positions), _group_numbers(groups, len(true_positions))
     shares = [(_layers(p, n, classes).argmax(axis=2) == true_positions).mean(axis=0) for p in (ours, baseline)]
     difference = shares[0] - shares[1]
@@ -344,7 +346,7 @@ def fit_temperature(
     repeats: int = 1,  # how often each comment stands among the rows
 ) -> float:  # from 0.1 to 10; 1 where the labels are all of one class
     "The temperature of least log-loss. [Guo et al. 2017](https://arxiv.org/abs/1706.04599)."
-    true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
+    true_positions, probabilities, classes = check_inputs(y_true, probabilities, classes)
     present, true_positions = np.unique(true_positions, return_inverse=True)
     if len(present) < 2:
         return 1.0
@@ -406,7 +408,7 @@ def choose_threshold(
     cost: Mapping[Any, float],  # label -> what a wrong answer on a comment of this label costs; 1 if not named
 ) -> float:  # the second class is answered from this probability on
     "The threshold of least cost on these rows. `ValueError` for other than two classes, or costs that cannot be."
-    true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
+    true_positions, probabilities, classes = check_inputs(y_true, probabilities, classes)
     if len(classes) != 2:
         raise ValueError(f"there are {len(classes)} classes, and a threshold parts two. Pass cost to choose_decision.")
     costs = _costs(cost, classes)
@@ -438,7 +440,7 @@ def choose_abstention(
 
     Raises `ValueError` for an accuracy outside 0 and 1, and as `compute_metrics` does.
     """
-    true_positions, probabilities, classes = _check_inputs(y_true, probabilities, classes)
+    true_positions, probabilities, classes = check_inputs(y_true, probabilities, classes)
     if not 0 < accuracy <= 1:
         raise ValueError(f"accuracy is {accuracy}, and must be above 0 and at most 1. Pass 0.95.")
     return _least_sureness(probabilities.max(axis=1), probabilities.argmax(axis=1) == true_positions, accuracy)
@@ -542,8 +544,8 @@ def choose_decision(
 
     Raises `ValueError` for an accuracy outside 0 and 1, for costs of unknown labels, and as `compute_metrics` does.
     """
-    classes = _plain(classes)
-    true_positions = _class_positions(y_true, classes)
+    classes = plain_values(classes)
+    true_positions = class_positions(y_true, classes)
     layers = _layers(probabilities, len(true_positions), classes)
     numbers = np.tile(_group_numbers(groups, len(true_positions)), len(layers))
     true_positions, values = np.tile(true_positions, len(layers)), layers.reshape(-1, len(classes))
@@ -595,7 +597,7 @@ def apply_decision(
     "Labels and calibrated probabilities, and whether the comment had better go to a person."
     classes = list(decision["classes"])
     values = apply_temperature(
-        _check_probabilities(probabilities, len(probabilities), classes), decision["temperature"]
+        check_probabilities(probabilities, len(probabilities), classes), decision["temperature"]
     )
     costs = np.ones(len(classes)) if decision["cost"] is None else np.array(decision["cost"])
     answers = _decided(values, costs, decision["threshold"])
@@ -662,8 +664,8 @@ def worth_labelling(
     seed: int = 0,
 ) -> pd.DataFrame:  # columns id, comment, margin, p_CLASS ...; the most doubtful first
     "Doubtful comments of different wording. Raises `ValueError` if the inputs do not fit each other."
-    texts, classes = [str(text) for text in comments], _plain(classes)
-    values = _check_probabilities(probabilities, len(texts), classes)
+    texts, classes = [str(text) for text in comments], plain_values(classes)
+    values = check_probabilities(probabilities, len(texts), classes)
     if number < 1:
         raise ValueError(f"number is {number}, and must be at least 1.")
     largest = np.sort(values, axis=1)
@@ -688,8 +690,8 @@ def likely_label_errors(
     ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
 ) -> pd.DataFrame:  # n rows, the most suspicious first: id, comment, label, likely_label, suspicion
     "Rows by suspicion, from 1 (surely another label) to -1. Raises `ValueError` as `compute_metrics` does."
-    classes = _plain(classes)
-    positions = _class_positions(labels, classes, what="labels")
+    classes = plain_values(classes)
+    positions = class_positions(labels, classes, what="labels")
     values = _layers(probabilities, len(positions), classes).mean(axis=0)
     comments = list(comments)
     ids = list(range(len(comments))) if ids is None else list(ids)
@@ -711,7 +713,7 @@ def conflicting_duplicates(
     groups: Sequence | None = None,  # n group names of copies. None: as duplicate_groups tells them
 ) -> pd.DataFrame:  # columns group, id, comment, label: copies beside each other; no rows if all agree
     "Copies of a comment whose labels differ. Raises `ValueError` if the columns differ in length."
-    comments, labels = list(comments), _plain(labels)
+    comments, labels = list(comments), plain_values(labels)
     groups = duplicate_groups(map(str, comments)) if groups is None else groups
     ids = list(range(len(comments))) if ids is None else list(ids)
     numbers = _group_numbers(groups, len(comments))
@@ -812,7 +814,7 @@ def sweep(
     "Try settings. `attrs['parameters']` names the columns that were tried. `ValueError` as `fold_indices` raises it."
     if search not in ("grid", "random", "halving"):
         raise ValueError(f"search is {search!r}, and must be 'grid', 'random' or 'halving'.")
-    texts, targets = np.array(list(comments), dtype=object), np.array(_plain(labels))
+    texts, targets = np.array(list(comments), dtype=object), np.array(plain_values(labels))
     grids = [grid] if isinstance(grid, Mapping) else list(grid)
     names = list(dict.fromkeys(name for one in grids for name in one))
     unknown = [name for name in names if name not in estimator.get_params()]

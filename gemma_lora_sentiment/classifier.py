@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -60,7 +60,7 @@ from gemma_lora_sentiment.training import (
 from .tutorial import train_tutorial
 
 # %% auto #0
-__all__ = ['GemmaLoraClassifier']
+__all__ = ['Prepared', 'GemmaLoraClassifier']
 
 # %% ../nbs/05_classifier.ipynb #352a62e8
 def _check_comments(
@@ -148,20 +148,27 @@ _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
 class _Settings:
     "What the parameters amount to."
 
-    def _chosen_base(self) -> Base:
-        "The base that a fit begins with: where dtype or quantization is auto, what this device can do."
-        _check_not_forked()
-        return base_for_device(self.preset, self.dtype, self.quantization, self.devices, self.strategy, **self._needs())
+    def choose_base(self) -> Base:
+        """The base that a fit begins with: where dtype or quantization is auto, what this device can do.
 
-    def _needs(self) -> dict[str, Any]:  # of choose_quantization
-        recipe = self._resolved_recipe()[1]
+        Raises `RunError` in a process that was forked after JAX had started, `ModelError` for a base that is not there
+        or does not fit.
+        """
+        _check_not_forked()
+        where = (self.devices, self.strategy)
+        return base_for_device(self.preset, self.dtype, self.quantization, *where, **self.memory_needs())
+
+    def memory_needs(self) -> dict[str, Any]:  # rank, batch_size (rows), length (tokens), target_layers
+        "What a fit asks of a device, as `choose_quantization` takes it."
+        recipe = self.resolve_recipe()[1]
         needs = {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
         return needs | {"target_layers": recipe.target_layers}
 
-    def _resolved_recipe(
+    def resolve_recipe(
         self,
         base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
     ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
+        "The settings that a fit begins with; the rows may change what is auto."
         size = (base.parameter_count, base.config.hidden_dim) if base else (None, None)
         name, recipe = recipe_for(str(self.preset), self.recipe, *size)
         fields = ("lora_rank", "target_layers", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length")
@@ -254,6 +261,16 @@ def _best_epoch(history: pd.DataFrame) -> int:  # 1-based; 0 when nothing was tr
     return int(history.epoch[history.val_loss.idxmin()] if "val_loss" in history else history.epoch.iloc[-1])
 
 # %% ../nbs/05_classifier.ipynb #797d5bc3
+class Prepared(NamedTuple):
+    """What a fit needs beside its rows."""
+
+    base: Base
+    recipe_name: str
+    recipe: Recipe
+    words: LabelWords  # of the labels
+    start: Adapter  # untrained, or with warm_start the fitted one
+
+
 @dataclass(frozen=True)
 class _Job:
     "A fit that is ready to begin."
@@ -347,6 +364,21 @@ class _Fitting:
         for each, job, result in zip(clones, jobs, results, strict=True):
             yield each._take(job, *(each._trained(job) if result is None else result))
 
+    def refitted(
+        self,
+        X: Sequence[str],  # n comments, those of `fit` and others
+        y: Sequence[Any],  # n labels
+    ) -> GemmaLoraClassifier:  # another one, fitted
+        "The same on more rows, for the epochs, words and batch size that were found on a part. Raises as `fit` does."
+        everything = clone(self).set_params(epochs=max(1, self.best_epoch_), validation_fraction=0.0, patience=None)
+        everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
+        if self.recipe_.epochs == 0:
+            everything.set_params(epochs=0)
+        everything.fit(X, y)
+        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
+        everything.choices_ = self.choices_ | strength
+        return everything
+
     def _ready(
         self,
         X: Sequence[str],
@@ -358,7 +390,7 @@ class _Fitting:
         if not comments:
             raise DataError("X holds no comments. Give at least two, with different labels.")
         classes, index = _check_labels(y, len(comments))
-        base, recipe_name, recipe, words, start = self._prepared(classes)
+        base, recipe_name, recipe, words, start = self.prepare(classes)
         weights = class_weights(index, len(classes), _weight_of_each(self.class_weight, classes))
         if sample_weight is not None:
             weights = weights * _check_sample_weight(sample_weight, len(comments))
@@ -456,23 +488,26 @@ class _Fitting:
             )
         return fitted, rematerialize
 
-    def _prepared(
+    def prepare(
         self,
         classes: np.ndarray,  # sorted
-    ) -> tuple[Base, str, Recipe, LabelWords, Adapter]:  # base, name of the recipe, recipe, words, untrained adapter
-        "All that a fit needs beside its rows; every mistake in the parameters is found here."
+    ) -> Prepared:
+        """All that a fit needs beside its rows; every mistake in the parameters is found here.
+
+        Raises `DataError` for template or words that cannot work, `ModelError` for parameters and base.
+        """
         self._check_parameters()
         _weight_of_each(self.class_weight, classes)
         template = PromptTemplate(self.template)
-        base = self._chosen_base()
-        recipe_name, recipe = self._resolved_recipe(base)
+        base = self.choose_base()
+        recipe_name, recipe = self.resolve_recipe(base)
         alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
         start = new_adapter(base, recipe.lora_rank, recipe.targets(base), alpha, self.seed)
         if self.warm_start and hasattr(self, "adapter_"):
             start = self._fitted_adapter(base, start, classes)
         words = label_words([_plain(c) for c in classes], _tokenizer(base.tokenizer_proto), template, self.label_words)
         self._encode([], base, words, recipe)  # is there room for a comment?
-        return base, recipe_name, recipe, words, start
+        return Prepared(base, recipe_name, recipe, words, start)
 
     def _fitted_adapter(self, base: Base, new: Adapter, classes: np.ndarray) -> Adapter:
         "The adapter to go on from, if it fits what the parameters ask for; a `ModelError` otherwise."
@@ -486,6 +521,15 @@ class _Fitting:
         if then != now:
             raise ModelError(f"warm_start=True, and lora_rank or target_layers are not the adapter's. {remedy}")
         return self.adapter_
+
+    def encode(
+        self,
+        X: Sequence[str],  # n comments
+        base: Base | None = None,  # whose tokenizer is used; None: the base this was fitted on
+    ) -> list[np.ndarray]:  # n prompts, int32 token ids (length,), with the beginning of a text and without padding
+        "What the fitted classifier shows its base. Raises scikit-learn's `NotFittedError` before `fit`."
+        check_is_fitted(self, "adapter_")
+        return self._encode(_check_comments(X), base or self.fitted_base(), self.words_, self.recipe_)
 
     def _encode(
         self,
@@ -508,8 +552,8 @@ class _Fitting:
             )
         return encoded.token_ids
 
-    def _loaded_base(self) -> Base:
-        "The base this classifier was fitted on; another one is refused."
+    def fitted_base(self) -> Base:
+        "The base this classifier was fitted on. Raises `RunError` where another one has taken its place."
         _check_not_forked()
         base = load_base(self.preset, self.dtype_, self.quantization_, self.devices, self.strategy)
         if base.fingerprint != self.base_fingerprint_:
@@ -532,7 +576,7 @@ class _Prediction:
         comments = _check_comments(X)
         if not comments:
             return np.zeros((0, len(self.classes_)), np.float32)
-        base = self._loaded_base()
+        base = self.fitted_base()
         distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
         prompts = self._encode(distinct.tolist(), base, self.words_, self.recipe_, times)
         return label_probabilities(base, self.adapter_, prompts, self.words_, times)[back]
@@ -556,8 +600,8 @@ class _Explanation:
     ) -> str:  # what the model writes after the prompt, up to its end token
         "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
         template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
-        base = self._loaded_base() if fitted else self._chosen_base()
-        recipe = self.recipe_ if fitted else self._resolved_recipe(base)[1]
+        base = self.fitted_base() if fitted else self.choose_base()
+        recipe = self.recipe_ if fitted else self.resolve_recipe(base)[1]
         tokenizer = _tokenizer(base.tokenizer_proto)
         prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
         if not fitted and _is_auto(self.dtype) and overflows(base, [prompt]):
@@ -575,7 +619,7 @@ class _Explanation:
     ) -> pd.DataFrame:  # a row a token of the comment: piece, influence (nats)
         "How much each token speaks for the predicted label: log-odds with it minus log-odds without it."
         check_is_fitted(self, "adapter_")
-        base, template = self._loaded_base(), PromptTemplate(self.template)
+        base, template = self.fitted_base(), PromptTemplate(self.template)
         tokenizer = _tokenizer(base.tokenizer_proto)
         prompt = self._encode(_check_comments([comment]), base, self.words_, self.recipe_)[0]
         before, after = (len(ids) for ids in tokenizer.encode([template.prefix, template.middle]))
@@ -684,7 +728,7 @@ class _Persistence:
         clf.history_ = pd.DataFrame()
         clf.label_words = dict(zip(labels, words, strict=True)) if words != [str(label) for label in labels] else None
         try:
-            base = clf._loaded_base()
+            base = clf.fitted_base()
             clf.adapter_ = load_adapter(folder, base, verify)
             tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
             clf.words_ = label_words(labels, tokenizer, template, clf.label_words)
@@ -708,7 +752,7 @@ class _Persistence:
         """
         clf = cls(preset=_base_of_peft(folder) if preset is None else preset, **parameters)
         classes, _ = _check_labels(list(labels), len(list(labels)))
-        base, clf.recipe_name_, recipe, clf.words_, _ = clf._prepared(classes)
+        base, clf.recipe_name_, recipe, clf.words_, _ = clf.prepare(classes)
         clf.adapter_ = load_adapter(folder, base)
         clf.recipe_ = replace(recipe, epochs=0)
         clf.classes_, clf.dtype_, clf.base_fingerprint_ = classes, base.dtype, base.fingerprint

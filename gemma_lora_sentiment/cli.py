@@ -5,26 +5,19 @@
 # %% ../nbs/11_cli.ipynb #45c7f359
 from __future__ import annotations
 
-import csv
 import functools
-import glob
 import importlib
 import inspect
 import json
 import math
 import os
-import platform
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -53,11 +46,14 @@ _IN_THE_SHELL = (  # what messages say to Python, and what to the shell
 )
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _in_the_shell(text: str) -> str:
     for in_python, in_the_shell in _IN_THE_SHELL:
         text = re.sub(in_python, in_the_shell, text)
     return text
+
+
+def _one_line(error: BaseException) -> str:
+    return _in_the_shell(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _status_of(
@@ -132,69 +128,10 @@ def _terminated(_: int, frame: FrameType | None) -> None:
         frame = frame.f_back
     raise SystemExit(128 + signal.SIGTERM)
 
-# %% ../nbs/11_cli.ipynb #9390f170
-@contextmanager
-def _folder(
-    out: Path,  # the folder asked for; it may exist
-    obsolete: Sequence[str] = (),  # of an earlier run, to be removed when all is there and they were not written anew
-) -> Iterator[Path]:  # a temporary folder beside it
-    from gemma_lora_sentiment.checkpoint import hold
-
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file. Give a folder.")
-    existed = [parent for parent in (out.parent, *out.parent.parents) if parent.exists()][0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
-    try:
-        if out.is_dir():  # is it ours to write in? Better to know before the work than after it
-            tempfile.TemporaryFile(dir=out).close()
-        place = out.resolve()
-        with hold(place.parent / f".{place.name}.lock", out):
-            for left in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
-            temporary.chmod(0o755)
-            try:
-                yield temporary
-                left = [out / name for name in obsolete if not (temporary / name).exists()]
-                _move_into(temporary, out)
-                for path in left:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-    except BaseException:
-        for made in (out.parent, *out.parent.parents):
-            if made == existed or any(made.iterdir()):
-                break
-            made.rmdir()
-        raise
-
-
-def _move_into(temporary: Path, out: Path) -> None:
-    "Move what was written. `run.json` goes last, and an old one goes first: with it a run is whole, without it not."
-    if not out.exists():
-        temporary.replace(out)
-        return
-    paths = sorted(temporary.rglob("*"), key=lambda path: (path == temporary / "run.json", path))
-    if paths and paths[-1] == temporary / "run.json":
-        (out / "run.json").unlink(missing_ok=True)
-    for path in paths:
-        target = out / path.relative_to(temporary)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            path.replace(target)
-    shutil.rmtree(temporary)
-
 # %% ../nbs/11_cli.ipynb #2fb4ab86
 def _say(quiet: bool, text: str) -> None:
     if not quiet:
         print(text, file=sys.stderr, flush=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_table(out: Path) -> None:
@@ -217,232 +154,22 @@ def _check_apart(out: Path, file: str) -> None:
         raise ValueError(f"--out {out} is the file with the comments. Give another name; it would be overwritten.")
 
 
-def _write_table(path: Path, table: Any, suffix: str = ".tsv") -> None:
-    "Write a DataFrame as the suffix says: TSV, CSV, JSON lines or Parquet."
-    from gemma_lora_sentiment.data import write_table
-
-    write_table(table, path, suffix)
-
-
-def _write_rows(path: Path, table: Any, comments: bool, numbered: bool = False) -> None:
-    "Write a table of rows. Without their comments, `numbered` ones get a column `group`: equal for copies."
-    from gemma_lora_sentiment.data import duplicate_groups
-
-    if not comments and numbered:
-        table = table.assign(comment=duplicate_groups(table.comment)).rename(columns={"comment": "group"})
-    _write_table(path, table if comments else table.drop(columns="comment", errors="ignore"))
-
-
-def _judge(
-    folder: Path,  # where to write
-    rows: Any,  # labelled comments: id, comment, label
-    clf: Any,  # fitted classifier
-    baseline: dict[str, Any] | None,  # fitted baselines by name, or None when their training rows are not there
-    history: Any | None = None,  # of training, for the curves; without rows where nothing was trained
-    comments: bool = True,  # whether files may hold comments
-) -> tuple[dict[str, Any], dict[str, Any] | None, Any]:  # metrics of ours, of the baseline, answers of ours (n,)
-    from gemma_lora_sentiment import evaluation
-
-    classes = clf.classes_
-    probabilities = clf.predict_proba(rows.comment)
-    metrics = evaluation.compute_metrics(rows.label, probabilities, classes)
-    theirs = {name: other.predict_proba(list(rows.comment)) for name, other in (baseline or {}).items()}
-    if clf.recipe_.epochs:
-        theirs["zero_shot"] = _zero_shot(clf, classes, rows.comment)
-    _add_analysis(metrics, rows, classes, probabilities, theirs)
-    predictions = _prediction_table(rows, classes, probabilities, theirs.get("baseline"))
-    _write_rows(folder / "predictions.tsv", predictions, comments, numbered=True)
-    wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, classes, rows["id"])
-    _write_rows(folder / "wrong.tsv", wrong, comments)
-    evaluation.save_figures(
-        folder / "figures", rows.label, probabilities, classes,
-        history if history is not None and len(history) else None, _to_draw(theirs),
-    )  # fmt: skip
-    return metrics, metrics["baseline"], classes[probabilities.argmax(axis=1)]
-
-
-def _import_what_follows() -> None:
-    "What comes after training, in a thread of its own while XLA compiles, which leaves Python free."
-    for name in ("evaluation", "analysis", "figures", "report", "submission"):
-        importlib.import_module(f"gemma_lora_sentiment.{name}")
-    importlib.import_module("matplotlib.pyplot")
-
-
-def _baselines(clf: Any) -> dict[str, Any]:  # unfitted, by name
-    "What ours is compared with, but the base itself."
-    from gemma_lora_sentiment.evaluation import simple_baselines
-    from gemma_lora_sentiment.features import FrozenGemmaClassifier
-
-    if hasattr(clf, "recipe_"):
-        recipe, dtype, quantization = clf.recipe_, clf.dtype_, clf.quantization_
-    else:  # dtype="auto" is decided by the first fit, which may overflow; quantization by what a fit needs
-        recipe, dtype, quantization = clf._resolved_recipe()[1], clf.dtype, clf.quantization
-        quantization = clf._chosen_base().quantization if quantization == "auto" else quantization
-    frozen = FrozenGemmaClassifier(
-        clf.preset, clf.template, recipe.max_length, dtype, quantization, clf.devices, clf.strategy, clf.seed
-    )  # fmt: skip
-    return {**simple_baselines(clf.seed), "frozen": frozen}
-
-
-def _fitted_baselines(rows: Any, clf: Any) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {name: other.fit(list(rows.comment), rows.label) for name, other in _baselines(clf).items()}
-
-
-def _to_draw(theirs: dict[str, Any]) -> dict[str, Any] | None:  # by the name in a figure
-    "The classifiers that are drawn beside ours."
-    from gemma_lora_sentiment.evaluation import OTHERS
-
-    return {OTHERS[name].drawn: theirs[name] for name in ("baseline", "frozen") if name in theirs} or None
-
-
-def _print_comparison(ours: dict[str, Any], baseline: dict[str, Any] | None) -> None:
-    "The verdict first, then the table."
-    from gemma_lora_sentiment.analysis import decision_text, metrics_table
-    from gemma_lora_sentiment.evaluation import OTHERS, frozen_verdict, verdict
-
-    if baseline is not None:
-        print(verdict(ours, baseline))
-        print(ours["comparison"]["sentence"])
-    if simpler := frozen_verdict(ours):
-        print(simpler)
-    others = {other.short: ours["baselines"][name] for name, other in OTHERS.items() if name in ours["baselines"]}
-    print(metrics_table({"gemma + LoRA": ours, **others}).to_string())
-    print(decision_text(ours["decision"]))
-
-# %% ../nbs/11_cli.ipynb #1f983e02
-def _zero_shot(clf: Any, classes: Any, comments: Any) -> Any:  # float32 (n, n_classes)
-    "What the base says as it is, with the prompt, words and labels of `clf`."
-    from sklearn.base import clone
-
-    untrained = clone(clf).set_params(
-        epochs=0, validation_fraction=0.0, patience=None, callbacks=None, checkpoint_dir=None, verbose=0
-    )
-    if hasattr(clf, "words_"):
-        untrained.set_params(label_words=list(clf.words_.words))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ours has said already which comments were too long
-        return untrained.fit(["-"] * len(classes), classes).predict_proba(comments)  # it learns its labels only
-
-
-def _add_analysis(
-    metrics: dict[str, Any],  # of ours; receives fingerprint, intervals, baselines, comparison, decision
-    rows: Any,  # labelled comments
-    classes: Any,
-    probabilities: Any,  # float (n, n_classes), or (repeats, n, n_classes)
-    theirs: dict[str, Any],  # name -> probabilities of another classifier on the same rows
-) -> None:
-    from gemma_lora_sentiment import analysis
-    from gemma_lora_sentiment.data import duplicate_groups, fingerprint
-    from gemma_lora_sentiment.evaluation import OTHERS
-
-    groups = duplicate_groups(rows.comment)
-    metrics["fingerprint"] = fingerprint(rows)
-    metrics["intervals"] = analysis.metric_intervals(rows.label, probabilities, classes, groups=groups)
-    baselines = {}
-    for name, values in theirs.items():
-        baselines[name] = analysis.metrics_with_intervals(rows.label, values, classes, groups)
-        baselines[name]["comparison"] = analysis.paired_comparison(
-            rows.label, probabilities, values, classes, groups=groups, names=("gemma + LoRA", OTHERS[name].said)
-        )
-    tfidf = baselines.get("baseline")
-    metrics |= {"baseline_accuracy": tfidf["accuracy"] if tfidf else None, "baseline": tfidf, "baselines": baselines}
-    metrics["comparison"] = tfidf["comparison"] if tfidf else None
-    metrics["decision"] = analysis.choose_decision(rows.label, probabilities, classes, groups=groups)
-
-
-def _prediction_table(
-    rows: Any, classes: Any, probabilities: Any, baseline: Any | None, fold: Any | None = None
-) -> Any:  # id, comment, label, prediction, baseline_prediction, fold (where known), p_<label> ...
-    import numpy as np
-
-    names = np.array(classes)
-    table = rows[["id", "comment", "label"]].assign(prediction=names[probabilities.argmax(axis=1)])
-    if baseline is not None:
-        table["baseline_prediction"] = names[baseline.argmax(axis=1)]
-    if fold is not None:
-        table["fold"] = fold
-    for column, label in enumerate(names):
-        table[f"p_{label}"] = probabilities[:, column]
-    return table
-
-# %% ../nbs/11_cli.ipynb #83c0fc6a
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "gemma_lora_sentiment": __version__}
-    for name in ("keras", "keras-hub", "jax", "numpy", "pandas", "scikit-learn", "safetensors", "sentencepiece"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _device() -> dict[str, str]:
-    import jax
-
-    device = jax.devices()[0]
-    return {"platform": device.platform, "kind": device.device_kind, "count": str(jax.device_count())}
-
-
-_NO_SETTINGS = ("callbacks", "verbose", "checkpoint_dir")  # these do not decide what comes out
-
-
-def _settings(clf: Any) -> dict[str, Any]:
-    "Parameters of a classifier that JSON can hold."
-    parameters = clf.get_params(deep=False)
-    if isinstance(parameters["label_words"], dict):
-        parameters["label_words"] = {str(label): word for label, word in parameters["label_words"].items()}
-    if (Path(str(clf.preset)) / "config.json").is_file() and str(clf.preset) != "mini_ko":
-        parameters["preset"] = str(Path(clf.preset).resolve())  # a run is repeated from anywhere
-    return {name: value for name, value in parameters.items() if name not in _NO_SETTINGS}
-
-
-def _run_description(command: str, source: str, rows: Any, clf: Any, more: dict[str, Any]) -> dict[str, Any]:
-    from gemma_lora_sentiment.data import describe_comments, fingerprint
-
-    base = clf._chosen_base() if not hasattr(clf, "recipe_") else None
-    name, recipe = clf._resolved_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
-    summary, more = describe_comments(rows)["value"].to_dict(), {**more}
-    data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary}
-    if reading := more.pop("reading", None):  # options with which these rows can be read again
-        data["reading"] = reading
-    return {
-        "command": command,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": data,
-        "settings": _settings(clf),
-        "recipe": {"name": name, **vars(recipe)},
-        "dtype": base.dtype if base else clf.dtype_,
-        "quantization": base.quantization if base else clf.quantization_,
-        "base_fingerprint": base.fingerprint if base else clf.base_fingerprint_,
-        "choices": getattr(clf, "choices_", {}),  # of this fit; cross-validation decides in each fold anew
-        **more,
-        "versions": _versions(),
-        "device": _device(),
-    }
-
-
 def _warn_of_comments(out: Path) -> None:
     "Say which files of earlier commands still hold comments, in a folder that was to be without them."
-    for path in sorted(out.glob("*.tsv")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            if "comment" in file.readline().rstrip("\n").split("\t"):
-                what = f"{path} of an earlier command holds comments; remove it before {out} travels."
-                warnings.warn(what, stacklevel=2)
+    from gemma_lora_sentiment.run import RunFolder
 
-# %% ../nbs/11_cli.ipynb #a961af91
-def _warn_if_seen(source: str, preset: str) -> dict[str, str]:  # for metrics.json, from where the report takes it
-    if source not in ("sample", "sample_extra") or preset != "mini_ko":
-        return {}
-    caution = (
-        f"mini_ko has seen the rows of `{source}` in pre-training, so metrics measured inside it are too good; "
-        "judge on `sample_test`."
-    )
-    warnings.warn(caution, stacklevel=2)
-    return {"caution": caution}
+    for path in RunFolder(out).with_comments():
+        warnings.warn(f"{path} of an earlier command holds comments; remove it before {out} travels.", stacklevel=2)
+
+
+def _print_result(metrics: dict[str, Any], out: Path, comments: bool, last: str) -> None:
+    from gemma_lora_sentiment.judge import comparison_text
+
+    if not comments:
+        _warn_of_comments(out)
+    print(comparison_text(metrics))
+    print(last)
+
 
 # %% ../nbs/11_cli.ipynb #7a32b8cd
 _READING = {
@@ -485,12 +212,10 @@ def _reads_a_file(
     return decorated
 
 
-def _how(reading: dict[str, Any]) -> Any:  # data.Reading
-    from gemma_lora_sentiment.data import Reading
-    from gemma_lora_sentiment.tables import Dialect
+def _how(reading: dict[str, Any] | None) -> Any:  # data.Reading
+    from gemma_lora_sentiment.run import reading_of
 
-    form = {name: reading[name] for name in ("encoding", "delimiter", "sheet") if name in reading}
-    return Reading(Dialect(**form), **{name: value for name, value in reading.items() if name not in form})
+    return reading_of(reading)
 
 
 def _say_how_read(quiet: bool, rows: Any) -> None:
@@ -519,6 +244,19 @@ Comments = Annotated[
 ]
 
 
+_OF_A_FIT = {  # option of the shell: parameter of the classifier
+    "preset": "preset", "recipe": "recipe", "epochs": "epochs", "rank": "lora_rank", "learning_rate": "learning_rate",
+    "batch_size": "batch_size", "max_length": "max_length", "template": "template", "label_word": "label_words",
+    "class_weight": "class_weight", "dtype": "dtype", "quantization": "quantization", "seed": "seed",
+    "patience": "patience",
+}  # fmt: skip
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:  # parameters of the classifier; None where left out
+    "Of a command's options those that say how to fit."
+    return {parameter: options[option] for option, parameter in _OF_A_FIT.items() if option in options}
+
+
 def _quantization(given: str | None) -> str | None:  # as Python wants it: None, "auto", "int8" or "int4"
     if given not in (None, "auto", "none", "int8", "int4"):
         raise ValueError(f"--quantization {given!r} is not one of auto, none, int8, int4. Choose one of these.")
@@ -528,6 +266,7 @@ def _quantization(given: str | None) -> str | None:  # as Python wants it: None,
 def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
     "A classifier from the options that were given, over `defaults` of an earlier run."
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.run import settings_of
 
     parameters = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
     if "template" in given and given["template"] is not None:
@@ -539,7 +278,7 @@ def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | N
         if any(not separator for _, separator, _ in pairs):
             raise ValueError("--label-word wants LABEL=WORD, for example --label-word 1=positive.")
         parameters["label_words"] = {label: word for label, _, word in pairs}
-    unknown = sorted(set(parameters) - set(_settings(GemmaLoraClassifier())))
+    unknown = sorted(set(parameters) - set(settings_of(GemmaLoraClassifier())))
     if unknown:
         raise ValueError(f"--from: there is no setting {unknown[0]!r}. Give the run.json of a run of this version.")
     return GemmaLoraClassifier(**parameters, verbose=0 if quiet else 1)
@@ -556,8 +295,9 @@ def _checked_classifier(
         raise ValueError(f"{file}: all {len(rows)} labels are {labels[0]!r}; at least two classes are needed.")
     if isinstance(clf.label_words, dict):  # options are text, the labels of typed files are not
         spelled = {label_key(label): label for label in labels}
-        clf.label_words = {spelled.get(label_key(label), label): word for label, word in clf.label_words.items()}
-    clf._prepared(sorted(labels, key=str))
+        words = {spelled.get(label_key(label), label): word for label, word in clf.label_words.items()}
+        clf.set_params(label_words=words)
+    clf.prepare(sorted(labels, key=str))
     return clf
 
 
@@ -613,69 +353,21 @@ def _repeat(
     given: dict[str, Any],  # options of this call; None where left out
 ) -> None:
     "Make `clf` mean what it meant in the run. Raises `ValueError` when the base has changed."
-    same_base, base = given["preset"] is None, clf._chosen_base()
+    from gemma_lora_sentiment.run import device, versions
+
+    same_base, base = given["preset"] is None, clf.choose_base()
     same_format = (base.dtype, base.quantization) == (run["dtype"], run["quantization"])
     if same_base and same_format and base.fingerprint != run["base_fingerprint"]:
         raise ValueError(f"--from: the base at {clf.preset} is not the one of the run. Give the original base.")
     if same_base and given["recipe"] is None:  # a later version's recipe may have other numbers
-        for name, value in vars(clf._resolved_recipe(base)[1]).items():
+        for name, value in vars(clf.resolve_recipe(base)[1]).items():
             if getattr(clf, name, None) == "auto" and run["recipe"].get(name, value) != value:
                 clf.set_params(**{name: run["recipe"][name]})
-    here = {**_versions(), **_device()}
+    here = {**versions(), **device()}
     for name, then in {**run["versions"], **run["device"]}.items():
         if here.get(name) != then:
             warnings.warn(f"the run had {name} {then}, here is {here.get(name)}; the bits may differ.", stacklevel=2)
             break
-
-# %% ../nbs/11_cli.ipynb #f3c53e17
-def _plan(rows: Any, clf: Any, refit: bool) -> dict[str, Any]:
-    "All that decides what a run comes to, as JSON holds it."
-    from gemma_lora_sentiment.data import fingerprint
-
-    base, device = clf._chosen_base(), _device()
-    plan = {"rows": len(rows), "data": fingerprint(rows), **_settings(clf), "refit": refit}
-    plan |= {"platform": device["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
-    plan |= {"resolved_quantization": base.quantization} if clf.quantization == "auto" else {}
-    return json.loads(json.dumps(plan, default=str))
-
-
-@contextmanager
-def _checkpoint(
-    out: Path,  # folder of the run, held by this process
-    plan: dict[str, Any],
-    resume: bool,
-    quiet: bool,
-) -> Iterator[Path]:  # the run's folder of checkpoints
-    from gemma_lora_sentiment.adapter import RunError, write_atomically
-    from gemma_lora_sentiment.checkpoint import difference, seal, unseal
-
-    folder = out / "checkpoint"
-    made = [path for path in (folder, out) if not path.exists()]
-    known = (folder / "plan.json").is_file()
-    if not known and folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
-        raise ValueError(f"{folder} is not of an unfinished run. Move it away, or give another --out.")
-    if known and resume:
-        if differs := difference(unseal(folder / "plan.json"), plan):
-            what = "Give the file and options it was started with, or leave out --resume to start anew."
-            raise RunError(f"{folder} is of another run: {differs}. {what}")
-        _say(quiet, f"going on from {folder}")
-    try:
-        if not (known and resume):
-            if known:
-                warnings.warn(f"{folder} of an unfinished run is discarded; --resume goes on from it.", stacklevel=2)
-                shutil.rmtree(folder)
-            write_atomically(folder / "plan.json", seal(plan))
-        yield folder
-    except BaseException as error:
-        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError))
-        if (known and resume) or (stopped and any(folder.glob("*/checkpoint.json"))):
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                _say(quiet, "stopped; the same command with --resume goes on")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            if out in made and not any(out.iterdir()):
-                out.rmdir()
-        raise
 
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
@@ -711,85 +403,48 @@ def train(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Fine-tune on FILE and save the run: metrics from a held-out fifth, adapter from all rows."""
-    if resume and (out / "run.json").is_file() and not (out / "checkpoint").exists():
+    given = {**_given(locals()), "validation_fraction": 0.2 if patience else None}
+    from gemma_lora_sentiment.run import RunFolder
+
+    if resume and RunFolder(out).is_finished():
         print(f"{out} is finished; nothing to do.")
         if not comments:
             _warn_of_comments(out)
         return
+    started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit)
+    from gemma_lora_sentiment.judge import train_run
+
+    say = functools.partial(_say, quiet)
+    metrics = train_run(out, *job[:3], **job[3], resume=resume, comments=comments, say=say, started=started)
+    last = f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}"
+    _print_result(metrics, out, comments, last)
+
+
+def _job(
+    quiet: bool,
+    given: dict[str, Any],  # options of the classifier; None where left out
+    file: str | None,
+    reading: dict[str, Any] | None,
+    from_run: Path | None,  # run.json of a run to repeat
+    refit: bool | None,
+) -> tuple[str, Any, Any, dict[str, Any]]:  # file, its rows, classifier, and of train_run: reading and refit
+    "What is to be trained on what; every mistake is found here."
     earlier = _description_of_run(from_run) if from_run else None
     if file is None and earlier is None:
         raise ValueError("There is nothing to train on. Give FILE, or --from and the run.json of a run to repeat.")
     if file is None:
         file, reading = earlier["data"]["source"], reading or earlier["data"]["reading"]
     refit = (earlier["refit"] if earlier else True) if refit is None else refit
-    given = dict(
-        preset=preset, recipe=recipe, epochs=epochs, lora_rank=rank, learning_rate=learning_rate,
-        batch_size=batch_size, max_length=max_length, template=template, label_words=label_word,
-        class_weight=class_weight, dtype=dtype, quantization=quantization, seed=seed, patience=patience,
-        validation_fraction=0.2 if patience else None,
-    )  # fmt: skip
-    from gemma_lora_sentiment.data import describe_comments, duplicate_groups, read_comments, split_comments
-    from gemma_lora_sentiment.report import write_report
+    from gemma_lora_sentiment.data import read_comments
 
-    started = time.perf_counter()
     rows = read_comments(file, reading=_how(reading))  # before the classifier's imports: a bad file is told at once
     if earlier:
         _check_data(rows, file, earlier["data"])
     clf = _checked_classifier(quiet, given, rows, file, earlier and _settings_then(earlier, given))
     if earlier:
         _repeat(clf, earlier, given)
-    kept, held_out = split_comments(rows, 0.2, clf.seed)
-    caution = _warn_if_seen(file, str(clf.preset))
-    _say_how_read(quiet, rows)
-    _say(quiet, describe_comments(rows).to_string(header=False))
-    plan = _plan(rows, clf, refit)
-    with (
-        _folder(out, obsolete=("checkpoint", "conflicts.tsv")) as folder,
-        _checkpoint(out, plan, resume, quiet) as checkpoints,
-    ):
-        clf.set_params(checkpoint_dir=checkpoints)
-        _say(quiet, f"fitting on {len(kept)} rows, {len(held_out)} held out")
-        clf.fit(kept.comment, kept.label)
-        metrics, baseline, _ = _judge(folder, held_out, clf, _fitted_baselines(kept, clf), clf.history_, comments)
-        judged, history = clf, clf.history_
-        if refit:
-            _say(quiet, f"fitting on all {len(rows)} rows for {clf.best_epoch_} epochs")
-            judged = _refitted(clf, rows)
-        judged.set_params(checkpoint_dir=None).save(folder)
-        history.to_csv(folder / "history.csv", index=False)
-        _write_conflicts(folder, rows, duplicate_groups(rows.comment), comments)
-        metrics |= {**caution, "seconds": round(time.perf_counter() - started, 2)}
-        _write_json(folder / "metrics.json", metrics)
-        more = {"reading": reading, "held_out": len(held_out), "refit": refit, "epochs": judged.best_epoch_}
-        _write_json(folder / "run.json", _run_description("train", file, rows, clf, more))
-        write_report(folder, comments=comments)
-    if not comments:
-        _warn_of_comments(out)
-    _print_comparison(metrics, baseline)
-    print(f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}")
+    return file, rows, clf, {"reading": reading, "refit": refit}
 
-
-def _write_conflicts(folder: Path, rows: Any, groups: Any, comments: bool) -> None:
-    "`conflicts.tsv`, where copies of a comment have different labels."
-    from gemma_lora_sentiment.analysis import conflicting_duplicates
-
-    conflicts = conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
-    if len(conflicts):
-        _write_rows(folder / "conflicts.tsv", conflicts, comments)
-
-
-def _refitted(clf: Any, rows: Any) -> Any:
-    "The same classifier on all rows, for the epochs found on a part of them."
-    from sklearn.base import clone
-
-    everything = clone(clf).set_params(epochs=max(1, clf.best_epoch_), validation_fraction=0.0, patience=None)
-    everything.set_params(label_words=list(clf.words_.words), batch_size=clf.recipe_.batch_size)  # as was judged
-    if clf.recipe_.epochs == 0:
-        everything.set_params(epochs=0)
-    everything.fit(rows.comment, rows.label)
-    strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
-    everything.choices_ = clf.choices_ | strength
-    return everything
 
 # %% ../nbs/11_cli.ipynb #89dc319a
 @app.command("cross-validate")
@@ -818,92 +473,24 @@ def cross_validate(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Out-of-fold metrics of ours and of the baseline, stratified, duplicates in one fold."""
-    given = dict(
-        preset=preset, recipe=recipe, epochs=epochs, lora_rank=rank, learning_rate=learning_rate,
-        batch_size=batch_size, max_length=max_length, template=template, label_words=label_word,
-        class_weight=class_weight, dtype=dtype, quantization=quantization, seed=seed,
-    )  # fmt: skip
-    import numpy as np
-    import pandas as pd
+    given = _given(locals())
+    from gemma_lora_sentiment.data import read_comments
 
-    from gemma_lora_sentiment import analysis, evaluation
-    from gemma_lora_sentiment.data import duplicate_groups, read_comments
-    from gemma_lora_sentiment.report import write_report
-
-    started = time.perf_counter()
+    started, say = time.perf_counter(), functools.partial(_say, quiet)
     rows = read_comments(file, reading=_how(reading))
     clf = _checked_classifier(True, given, rows, file)
-    caution = _warn_if_seen(file, preset)
-    evaluation.fold_indices(rows.label, duplicate_groups(rows.comment), folds, seed)  # can it be cut at all?
-    _say_how_read(quiet, rows)
-    with _folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:
-        groups, simple = duplicate_groups(rows.comment), _baselines(clf)
-        settings = {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
-        oof = evaluation.cross_validate(
-            {"ours": clf, "baseline": simple.pop("baseline")}, rows.comment, rows.label, **settings,
-            progress=lambda done, total, name: _say(quiet, f"fold {done}/{total}: {name}"),
-        )  # fmt: skip
-        floor = evaluation.cross_validate(simple, rows.comment, rows.label, **settings)
-        classes = sorted(rows.label.unique())
-        layers = {name: evaluation.probabilities_from_oof(oof, name, classes) for name in ("ours", "baseline")}
-        theirs = {"baseline": layers["baseline"]}
-        theirs |= {name: evaluation.probabilities_from_oof(floor, name, classes) for name in simple}
-        theirs["zero_shot"] = _zero_shot(clf, classes, rows.comment)
-        metrics = evaluation.metrics_from_oof(oof, "ours", classes)
-        _add_analysis(metrics, rows, classes, layers["ours"], theirs)
-        fold_of_row = oof["fold"].to_numpy().reshape(repeats, -1)
-        tables = [
-            _prediction_table(rows, classes, layers["ours"][repeat], layers["baseline"][repeat], fold_of_row[repeat])
-            for repeat in range(repeats)
-        ]
-        _write_rows(folder / "oof.tsv", tables[0], comments, numbered=True)
-        if repeats > 1:
-            every = pd.concat([table.assign(repeat=repeat) for repeat, table in enumerate(tables)])
-            _write_rows(folder / "oof_repeats.tsv", every, comments, numbered=True)
-        first, drawn = layers["ours"][0], _to_draw({name: each[0] for name, each in theirs.items() if each.ndim == 3})
-        evaluation.save_figures(folder / "figures", rows.label, first, classes, baseline=drawn)
-        wrong = evaluation.wrong_rows(rows.comment, rows.label, first, classes, rows["id"])
-        _write_rows(folder / "wrong.tsv", wrong, comments)
-        suspects = analysis.likely_label_errors(
-            rows.comment, rows.label, np.concatenate(list(layers.values())), classes, rows["id"]
-        )  # fmt: skip
-        _write_rows(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4), comments)
-        _write_conflicts(folder, rows, groups, comments)
-        baseline = metrics["baseline"]
-        cuts = {"reading": reading, "folds": folds, "repeats": repeats, "seed": seed, **caution}
-        metrics |= _run_description("cross-validate", file, rows, clf, cuts)
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
-        _write_json(folder / "cv.json", metrics)
-        write_report(folder, comments=comments)
-    if not comments:
-        _warn_of_comments(out)
-    _print_comparison(metrics, baseline)
+    from gemma_lora_sentiment.judge import cross_validate_run
+
+    metrics = cross_validate_run(
+        out, file, rows, clf, folds=folds, repeats=repeats, seed=seed, comments=comments, reading=reading, say=say,
+        started=started,
+    )  # fmt: skip
     cuts = f"{folds} folds" if repeats == 1 else f"{repeats} times {folds} folds"
-    print(f"{cuts}, {metrics['n']} rows, {metrics['seconds']:.0f} s; written to {out}")
+    last = f"{cuts}, {metrics['n']} rows, {metrics['seconds']:.0f} s; written to {out}"
+    _print_result(metrics, out, comments, last)
+
 
 # %% ../nbs/11_cli.ipynb #a1997b04
-def _baselines_of_run(run: Path, clf: Any) -> tuple[Any | None, str]:  # fitted baselines or None, and why not
-    from gemma_lora_sentiment.data import fingerprint, read_comments
-
-    try:
-        data = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]
-        rows = read_comments(data["source"], reading=_how(data.get("reading", {})))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"no baseline: the run's training rows are not there ({_one_line(error)})"
-    if fingerprint(rows) != data["fingerprint"]:
-        return None, f"no baseline: {data['source']} has changed since the run"
-    return _fitted_baselines(rows, clf), ""
-
-
-def _labelled_rows(file: str, clf: Any, reading: dict[str, Any]) -> Any:
-    "Rows with labels of the classifier's own type; an unknown label is an error."
-    from gemma_lora_sentiment.data import label_key, read_comments
-
-    rows = read_comments(file, labels=clf.classes_.tolist(), reading=_how(reading))
-    own = {label_key(label): label for label in clf.classes_.tolist()}
-    return rows.assign(label=[own[label_key(label)] for label in rows.label])
-
-
 @app.command()
 @_guarded
 @_reads_a_file()
@@ -920,74 +507,16 @@ def evaluate(
     """Metrics and figures of a saved run on labelled rows."""
     if explain and not comments:
         raise ValueError("--explain quotes comments, which --no-comments forbids. Leave one of them out.")
-    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.report import write_report
+    from gemma_lora_sentiment.judge import evaluate_run
 
-    started = time.perf_counter()
-    clf = GemmaLoraClassifier.load(run, preset)
-    rows = _labelled_rows(file, clf, reading)
-    _say_how_read(quiet, rows)
-    baseline_clf, why_not = _baselines_of_run(run, clf)
-    if why_not:
-        _say(quiet, why_not)
-    more = {"reading": reading, "run": str(run), **_warn_if_seen(file, str(clf.preset))}
-    if why_not:
-        more["no_baseline"] = "the rows of its training are not there, or have changed"
-    with _folder(out, obsolete=("influence.tsv",)) as folder:
-        metrics, baseline, _ = _judge(folder, rows, clf, baseline_clf, comments=comments)
-        if explain:
-            _write_influence(folder, rows, clf, explain)
-        metrics |= _run_description("evaluate", file, rows, clf, more)
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
-        _write_json(folder / "metrics.json", metrics)
-        write_report(folder, comments=comments)
-    if not comments:
-        _warn_of_comments(out)
-    _print_comparison(metrics, baseline)
-    print(f"{metrics['n']} rows; written to {out}")
+    metrics = evaluate_run(
+        run, file, out, explain=explain, preset=preset, comments=comments, reading=reading,
+        say=lambda text: _say(quiet, _in_the_shell(text)),
+    )  # fmt: skip
+    _print_result(metrics, out, comments, f"{metrics['n']} rows; written to {out}")
 
-
-def _write_influence(folder: Path, rows: Any, clf: Any, number: int) -> None:
-    "`influence.tsv`: the tokens that moved the most confident mistakes, left out one by one in one batch."
-    from gemma_lora_sentiment.analysis import explain_mistakes
-    from gemma_lora_sentiment.evaluation import wrong_rows
-
-    wrong = wrong_rows(rows.comment, rows.label, clf.predict_proba(rows.comment), clf.classes_, rows["id"])
-    _write_table(folder / "influence.tsv", explain_mistakes(clf, wrong, number))
 
 # %% ../nbs/11_cli.ipynb #65c138a0
-def _predictions_of(
-    run: Path, file: str | None, reading: dict[str, Any] | None = None, preset: str | None = None
-) -> Any:  # id, comment, label, p_<label> ...
-    "What a run has predicted without having seen it, or what it predicts for the rows of `file`."
-    import pandas as pd
-
-    if file is not None:
-        from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-
-        clf = GemmaLoraClassifier.load(run, preset)
-        rows = _labelled_rows(file, clf, reading or {})
-        return _prediction_table(rows, clf.classes_, clf.predict_proba(rows.comment), None)
-    for name in ("oof_repeats.tsv", "oof.tsv", "predictions.tsv"):
-        if (run / name).is_file():
-            return pd.read_csv(run / name, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
-    raise ValueError(f"{run} has no predictions.tsv or oof.tsv. Give a folder of this version, or --rows FILE.")
-
-
-def _copies_as_comments(tables: list[Any], runs: tuple[Path, Path]) -> list[Any]:
-    "Tables without comments share rows where they were measured on the same ones; the number of copies is the comment."
-    from gemma_lora_sentiment.data import duplicate_groups
-    from gemma_lora_sentiment.report import _metrics_file
-
-    if all("comment" in table for table in tables):
-        return tables
-    measured = [json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("fingerprint") for run in runs]
-    if measured[0] is None or measured[0] != measured[1]:
-        raise ValueError(f"{runs[0]} and {runs[1]} hold no comments to compare by, and other rows. Give --rows FILE.")
-    groups = [table.group if "group" in table else duplicate_groups(table.comment) for table in tables]
-    return [table.assign(comment=[str(each) for each in group]) for table, group in zip(tables, groups, strict=True)]
-
-
 @app.command()
 @_guarded
 @_reads_a_file()
@@ -1001,22 +530,9 @@ def compare(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Two runs side by side on the same rows."""
-    from gemma_lora_sentiment.analysis import compare_predictions, metrics_table
+    from gemma_lora_sentiment.judge import compare_runs
 
-    if first.resolve() == second.resolve():
-        raise ValueError(f"{first} and {second} are one folder. Give two.")
-    names = (str(first), str(second))
-    tables = [_predictions_of(run, rows, reading, preset) for run in (first, second)]
-    has_comments = all("comment" in table for table in tables)
-    result, differences = compare_predictions(*_copies_as_comments(tables, (first, second)), names=names)
-    print(result["comparison"]["sentence"])
-    print(metrics_table({name: result[name] for name in names}).to_string())
-    many = [f"{number} of {name}" for name, number in zip(names, result["rows_of_each"], strict=True)]
-    print(f"{result['rows']} rows in both ({', '.join(many)}); different answers on {len(differences)}")
-    if out is not None:
-        with _folder(out) as folder:
-            _write_json(folder / "compare.json", {"runs": list(names), **result})
-            _write_rows(folder / "differences.tsv", differences, has_comments)
+    print(compare_runs(first, second, rows, reading, preset, out))
 
 
 @app.command()
@@ -1029,49 +545,9 @@ def decide(
     quiet: Quiet = False,
 ) -> None:
     """Choose threshold and band of a run by cost and wanted accuracy, and store them with it."""
-    import numpy as np
+    from gemma_lora_sentiment.judge import decide_run
 
-    from gemma_lora_sentiment import analysis
-    from gemma_lora_sentiment.data import duplicate_groups, label_key, whole_file
-    from gemma_lora_sentiment.report import _metrics_file, write_report
-
-    path, table = _metrics_file(run), _predictions_of(by or run, None)
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    if by is not None:
-        _check_same_job(run, by)
-    spelled = {label_key(label): label for label in metrics["classes"]}
-    try:
-        pairs = [text.rpartition("=") for text in cost or []]
-        costs = {spelled[label_key(label)]: float(number) for label, _, number in pairs}
-    except (KeyError, ValueError):
-        raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
-    repeats = table["repeat"].nunique() if "repeat" in table else 1
-    n = len(table) // repeats
-    values = table[[f"p_{label}" for label in metrics["classes"]]].to_numpy(np.float64).reshape(repeats, n, -1)
-    labels = [spelled[label_key(label)] for label in table.label[:n]]
-    metrics["decision"] = analysis.choose_decision(
-        labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
-        groups=table.group[:n] if "group" in table else duplicate_groups(table.comment[:n]),
-    )  # fmt: skip
-    with whole_file(path) as temporary:
-        _write_json(temporary, metrics)
-    if (run / "report.html").is_file():
-        write_report(run)
-    print(analysis.decision_text(metrics["decision"]))
-
-
-def _check_same_job(run: Path, by: Path) -> None:
-    "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
-    from gemma_lora_sentiment.report import _metrics_file
-
-    ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (run / "run.json", _metrics_file(by)))
-    for name in ("data", "base_fingerprint", "recipe"):
-        both = [each.get(name) for each in (ours, theirs)]
-        if name == "data":
-            both = [(each or {}).get("fingerprint") for each in both]
-        if both[0] is None or both[0] != both[1]:
-            what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
-            raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
+    print(decide_run(run, cost or (), accuracy, by))
 
 
 @app.command()
@@ -1089,7 +565,7 @@ def suggest(
     """List the comments that are most worth labelling next."""
     from gemma_lora_sentiment.analysis import worth_labelling
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import check_folder, read_comments, whole_file
+    from gemma_lora_sentiment.data import check_folder, read_comments, whole_file, write_table
 
     _check_table(out)
     _check_apart(out, file)
@@ -1100,7 +576,7 @@ def suggest(
     _say(quiet, f"scoring {len(rows)} comments")
     table = worth_labelling(rows.comment, clf.predict_proba(rows.comment), clf.classes_, number, rows["id"], clf.seed)
     with whole_file(out) as temporary:
-        _write_table(temporary, table, out.suffix)
+        write_table(table, temporary, out.suffix)
     print(f"{len(table)} of {len(rows)} comments to label next written to {out}")
 
 # %% ../nbs/11_cli.ipynb #670b3969
@@ -1141,9 +617,9 @@ def predict(
 
 
 def _decision_of_run(run: Path) -> dict[str, Any]:
-    from gemma_lora_sentiment.report import _metrics_file
+    from gemma_lora_sentiment.run import RunFolder
 
-    decision = json.loads(_metrics_file(run).read_text(encoding="utf-8")).get("decision")
+    decision = RunFolder(run).metrics().get("decision")
     if decision is None:
         raise ValueError(f"{run} stores no decision. Train again, or leave out --calibrated.")
     return decision
@@ -1163,8 +639,25 @@ def submit(
 ) -> None:
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import check_folder, read_table
-    from gemma_lora_sentiment.submission import check_output, reading_of_sample, sample_comments, write_submission
+    from gemma_lora_sentiment.data import check_folder
+    from gemma_lora_sentiment.submission import write_submission
+
+    of_sample, comments, told = _sample(sample, text_from, reading, out)
+    clf = GemmaLoraClassifier.load(run, preset)
+    if out is not None:
+        check_folder(out)
+    for line in (*told, f"scoring {len(comments)} comments"):
+        _say(quiet, line)
+    path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
+    print(f"{len(comments)} rows written to {path}")
+
+
+def _sample(
+    sample: str, text_from: str | None, reading: dict[str, Any] | None, out: Path | None
+) -> tuple[Any, list[str], list[str]]:  # how the sample is read, its comments, lines to be told
+    "The sample to fill in, and whether the file to write can be like it."
+    from gemma_lora_sentiment.data import read_table
+    from gemma_lora_sentiment.submission import check_output, reading_of_sample, sample_comments
 
     how = _how(reading)
     of_sample = reading_of_sample(sample, text_from, how)
@@ -1175,14 +668,7 @@ def submit(
         if text_from is not None:
             _check_apart(out, text_from)
         check_output(out, sample, of_sample)
-    clf = GemmaLoraClassifier.load(run, preset)
-    if out is not None:
-        check_folder(out)
-    for line in told:
-        _say(quiet, line)
-    _say(quiet, f"scoring {len(comments)} comments")
-    path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
-    print(f"{len(comments)} rows written to {path}")
+    return of_sample, comments, told
 
 # %% ../nbs/11_cli.ipynb #7dc42ae3
 def _quantization_and_why(clf: Any) -> str:
@@ -1191,13 +677,44 @@ def _quantization_and_why(clf: Any) -> str:
     if clf.quantization not in (None, "auto"):
         return f"{clf.quantization} (as asked for)"
     try:
-        chosen, why = choose_quantization(clf.preset, clf.dtype, **clf._needs())
+        chosen, why = choose_quantization(clf.preset, clf.dtype, **clf.memory_needs())
     except ValueError as error:  # not even int4 fits
         if clf.quantization == "auto":
             raise
         return f"none (the default); auto finds none that fits: {_one_line(error)}"
     text = f"{chosen or 'none'} ({why})"
     return text if clf.quantization == "auto" else f"none (the default); auto would choose {text}"
+
+
+def _base_and_recipe(clf: Any) -> str:  # lines
+    "What a fit would begin with, and what it would take."
+    from gemma_lora_sentiment.memory import memory_estimate, memory_text
+    from gemma_lora_sentiment.model import lora_shapes
+
+    base = clf.choose_base()
+    name, recipe = clf.resolve_recipe(base)
+    targets, rows = recipe.targets(base), recipe.batch_size
+    needed = memory_text(memory_estimate(base, recipe.lora_rank, targets, rows, length=64))
+    trainable = sum(math.prod(shape) for shape in lora_shapes(base.config, recipe.lora_rank, targets).values())
+    numbers = {**vars(recipe), "target_layers": " ".join(targets)}
+    return (
+        f"base: {clf.preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}\n"
+        f"recipe: {name}, {', '.join(f'{key} {value}' for key, value in numbers.items())}\n"
+        f"memory to train {rows} rows of 64 tokens a step, estimated: {needed}"
+    )
+
+
+def _cache_and_versions() -> str:  # lines
+    from gemma_lora_sentiment.cache import use_compile_cache
+    from gemma_lora_sentiment.data import cache_dir
+    from gemma_lora_sentiment.run import versions
+
+    kept = use_compile_cache()
+    return (
+        f"cache: {cache_dir()}\n"
+        f"compiled programs: {'kept by JAX where you said, or not kept' if kept is None else f'kept in {kept}'}\n"
+        f"versions: {', '.join(f'{package} {version}' for package, version in versions().items())}"
+    )
 
 
 @app.command()
@@ -1209,33 +726,20 @@ def info(
     quiet: Quiet = False,
 ) -> None:
     """Devices, number format and quantization and why, memory estimate, versions."""
-    from gemma_lora_sentiment.cache import use_compile_cache
-    from gemma_lora_sentiment.credentials import check_access
-    from gemma_lora_sentiment.data import cache_dir
-    from gemma_lora_sentiment.memory import memory_estimate, memory_text
     from gemma_lora_sentiment.backend import choose_dtype
-    from gemma_lora_sentiment.model import lora_shapes, resolve_preset
+    from gemma_lora_sentiment.credentials import check_access
+    from gemma_lora_sentiment.model import resolve_preset
+    from gemma_lora_sentiment.run import device
 
-    clf, device = _classifier(True, {"preset": preset, "dtype": dtype, "quantization": quantization}), _device()
+    clf, here = _classifier(True, {"preset": preset, "dtype": dtype, "quantization": quantization}), device()
     chosen, why = choose_dtype(dtype)
-    print(f"device: {device['count']} x {device['kind']} ({device['platform']})")
+    print(f"device: {here['count']} x {here['kind']} ({here['platform']})")
     print(f"dtype: {chosen} ({why})")
     resolve_preset(preset)
     print(f"access: {check_access(preset)}", flush=True)
     print(f"quantization: {_quantization_and_why(clf)}", flush=True)
-    base = clf._chosen_base()
-    name, recipe = clf._resolved_recipe(base)
-    targets = recipe.targets(base)
-    estimate = memory_estimate(base, recipe.lora_rank, targets, recipe.batch_size, length=64)
-    trainable = sum(math.prod(shape) for shape in lora_shapes(base.config, recipe.lora_rank, targets).values())
-    print(f"base: {preset}, {base.parameter_count:,} parameters; LoRA of rank {recipe.lora_rank}: {trainable:,}")
-    numbers = {**vars(recipe), "target_layers": " ".join(targets)}
-    print(f"recipe: {name}, " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
-    print(f"memory to train {recipe.batch_size} rows of 64 tokens a step, estimated: {memory_text(estimate)}")
-    print(f"cache: {cache_dir()}")
-    kept = use_compile_cache()
-    print(f"compiled programs: {'kept by JAX where you said, or not kept' if kept is None else f'kept in {kept}'}")
-    print("versions: " + ", ".join(f"{package} {version}" for package, version in _versions().items()))
+    print(_base_and_recipe(clf))
+    print(_cache_and_versions())
 
 # %% ../nbs/11_cli.ipynb #5add6a4f
 @app.command()
@@ -1248,39 +752,41 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """The whole job offline on bundled comments and base: fine-tune, evaluate, plot, submit."""
-    started = time.perf_counter()
+    started, say = time.perf_counter(), functools.partial(_say, quiet)
+    clf = _classifier(quiet, {"seed": seed, "quantization": quantization})
+    rows, test = _rows_of_quickstart(seed, say)
+    from gemma_lora_sentiment.run import whole_folder
+
+    with whole_folder(out) as folder:
+        say(f"fine-tuning mini_ko on {len(rows)} comments that it has not met")
+        threading.Thread(target=_import_what_follows, daemon=True).start()
+        clf.fit(rows.comment, rows.label)
+        from gemma_lora_sentiment.judge import quickstart_run
+
+        metrics = quickstart_run(folder, "sample_validation", rows, test, clf, comments, started)
+    last = f"{len(rows)} rows for training, {metrics['n']} test rows, {metrics['seconds']:.0f} s in all"
+    _print_result(metrics, out, comments, last)
+    print(f"report: {out / 'report.html'}  mistakes: {out / 'wrong.tsv'}  submission: {out / 'submission.txt'}")
+
+
+def _import_what_follows() -> None:
+    "What comes after training, in a thread of its own while XLA compiles, which leaves Python free."
+    for name in ("gemma_lora_sentiment.judge", "gemma_lora_sentiment.figures", "matplotlib.pyplot"):
+        importlib.import_module(name)
+
+
+def _rows_of_quickstart(seed: int, say: Callable[[str], None]) -> tuple[Any, Any]:  # for training, for judging
+    "Comments that mini_ko has not met in pre-training."
     from sklearn.model_selection import train_test_split
 
     from gemma_lora_sentiment.data import describe_comments, read_comments
-    from gemma_lora_sentiment.report import write_report
-    from gemma_lora_sentiment.submission import write_submission
 
-    clf = _classifier(quiet, {"seed": seed, "quantization": quantization})
-    unseen, test = read_comments("sample_validation"), read_comments("sample_test")  # by mini_ko, in pre-training
+    unseen, test = read_comments("sample_validation"), read_comments("sample_test")
     strata = unseen.label + unseen.kind
     rows, _ = train_test_split(unseen, train_size=300, random_state=seed, stratify=strata)
-    _say(quiet, describe_comments(rows, test).to_string(header=False))
-    with _folder(out) as folder:
-        _say(quiet, f"fine-tuning mini_ko on {len(rows)} comments that it has not met")
-        threading.Thread(target=_import_what_follows, daemon=True).start()
-        clf.fit(rows.comment, rows.label)
-        metrics, baseline, answers = _judge(folder, test, clf, _fitted_baselines(rows, clf), clf.history_, comments)
-        clf.save(folder)
-        clf.history_.to_csv(folder / "history.csv", index=False)
-        if comments:
-            write_submission(answers, test[["id", "comment", "label"]], folder / "submission.txt")
-        else:
-            _write_table(folder / "submission.txt", test[["id"]].assign(label=answers))
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
-        _write_json(folder / "metrics.json", metrics)
-        more = {"epochs": clf.best_epoch_}
-        _write_json(folder / "run.json", _run_description("quickstart", "sample_validation", rows, clf, more))
-        write_report(folder, comments=comments)
-    if not comments:
-        _warn_of_comments(out)
-    _print_comparison(metrics, baseline)
-    print(f"{len(rows)} rows for training, {metrics['n']} test rows, {metrics['seconds']:.0f} s in all")
-    print(f"report: {out / 'report.html'}  mistakes: {out / 'wrong.tsv'}  submission: {out / 'submission.txt'}")
+    say(describe_comments(rows, test).to_string(header=False))
+    return rows, test
+
 
 # %% ../nbs/11_cli.ipynb #06a65597
 @app.command()
@@ -1300,22 +806,29 @@ def pretrain(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Train a base like mini_ko on any corpus of rated reviews."""
-    import pandas as pd
-
-    from gemma_lora_sentiment.data import read_comments
     from gemma_lora_sentiment.pretraining import PretrainingSettings, pretrain_base, read_reviews
+    from gemma_lora_sentiment.run import whole_folder
 
     reviews = read_reviews(corpus)
-    tables = [read_comments(name, labels=("0", "1"), reading=_how(reading)) for name in comments or ()]
-    own = pd.concat(tables, ignore_index=True) if tables else None
+    own = _comments_of(comments or (), reading)
     given = {"rows": rows, "learning_rate": learning_rate, "comments_from": 0.0 if start else None}
     settings = PretrainingSettings(seed=seed, **{name: value for name, value in given.items() if value is not None})
-    with _folder(out) as folder:
+    with whole_folder(out) as folder:
         report = pretrain_base(
             reviews, folder, own, settings,
             progress=None if quiet else lambda text: print(text, file=sys.stderr, flush=True), start=start,
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
+
+
+def _comments_of(sources: Iterable[str], reading: dict[str, Any] | None) -> Any | None:  # a table of all of them
+    "Labelled comments of several files; None where there is no file."
+    import pandas as pd
+
+    from gemma_lora_sentiment.data import read_comments
+
+    tables = [read_comments(name, labels=("0", "1"), reading=_how(reading)) for name in sources]
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 # %% ../nbs/11_cli.ipynb #fc8b7caf
 def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
@@ -1378,7 +891,7 @@ def _float32_base(clf: Any, quiet: bool) -> Any:
     from gemma_lora_sentiment.model import load_base, release_bases
 
     if clf.dtype_ == "float32" and not clf.quantization_:
-        return clf._loaded_base()
+        return clf.fitted_base()
     _say(quiet, f"loading {clf.preset} in float32, to merge without rounding twice")
     release_bases()
     return load_base(clf.preset, "float32")
@@ -1392,7 +905,7 @@ def _export_checkpoint(clf: Any, to: Path, dtype: str, quiet: bool) -> None:
 
     base = _float32_base(clf, quiet)
     comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
-    prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
+    prompts = clf.encode(comments, base)
     rank = next(iter(padded_pairs(clf.adapter_).values()))[0].shape[0]
     name = "BASE" if Path(clf.preset).exists() else str(clf.preset)
     card = f"{_card(clf)}\n\n{serving_readme(served_name(to), 'hf', name, rank)}"
@@ -1437,14 +950,11 @@ _PROVEN_ON = 100  # comments at most
 
 def _held_out_comments(run: Path) -> list[str]:
     "Of the run where it keeps them, of the bundled sample where not."
-    import pandas as pd
-
     from gemma_lora_sentiment.data import read_comments
+    from gemma_lora_sentiment.run import RunFolder
 
-    found, path = [], run / "predictions.tsv"
-    if path.is_file():
-        kept = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
-        found = [text for text in kept.get("comment", ()) if text.strip()]
+    kept = RunFolder(run).table("predictions.tsv")
+    found = [text for text in ({} if kept is None else kept).get("comment", ()) if text.strip()]
     return (found or read_comments("sample_test").comment.tolist())[:_PROVEN_ON]
 
 # %% ../nbs/11_cli.ipynb #eb200002
@@ -1505,26 +1015,32 @@ def _label(  # a public name would make the docs link every `label` here
     from gemma_lora_sentiment.service import check_extra
 
     check_extra()
+    names = _names_of_labels(labels, out)
+    rows = read_comments(file, labelled=False, reading=_how(reading))
+    _say_how_read(quiet, rows)
+    clf = _classifier(True, given := _given(locals()))
+    words, run = clf.prepare(sorted(names)).words, run or out.with_name(f"{out.stem}-run")
+    from gemma_lora_sentiment.label_page import label_comments
+
+    label_comments(
+        rows, names, out, clf, host=host, port=port, choose=choose, seed=seed, names=_shown_labels(names, words),
+        finish=functools.partial(_finish_labelling, run=run, rows=rows, sample=sample, reading=reading, given=given),
+        say=functools.partial(print, flush=True),
+    )  # fmt: skip
+
+
+def _names_of_labels(labels: str, out: Path) -> list[str]:
     names = [name.strip() for name in labels.split(",") if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"--labels {labels!r} names no two different labels. Give them with commas: --labels 0,1.")
     if out.suffix.lower() not in (".tsv", ".txt"):
         raise ValueError(f"--out {out} holds tabs between its columns. Give it the suffix .tsv.")
-    rows = read_comments(file, labelled=False, reading=_how(reading))
-    _say_how_read(quiet, rows)
-    given = dict(preset=preset, dtype=dtype, quantization=quantization, seed=seed, label_words=label_word)
-    clf = _classifier(True, given)
-    words = clf._prepared(sorted(names))[3]
-    spoken = dict(zip(map(str, words.labels), words.words, strict=True))
-    from gemma_lora_sentiment.label_page import label_comments
+    return names
 
-    run = run or out.with_name(f"{out.stem}-run")
-    label_comments(
-        rows, names, out, clf, host=host, port=port, choose=choose, seed=seed,
-        names={name: name if spoken[name] == name else f"{name} ({spoken[name]})" for name in names},
-        finish=functools.partial(_finish_labelling, run=run, rows=rows, sample=sample, reading=reading, given=given),
-        say=functools.partial(print, flush=True),
-    )  # fmt: skip
+
+def _shown_labels(names: list[str], words: Any) -> dict[str, str]:  # label -> as its button says it
+    spoken = dict(zip(map(str, words.labels), words.words, strict=True))
+    return {name: name if spoken[name] == name else f"{name} ({spoken[name]})" for name in names}
 
 
 def _finish_labelling(
@@ -1538,7 +1054,9 @@ def _finish_labelling(
 ) -> dict[str, str]:  # run, report, submission
     "`train`, and what it makes of all comments: the sample filled in, or a table of labels and probabilities."
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import locate, whole_file
+    from gemma_lora_sentiment.data import locate, whole_file, write_table
+    from gemma_lora_sentiment.judge import prediction_table
+    from gemma_lora_sentiment.run import REPORT
     from gemma_lora_sentiment.submission import sample_comments, write_submission
 
     options = {**given, "label_word": given["label_words"]}
@@ -1550,10 +1068,10 @@ def _finish_labelling(
         write_submission(clf.predict(sample_comments(sample, None, how)), sample, path, reading=how)
     else:
         path, values = run / "labelled_comments.tsv", clf.predict_proba(rows.comment)
-        table = _prediction_table(rows.assign(label=clf.classes_[values.argmax(axis=1)]), clf.classes_, values, None)
+        table = prediction_table(rows.assign(label=clf.classes_[values.argmax(axis=1)]), clf.classes_, values)
         with whole_file(path) as temporary:
-            _write_table(temporary, table.drop(columns="prediction"))
-    return {"run": str(run), "report": str(run / "report.html"), "submission": str(path)}
+            write_table(table.drop(columns="prediction"), temporary)
+    return {"run": str(run), "report": str(run / REPORT), "submission": str(path)}
 
 
 # %% ../nbs/11_cli.ipynb #fcbdba3e

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 
 # %% auto #0
-__all__ = ['AccessError', 'find_credentials', 'known_presets', 'access_explained', 'check_access']
+__all__ = ['AccessError', 'find_credentials', 'known_presets', 'preset_handle', 'access_explained', 'kaggle_config',
+           'check_access']
 
 # %% ../nbs/02b_credentials.ipynb #a8e04b4b
 class AccessError(ValueError):
@@ -209,7 +210,10 @@ def _is_here(preset: str) -> bool:
     return (files("gemma_lora_sentiment") / "bases" / preset).is_dir() or (Path(preset) / "config.json").is_file()
 
 
-def _handle(preset: str) -> str:  # kaggle://..., hf://..., another address, or "" where nothing is downloaded
+def preset_handle(
+    preset: str,  # bundled name, KerasHub preset, address, or folder
+) -> str:  # kaggle://..., hf://..., another address, or "" where nothing is downloaded
+    "The address that a preset is downloaded from."
     if _is_here(preset):
         return ""
     return preset if "://" in preset else known_presets().get(preset, ("", 0))[0]
@@ -220,7 +224,7 @@ def access_explained(
     preset: str | Path,  # bundled name, KerasHub preset, address, or folder
 ) -> Iterator[None]:
     "Inside, errors of access, network and disk become one line; see `check_access` for which."
-    handle = _handle(str(preset))
+    handle = preset_handle(str(preset))
     scheme = handle.partition("://")[0]
     try:
         yield
@@ -264,7 +268,10 @@ def _check_space(handle: str, size: int) -> None:
         raise _no_space(handle, size - there)
 
 # %% ../nbs/02b_credentials.ipynb #bae863f1
-def _check_kaggle(handle: str) -> Path:  # the preset's config.json
+def kaggle_config(
+    handle: str,  # kaggle://..., see preset_handle
+) -> Path:  # the preset's config.json
+    "Download a preset's configuration, a few kilobytes. Errors of access are kagglehub's; see `access_explained`."
     kagglehub = importlib.import_module("kagglehub")  # KerasHub requires it
     return Path(kagglehub.model_download(handle.removeprefix("kaggle://"), "config.json"))
 
@@ -290,7 +297,7 @@ def check_access(
     (403) or for an unknown preset (404); `ConnectionError` without network or after too many requests; `OSError`
     without room on the disk.
     """
-    handle = _handle(str(preset))
+    handle = preset_handle(str(preset))
     size = next((2 * parameters for known, parameters in known_presets().values() if known == handle), 0)
     scheme = handle.partition("://")[0]
     if not handle:
@@ -301,7 +308,7 @@ def check_access(
     source = find_credentials()["kaggle" if scheme == "kaggle" else "hugging_face"]
     with access_explained(handle):
         if scheme == "kaggle":
-            _check_kaggle(handle)
+            kaggle_config(handle)
         else:
             size = _check_hugging_face(handle)
     _check_space(handle, size)

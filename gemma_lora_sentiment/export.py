@@ -22,7 +22,7 @@ import safetensors.numpy
 import sentencepiece
 
 from . import __version__
-from .adapter import _PEFT_MODULES, _PER_HEAD, Adapter, RunError, lora_scales, stacked_lora
+from .adapter import PEFT_MODULES, PER_HEAD, Adapter, RunError, lora_scales, stacked_lora
 from .gemma import array_shapes, hidden_at, logits_of, stacked, with_scales
 from .model import BUNDLED_PRESETS, Base, ModelError
 
@@ -130,7 +130,7 @@ def _name_of(path: str, model_type: str) -> str:  # of a Keras variable -> of th
     if path in _OUTSIDE:
         return f"model.{_OUTSIDE[path]}.weight"
     block, *_, layer, _ = path.split("/")
-    module = {**_PEFT_MODULES, **_NORMS[model_type]}.get(layer)
+    module = {**PEFT_MODULES, **_NORMS[model_type]}.get(layer)
     if module is None or not block.startswith("decoder_block_"):
         raise _refuse(f"it has a variable {path}")
     return f"model.layers.{block.rsplit('_', 1)[1]}.{module}.weight"
@@ -174,9 +174,9 @@ def merged_tensors(
     model_type = _model_type(base)
     for path, value in MergedWeights(base, adapter).items():
         layer = path.split("/")[-2]
-        if layer in _PER_HEAD:  # (heads, hidden, head size) -> (heads x head size, hidden)
+        if layer in PER_HEAD:  # (heads, hidden, head size) -> (heads x head size, hidden)
             value = value.transpose(0, 2, 1).reshape(-1, value.shape[1])
-        elif layer in _PEFT_MODULES:  # (..., outputs) -> (outputs, inputs)
+        elif layer in PEFT_MODULES:  # (..., outputs) -> (outputs, inputs)
             value = value.reshape(-1, value.shape[-1]).T
         yield _name_of(path, model_type), np.ascontiguousarray(value)
 

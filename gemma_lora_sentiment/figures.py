@@ -21,17 +21,18 @@ from sklearn.model_selection import LearningCurveDisplay
 
 from .data import duplicate_groups
 from gemma_lora_sentiment.evaluation import (
-    _MARKERS,
-    _check_estimators,
-    _check_inputs,
-    _class_positions,
-    _drawable_names,
-    _new_axes,
-    _plain,
-    _predict_in_order,
-    _share_interval,
-    _use_fonts,
+    MARKERS,
+    METRICS,
+    check_estimators,
+    check_inputs,
+    class_positions,
     compute_metrics,
+    drawable_names,
+    new_axes,
+    plain_values,
+    predict_in_order,
+    share_interval,
+    use_fonts,
 )
 
 # %% ../nbs/06c_figures.ipynb #f16c0011
@@ -45,7 +46,7 @@ def accuracy_by(
 
     A missing value is a value of its own. `ValueError` as `compute_metrics`, and for too many values.
     """
-    true_positions, probabilities, _ = _check_inputs(y_true, probabilities, classes)
+    true_positions, probabilities, _ = check_inputs(y_true, probabilities, classes)
     values = pd.Series(list(column), dtype=object)
     if len(values) != len(true_positions):
         raise ValueError(f"there are {len(true_positions)} labels and {len(values)} values. Pass one for each row.")
@@ -57,7 +58,7 @@ def accuracy_by(
         )
     is_right = pd.Series(probabilities.argmax(axis=1) == true_positions)
     table = is_right.groupby(values, sort=False).agg(["size", "sum", "mean"])
-    ends = [_share_interval(right, n) for n, right in zip(table["size"], table["sum"], strict=True)]
+    ends = [share_interval(right, n) for n, right in zip(table["size"], table["sum"], strict=True)]
     table = pd.DataFrame({"n": table["size"], "accuracy": table["mean"]}).assign(
         low=[low for low, _ in ends], high=[high for _, high in ends]
     )
@@ -79,8 +80,8 @@ def plot_accuracy_by(
     Where no installed font has their letters, the values are called `value 0`, `value 1`, in that order.
     """
     table = accuracy_by(y_true, probabilities, classes, column)
-    names = _drawable_names(table.index, what="value")
-    title = _drawable_names([getattr(column, "name", None) or "kind"])
+    names = drawable_names(table.index, what="value")
+    title = drawable_names([getattr(column, "name", None) or "kind"])
     if ax is None:
         _, ax = plt.subplots(figsize=(4.6, 1.2 + 0.28 * len(table)), layout="constrained")
     places = np.arange(len(table))[::-1]
@@ -93,7 +94,7 @@ def plot_accuracy_by(
     ax.set(xlabel="accuracy" + names.note, ylabel="kind" if title.note else title.texts[0])
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(table) - 0.4))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small", frameon=False)
-    _use_fonts(ax, names if names.families else title)
+    use_fonts(ax, names if names.families else title)
     return ax
 
 # %% ../nbs/06c_figures.ipynb #f16c0015
@@ -141,8 +142,8 @@ def learning_curve(
 
     Raises `ValueError` for sizes that cannot be drawn, and where a test comment is among the comments.
     """
-    _check_estimators(estimators)
-    texts, targets = np.array(list(comments), dtype=object), np.array(_plain(labels))
+    check_estimators(estimators)
+    texts, targets = np.array(list(comments), dtype=object), np.array(plain_values(labels))
     test_texts = np.array(list(test_comments), dtype=object)
     if len(texts) != len(targets):
         raise ValueError(f"there are {len(texts)} comments and {len(targets)} labels. Pass one label for each comment.")
@@ -150,15 +151,15 @@ def learning_curve(
     classes, rows = sorted(set(targets.tolist())), []
     total = len(sizes) * seeds * len(estimators)
     for seed in range(seeds):
-        order = _stratified_order(_class_positions(targets, classes), seed)
+        order = _stratified_order(class_positions(targets, classes), seed)
         for size in sizes:
             for name, estimator in estimators.items():
                 fitted = clone(estimator).fit(texts[order[:size]], targets[order[:size]])
-                metrics = compute_metrics(test_labels, _predict_in_order(fitted, test_texts, classes), classes)
+                metrics = compute_metrics(test_labels, predict_in_order(fitted, test_texts, classes), classes)
                 rows.append({"estimator": name, "size": size, "seed": seed, **metrics})
                 if progress is not None:
                     progress(len(rows), total, name)
-    columns = ["estimator", "size", "seed", "accuracy", "macro_f1", "roc_auc", "log_loss"]
+    columns = ["estimator", "size", "seed", *METRICS]
     return pd.DataFrame(rows, columns=columns).astype({"roc_auc": float})
 
 # %% ../nbs/06c_figures.ipynb #f16c0018
@@ -176,8 +177,8 @@ def plot_learning_curve(
         raise ValueError(
             f"the table has {len(table)} rows and no column {missing[0]!r}." if missing else "the table has no rows."
         )
-    ax = _new_axes(ax)
-    names = _drawable_names(table["estimator"].unique(), what="estimator")
+    ax = new_axes(ax)
+    names = drawable_names(table["estimator"].unique(), what="estimator")
     for number, (name, text) in enumerate(zip(table["estimator"].unique(), names.texts, strict=True)):
         scores = table[table.estimator == name].pivot(index="size", columns="seed", values=metric).sort_index()
         color, line_style = _CURVE_STYLES[number % len(_CURVE_STYLES)]
@@ -187,7 +188,7 @@ def plot_learning_curve(
         )
         display.plot(
             ax=ax, score_type="test", std_display_style="errorbar",
-            errorbar_kw={**style, "marker": _MARKERS[number % len(_MARKERS)]},
+            errorbar_kw={**style, "marker": MARKERS[number % len(MARKERS)]},
         )  # fmt: skip
         display.errorbar_[0].set_label(text)
     sizes = sorted(table["size"].unique())
@@ -196,7 +197,7 @@ def plot_learning_curve(
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="rows fitted on" + names.note, ylabel=metric.replace("_", " "))
     ax.legend(loc="best", fontsize="small")
-    _use_fonts(ax, names)
+    use_fonts(ax, names)
     return ax
 
 # %% ../nbs/06c_figures.ipynb #f16c0022
@@ -218,7 +219,7 @@ def _sweep_cells(
 
 def _sorted_values(values: pd.Series) -> list:
     "Numbers by size, anything else as it came."
-    unique = list(dict.fromkeys(_plain(values)))
+    unique = list(dict.fromkeys(plain_values(values)))
     return sorted(unique) if all(isinstance(value, int | float) for value in unique) else unique
 
 
@@ -236,7 +237,7 @@ def plot_sweep(
     cells = _sweep_cells(table, x, y)
     columns, lines = _sorted_values(cells[x]), _sorted_values(cells[y])
     values = np.full((len(lines), len(columns)), np.nan)
-    ax = _new_axes(ax)
+    ax = new_axes(ax)
     low, high = cells["mean"].min(), cells["mean"].max()
     if "std" in cells:  # what two standard deviations of the folds could make is not painted as black and white
         low = min(low, high - 2 * cells["std"].iloc[0])

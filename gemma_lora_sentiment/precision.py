@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .credentials import _check_kaggle, _handle, access_explained, find_credentials
+from .credentials import kaggle_config, preset_handle, access_explained, find_credentials
 
 # First: it chooses Keras's backend before keras is imported.
 from .backend import ModelError, choose_dtype, device_bytes  # isort: skip
@@ -116,7 +116,7 @@ def planned_base(
 def _config_at_kaggle(handle: str) -> Path:
     find_credentials()
     with access_explained(handle):
-        return _check_kaggle(handle)
+        return kaggle_config(handle)
 
 
 def preset_config(
@@ -124,7 +124,7 @@ def preset_config(
 ) -> tuple[str, dict[str, Any]] | None:  # family, arguments of the backbone; None if it is not in KerasHub's format
     "The configuration of a preset; of one at Kaggle this one small file is downloaded."
     path = resolve_preset(preset)
-    file, handle = Path(path) / "config.json", _handle(path)
+    file, handle = Path(path) / "config.json", preset_handle(path)
     if handle.startswith("kaggle://"):
         file = _config_at_kaggle(handle)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

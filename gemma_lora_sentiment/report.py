@@ -7,21 +7,20 @@ __all__ = ['report_html', 'write_report']
 
 # %% ../nbs/06b_report.ipynb #ca2f6f6b
 import base64
-import csv
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pandas as pd
-from scipy.stats import binomtest
 
 from .analysis import decision_text
 from .data import whole_file
-from .evaluation import OTHERS, frozen_verdict, verdict
+from .evaluation import METRICS, OURS, frozen_verdict, share_interval, shown_others, verdict
+from .run import DESCRIPTION, REPORT, RunFolder
 
 # %% ../nbs/06b_report.ipynb #7510162d
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # no HTML may hold these
@@ -81,8 +80,7 @@ def _share(
     "A share with Wilson's interval."
     if not total:
         return _number(None)
-    ends = binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return _number(count / total, (float(ends.low), float(ends.high)))
+    return _number(count / total, share_interval(count, total))
 
 # %% ../nbs/06b_report.ipynb #d14146c9
 def _table(
@@ -145,16 +143,12 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
-_METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "roc_auc": "ROC AUC", "log_loss": "log-loss"}
-_NAMES = {name: other.short for name, other in OTHERS.items()}
-
-
 def _measure(metrics: Mapping[str, Any], name: str) -> ElementTree.Element:
     return _number(metrics[name], (metrics.get("intervals") or {}).get(name))
 
 
 def _cards(metrics: Mapping[str, Any]) -> ElementTree.Element:
-    cards = [_tag("div", _tag("dt", shown), _tag("dd", _measure(metrics, name))) for name, shown in _METRICS.items()]
+    cards = [_tag("div", _tag("dt", shown), _tag("dd", _measure(metrics, name))) for name, shown in METRICS.items()]
     return _tag("dl", *cards, class_="cards")
 
 
@@ -173,15 +167,14 @@ def _strip(
 # %% ../nbs/06b_report.ipynb #eb569402
 def _classifiers(metrics: Mapping[str, Any]) -> ElementTree.Element:
     "All that was measured on these rows, side by side."
-    all_of_them = {"gemma + LoRA": metrics}
-    all_of_them |= {_NAMES.get(name, name): other for name, other in (metrics.get("baselines") or {}).items()}
+    all_of_them = {OURS: metrics, **shown_others(metrics.get("baselines") or {})}
     intervals = {name: (other.get("intervals") or {}).get("accuracy") for name, other in all_of_them.items()}
     start = max(0.0, int(min((ends[0] for ends in intervals.values() if ends), default=0) * 10 - 1e-9) / 10)
     rows = []
     for name, other in all_of_them.items():
         strip = _strip(other["accuracy"], intervals[name], start) if intervals[name] else ""
-        rows.append([name, *(_measure(other, metric) for metric in _METRICS), strip])
-    head = ["classifier", *_METRICS.values(), f"accuracy, {start:.1f} to 1"]
+        rows.append([name, *(_measure(other, metric) for metric in METRICS), strip])
+    head = ["classifier", *METRICS.values(), f"accuracy, {start:.1f} to 1"]
     return _table(f"Measured on the same {metrics['n']} comments", head, rows, numeric=range(1, 5), class_="scores")
 
 
@@ -190,17 +183,17 @@ def _p_value(value: float) -> ElementTree.Element:
 
 
 def _comparisons(metrics: Mapping[str, Any]) -> ElementTree.Element | None:
-    baselines = metrics.get("baselines") or {}
+    baselines = shown_others(metrics.get("baselines") or {})
     others = {name: each["comparison"] for name, each in baselines.items() if "comparison" in each}
     rows = [
         [
-            _NAMES.get(name, name), each["better"], each["worse"],
+            name, each["better"], each["worse"],
             _number(each["difference"], each["interval"], "+.3f"),
             _p_value(each["p_value"]),
         ]
         for name, each in others.items()
     ]  # fmt: skip
-    head = ["gemma + LoRA against", "better on", "worse on", "difference in accuracy", "p"]
+    head = [f"{OURS} against", "better on", "worse on", "difference in accuracy", "p"]
     return _table("Comment by comment; p by McNemar's exact test", head, rows, numeric=range(1, 5)) if rows else None
 
 # %% ../nbs/06b_report.ipynb #fbc0adff
@@ -564,29 +557,6 @@ _SURE = (
     "would vary with other comments of the same kind, for this training set. Log-loss: less is better."
 )
 
-# %% ../nbs/06b_report.ipynb #bed09d3d
-def _metrics_file(folder: Path) -> Path:
-    found = [folder / name for name in ("cv.json", "metrics.json") if (folder / name).is_file()]
-    if not found:
-        raise ValueError(f"{folder} has no metrics.json or cv.json. Give a folder that train or cross-validate wrote.")
-    return found[0]
-
-
-def _read_tsv(path: Path, columns: Callable[[str], bool] | None = None) -> pd.DataFrame:
-    return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False, usecols=columns)
-
-
-def _read_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    tables = {
-        name: _read_tsv(folder / f"{name}.tsv")
-        for name in ("wrong", "label_errors", "conflicts", "influence")
-        if (folder / f"{name}.tsv").is_file()
-    }
-    for name in ("oof_repeats.tsv", "oof.tsv", "predictions.tsv"):
-        if (folder / name).is_file():
-            return {**tables, "predictions": _read_tsv(folder / name, lambda column: column in ("label", "prediction"))}
-    return tables
-
 # %% ../nbs/06b_report.ipynb #112b6244
 def write_report(
     folder: str | Path,  # of train, evaluate or cross-validate
@@ -595,23 +565,19 @@ def write_report(
     limit: int = 20,  # rows of a table of comments
 ) -> Path:  # report.html in the folder
     "Write the report of a run from its files. `ValueError` where there is no metrics.json or cv.json."
-    folder = Path(folder)
-    found = _metrics_file(folder)
-    metrics = json.loads(found.read_text(encoding="utf-8"))
-    description, tables, figures = dict(metrics), _read_tables(folder), {}
-    if found.name == "metrics.json" and (folder / "run.json").is_file():
-        description |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if (folder / "figures").is_dir():
-        figures = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()
-                   if path.suffix in (".png", ".svg") and not path.name.startswith(".")}  # fmt: skip
-    curve = folder / "history.csv"
-    trained = curve.is_file() and curve.read_text(encoding="utf-8").strip()  # a run of no epochs has no columns
-    history = pd.read_csv(curve) if trained else None
+    run = RunFolder(folder)
+    metrics, tables = run.metrics(), run.tables()
+    description = dict(metrics)
+    if run.metrics_file().name == "metrics.json" and run.file(DESCRIPTION):
+        description |= run.description()
+    predictions = run.predictions(lambda column: column in ("label", "prediction"))
     page = report_html(
-        metrics, title=_name_of((description.get("data") or {}).get("source", folder.resolve().name)),
-        description=description, tables=tables, figures=figures, history=history, limit=limit,
+        metrics, title=_name_of((description.get("data") or {}).get("source", run.path.resolve().name)),
+        description=description, tables=tables if predictions is None else {**tables, "predictions": predictions},
+        figures=run.figures(), history=run.history(), limit=limit,
         comments=comments and "comment" in tables.get("wrong", ["comment"]),
     )  # fmt: skip
-    with whole_file(folder / "report.html") as temporary:
+    with whole_file(run.path / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return folder / "report.html"
+    return run.path / REPORT
+

@@ -30,6 +30,7 @@ from . import __version__
 from .adapter import RunError
 from .analysis import apply_decision
 from .classifier import GemmaLoraClassifier
+from .run import METRICS_FILES, RunFolder
 from .scoring import line_lengths, score_labels, scoring_batch_size
 from .tables import DataError
 
@@ -55,14 +56,13 @@ def decision_of(
     run: str | Path,  # folder of a saved run
 ) -> dict[str, Any] | None:  # see choose_decision; None where it holds none
     "The decision of a run. Raises `RunError` for a damaged file."
-    for name in ("cv.json", "metrics.json"):
-        path = Path(run) / name
-        if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8")).get("decision")
-            except (ValueError, AttributeError):
-                raise RunError(f"{path} is damaged. Train again or restore the file.") from None
-    return None
+    folder = RunFolder(run)
+    if not folder.file(*METRICS_FILES):
+        return None
+    try:
+        return folder.metrics().get("decision")
+    except (ValueError, AttributeError):
+        raise RunError(f"{folder.metrics_file()} is damaged. Train again or restore the file.") from None
 
 # %% ../nbs/08a_service.ipynb #eb4a04b8
 class Answers(NamedTuple):
@@ -119,7 +119,7 @@ class ScoringService:
 
     def _warm(self) -> None:
         "Compile every shape of a request."
-        clf, base = self.clf, self.clf._loaded_base()
+        clf, base = self.clf, self.clf.fitted_base()
         spoken = 0 if clf.words_.single_token else max(len(ids) for ids in clf.words_.scored_ids)
         for length in line_lengths(clf.recipe_.max_length):
             prompt = np.full(min(length, clf.recipe_.max_length) - spoken, 2, np.int32)

@@ -27,6 +27,7 @@ from .adapter import RunError
 from .classifier import GemmaLoraClassifier
 from .data import checked_batches, whole_file, write_table
 from .report import write_report
+from .run import REPORT, RunFolder
 from gemma_lora_sentiment.service import (
     LOOPBACK,
     Limits,
@@ -375,7 +376,7 @@ def serve(
     taken = free_socket(host, port)
     with taken, _own_uploads():
         service = ScoringService(GemmaLoraClassifier.load(run, preset), decision_of(run), limits)
-        report = Path(run) / "report.html"
+        report = Path(run) / REPORT
         app = web_app(service, report if report.is_file() else None, hosts_for(host, share))
 
         def started(address: str) -> None:
@@ -429,7 +430,8 @@ from gemma_lora_sentiment.web import demo
 demo("run", block=True)
 '''
 _SOURCE = "git+https://github.com/gemma-lora-sentiment/gemma_lora_sentiment"
-_OF_THE_RUN = ("adapter_config.json", "adapter_model.safetensors", "classifier.json", "SHA256SUMS", "metrics.json")
+_METRICS = "metrics.json"
+_OF_THE_RUN = ("adapter_config.json", "adapter_model.safetensors", "classifier.json", "SHA256SUMS", _METRICS)
 
 
 def export_space(
@@ -462,7 +464,7 @@ def export_space(
         for name in _OF_THE_RUN:
             if (run / name).is_file():
                 shutil.copy(run / name, folder / "run" / name)
-        if (folder / "run" / "metrics.json").is_file():
+        if RunFolder(folder / "run").file(_METRICS):
             write_report(folder / "run", comments=False)
         if to.exists():
             to.rmdir()

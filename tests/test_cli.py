@@ -841,18 +841,17 @@ def test_metrics_say_how_sure_they_are(trained):
     assert (table.prediction == table.label).mean() == pytest.approx(metrics["accuracy"])
 
 
-def test_the_baseline_is_named_first_where_it_wins(tmp_path, capsys):
-    from gemma_lora_sentiment.cli import _add_analysis, _print_comparison
+def test_the_baseline_is_named_first_where_it_wins():
     from gemma_lora_sentiment.evaluation import compute_metrics
+    from gemma_lora_sentiment.judge import add_analysis, comparison_text
 
     rows = pd.DataFrame(ROWS, columns=["id", "comment", "label"])
     right = np.array([[0.8, 0.2] if label == "0" else [0.2, 0.8] for label in rows.label])
     ours = right.copy()
     ours[:9] = ours[:9, ::-1]
     metrics = compute_metrics(rows.label, ours, ["0", "1"])
-    _add_analysis(metrics, rows, ["0", "1"], ours, {"baseline": right})
-    _print_comparison(metrics, metrics["baseline"])
-    lines = capsys.readouterr().out.splitlines()
+    add_analysis(metrics, rows, ["0", "1"], ours, {"baseline": right})
+    lines = comparison_text(metrics).splitlines()
     assert lines[0].startswith("The TF-IDF baseline is more accurate than gemma + LoRA: 1.000 against 0.625")
     assert lines[1] == "The TF-IDF baseline is better than gemma + LoRA on 9 comments, worse on 0: p = 0.0039."
 

@@ -346,10 +346,10 @@ def test_kaggles_own_message_is_not_shown(server, account):
 
 def test_no_room(server, account, monkeypatch):
     monkeypatch.setattr(credentials.shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000_000))
-    for preset in (credentials._handle(KAGGLE), KAGGLE):  # by address or by name
+    for preset in (credentials.preset_handle(KAGGLE), KAGGLE):  # by address or by name
         message = refused(preset, OSError)
     assert "3.0 GB are free, and 5.0 GB are needed" in message and "KAGGLEHUB_CACHE" in message
-    there = credentials._cache_of(credentials._handle(KAGGLE))[0] / "model.weights.h5"
+    there = credentials._cache_of(credentials.preset_handle(KAGGLE))[0] / "model.weights.h5"
     with there.open("wb") as file:
         file.truncate(4_000_000_000)  # of an earlier download; sparse
     assert check_access(KAGGLE)

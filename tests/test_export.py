@@ -205,7 +205,7 @@ def test_mistakes_of_the_command_are_one_line(arguments, word, run, tmp_path, pr
 def test_beside_the_checkpoint_lie_its_labels_and_the_commands(run, tmp_path, pretended, monkeypatch):
     clf = GemmaLoraClassifier.load(run)
     monkeypatch.setattr(
-        export, "_reloaded_logits", lambda _, prompts: export._adapted_logits(clf._loaded_base(), clf.adapter_, prompts)
+        export, "_reloaded_logits", lambda _, prompts: export._adapted_logits(clf.fitted_base(), clf.adapter_, prompts)
     )
     result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "Mine"), "--quiet"])
     assert result.exit_code == 0, result.output
@@ -232,7 +232,7 @@ def test_live_command(preset, tiny, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     prompt = "Instruction:\n국물이 진하고 좋았어요 또 갈게요\n\nResponse:\n"
     inputs = tokenizer(prompt, return_tensors="pt")
-    ids = clf._encode(["국물이 진하고 좋았어요 또 갈게요"], clf._loaded_base(), clf.words_, clf.recipe_)[0]
+    ids = clf.encode(["국물이 진하고 좋았어요 또 갈게요"])[0]
     assert inputs["input_ids"][0].tolist() == ids.tolist()  # asked as the card says, it is asked as the run asks
     written = tokenizer.decode(
         model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(ids) :], skip_special_tokens=True

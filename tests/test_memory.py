@@ -101,7 +101,7 @@ def test_training_with_blocks_computed_twice_ends_where_it_would(tiny, base):
     comments, labels = COMMENTS, LABELS
     clf = GemmaLoraClassifier(preset=tiny, lora_rank=4, epochs=1, batch_size=4, learning_rate=0.01)
     plain = clf.fit(comments, labels).adapter_
-    _, _, recipe, words, start = clf._prepared(clf.classes_)
+    _, _, recipe, words, start = clf.prepare(clf.classes_)
     prompts = clf._encode(comments, base, words, recipe)
     index = np.array([int(label) for label in labels])
     rows = training.Rows(prompts, [words.trained_ids[i] for i in index], index, np.ones(len(index), np.float32))

@@ -233,7 +233,7 @@ def test_a_killed_run_goes_on_with_the_quantization_it_began_with(tiny, rows, me
     arguments = ["train", rows, "--preset", tiny, *OPTIONS, "--no-refit", "--quiet", "--quantization", "auto"]
     memory("int8")
     with monkeypatch.context() as patch:
-        patch.setattr("gemma_lora_sentiment.cli._judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("gemma_lora_sentiment.judge.judge_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--out", tmp_path / "run")])
     assert (tmp_path / "run" / "checkpoint" / "plan.json").is_file()
     memory(None)
@@ -267,7 +267,7 @@ def info_line(*arguments):
 
 
 def test_info_says_which_quantization_and_why(tiny, memory):
-    recipe = GemmaLoraClassifier(tiny)._needs()
+    recipe = GemmaLoraClassifier(tiny).memory_needs()
     memory("unknown")
     assert info_line("--preset", tiny) == (
         "none (the default); auto would choose none (the device does not say how much memory it has)"

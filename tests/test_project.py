@@ -61,7 +61,9 @@ ROOM_IMPORTS = {
     "features": {"adapter", "data", "model", "precision", "prompt", "scoring"},
     "evaluation": {"data"},
     "analysis": {"data", "evaluation"},
-    "report": {"data", "evaluation", "analysis"},
+    "run": {"tables", "data", "adapter", "checkpoint"},  # the last two when it writes, so that reading needs no Keras
+    "report": {"data", "evaluation", "analysis", "run"},
+    "judge": {"data", "classifier", "features", "evaluation", "analysis", "report", "run", "submission"},
     "figures": {"data", "evaluation"},
     "labelling": {"tables", "data", "evaluation", "analysis"},
     "submission": {"data", "tables"},
@@ -69,7 +71,7 @@ ROOM_IMPORTS = {
         *("tables", "data", "prompt", "model", "adapter", "checkpoint", "scoring", "training", "classifier"),
         "analysis",
     },
-    "service": {"tables", "adapter", "scoring", "classifier", "analysis"},
+    "service": {"tables", "adapter", "scoring", "classifier", "analysis", "run"},
     "pretraining": {"model", "prompt"},
     "benchmark": {
         *("backend", "data", "prompt", "cache", "gemma", "model", "precision", "adapter", "scoring", "training"),
@@ -79,9 +81,9 @@ ROOM_IMPORTS = {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "features", "evaluation", "analysis", "report", "figures"),
         *("submission", "pretraining", "benchmark", "scale", "upstream", "gguf_export", "serving_files"),
-        *("service", "web", "label_page"),
+        *("service", "web", "label_page", "run", "judge"),
     },
-    "web": {"tables", "data", "adapter", "classifier", "report", "service"},
+    "web": {"tables", "data", "adapter", "classifier", "report", "run", "service"},
     "label_page": {"tables", "checkpoint", "labelling", "service"},
 }
 ROOMS_WITHOUT_KERAS = [
@@ -223,6 +225,71 @@ def rooms_imported(path: Path) -> set[str]:
 def test_room_imports_only_what_the_table_allows(path):
     allowed = ROOM_IMPORTS[path.stem]
     assert rooms_imported(path) <= allowed, f"{path.stem} may import {sorted(allowed) or 'none of our rooms'}"
+
+
+# What begins with an underscore and is public all the same: the methods of a `NamedTuple`.
+PUBLIC_WITH_UNDERSCORE = {"_replace", "_asdict", "_fields", "_make"}
+# Private parts of others. `upstream` is the room for them; what stands here beside it waits to go there.
+PRIVATE_OF_OTHERS = {
+    "upstream": {"_initialize_with_initializer", "_initialize", "_cache", "_cache_initialized"},
+    "benchmark": {"_model"},  # of a Keras callback: its `model` copies all weights on JAX
+}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_WITH_UNDERSCORE
+
+
+def private_names_of(tree: ast.Module) -> set[str]:
+    """The private names that a room defines: functions, methods, classes, fields and attributes of `self`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            body = node.body if isinstance(node, ast.ClassDef) else []
+            names |= {field.target.id for field in body if isinstance(field, ast.AnnAssign)}
+            names |= {target.id for line in body if isinstance(line, ast.Assign) for target in line.targets
+                      if isinstance(target, ast.Name)}  # fmt: skip
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+    return {name for name in names if is_private(name)}
+
+
+def private_names_crossed(tree: ast.Module, allowed: set[str] = frozenset()) -> list[str]:
+    """Private names of other rooms, or of others' code, that a module imports, reads, or reaches by a string."""
+    own, crossed = private_names_of(tree) | allowed, []
+    for node in ast.walk(tree):
+        found = []
+        if isinstance(node, ast.ImportFrom):
+            found = [alias.name for alias in node.names if is_private(alias.name)]
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            found = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            found = [ast.unparse(node)] if is_private(str(name)) and name not in own else []
+        crossed += [(node.lineno, name) for name in found]
+    return [f"line {line}: {name}" for line, name in sorted(crossed)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_private_name_crosses_a_door(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    crossed = private_names_crossed(tree, PRIVATE_OF_OTHERS.get(path.stem, set()))
+    assert not crossed, "give it a public name in the room that owns it, or move it:\n" + "\n".join(crossed)
+
+
+def test_a_private_name_that_crosses_is_found():
+    source = """
+from gemma_lora_sentiment.other import _a, b
+class _Mine(NamedTuple):
+    _field: int
+    def _method(self): self._kept = b._hidden
+def f(mine, clf):
+    return mine._method(), mine._kept, mine._field, mine._replace(_field=1), b.__x__, clf._base, getattr(clf, "_words")
+"""
+    crossed = private_names_crossed(ast.parse(source))
+    assert crossed == ["line 2: _a", "line 5: b._hidden", "line 7: clf._base", "line 7: getattr(clf, '_words')"]
+    assert private_names_crossed(ast.parse("a._b"), {"_b"}) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -798,7 +798,7 @@ def test_a_killed_training_over_a_finished_run_is_resumed(unfinished, tiny, rows
 
 
 def test_run_json_goes_last(unfinished, tmp_path):
-    from gemma_lora_sentiment.cli import _move_into
+    from gemma_lora_sentiment.run import _move_into
 
     new, old = tmp_path / "new", tmp_path / "old"
     for folder, text in ((new, "new"), (old, "old")):

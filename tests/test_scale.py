@@ -552,7 +552,7 @@ for devices, strategy, *others in cases:
     several = fitted(devices=devices, strategy=strategy)
     same(one, several)
     assert keras.distribution.distribution() is None
-    base = several._loaded_base()
+    base = several.fitted_base()
     whole, cut = base.nbytes, sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(base.arrays))
     assert (cut < 0.7 * whole) if strategy == "model" else cut == whole, (cut, whole)
     assert base.fingerprint == one.base_fingerprint_
@@ -671,7 +671,7 @@ for strategy in cases:
     parts = {"data": 2, "model": 1}[strategy]  # devices of a host that have lines of their own
     assert len(set(given)) == 1 and given[0] % parts == 0, given  # each host feeds its half of every batch
     same(one, several)
-    base = several._loaded_base()
+    base = several.fitted_base()
     cut = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(base.arrays))
     assert (cut < 0.7 * base.nbytes) if strategy == "model" else cut == base.nbytes, (cut, base.nbytes)
     assert base.processes == 2 and base.fingerprint == one.base_fingerprint_
@@ -773,7 +773,7 @@ def test_devices_that_cannot_be_used(parameters, said, tiny):
 def test_one_device_is_what_it_always_was(tiny):
     plain = GemmaLoraClassifier(tiny, epochs=1, lora_rank=2).fit(comments(8), [0, 1] * 4)
     named = GemmaLoraClassifier(tiny, epochs=1, lora_rank=2, devices=1, strategy="model").fit(comments(8), [0, 1] * 4)
-    assert plain._loaded_base() is named._loaded_base()
+    assert plain.fitted_base() is named.fitted_base()
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------
