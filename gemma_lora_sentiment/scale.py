@@ -197,7 +197,7 @@ class _ChunkScorer:
     "Probabilities of one chunk after another."
 
     def __init__(self, clf: GemmaLoraClassifier, batch_size: int):
-        self.clf, self.base = clf, clf._loaded_base()
+        self.clf, self.base = clf, clf.fitted_base()
         self.batch_size = batch_size  # rows a step on each device
         self.tokenizer, self.template = TextTokenizer(self.base.tokenizer_proto), PromptTemplate(clf.template)
         self.truncated = 0  # comments so far that were too long
@@ -389,7 +389,7 @@ def predict_file(
     chunks = read_chunks(path, chunk_rows, reading=reading)
     first = next(chunks)  # before anything is written: most mistakes are in the first rows
     check_folder(out)
-    if clf._loaded_base().processes > 1:
+    if clf.fitted_base().processes > 1:
         raise RunError("A file is scored by one process. Give each host a part of the input, without devices=.")
     with _parts(folder, settings, resume) as journal:
         rows, parts = _predict_parts(
