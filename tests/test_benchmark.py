@@ -102,13 +102,13 @@ def folder(tmp_path):
 
 
 def environment(folder):
-    return room._environment(folder / "cache", TINY, None)
+    return room.process_environment(folder / "cache")
 
 
 def test_a_process_that_takes_too_long_is_ended(folder, monkeypatch):
     monkeypatch.setattr(room, "_GRACE", 0.0)
     settings = replace(TINY, time_limit=0.5)
-    record = room._run_process(folder, room._spec_of("ours", settings, "cold"), environment(folder))
+    record = room.run_process(folder, room._spec_of("ours", settings, "cold"), environment(folder))
     assert record["ended"] is True and "failed" not in record
     result = {"settings": asdict(settings), "rows": {"tokens": 400}, "systems": {"ours": {"cold": record}}}
     assert benchmark_table(result).loc["ours", "note"] == "ended at the time limit"
@@ -116,7 +116,7 @@ def test_a_process_that_takes_too_long_is_ended(folder, monkeypatch):
 
 
 def test_a_process_that_fails_says_why(folder):
-    record = room._run_process(folder, {"task": "nonsense", "settings": asdict(TINY)}, environment(folder))
+    record = room.run_process(folder, {"task": "nonsense", "settings": asdict(TINY)}, environment(folder))
     assert record["failed"].startswith("KeyError") and "nonsense" in record["failed"]
 
 
@@ -125,17 +125,17 @@ def test_a_process_that_dies_says_why(folder, monkeypatch):
     broken = {**environment(folder), "PYTHONPATH": str(folder)}
     (folder / "gemma_lora_sentiment").mkdir()
     (folder / "gemma_lora_sentiment" / "__init__.py").write_text("raise SystemExit('no such thing')")
-    record = room._run_process(folder, {"task": "ours", "settings": asdict(TINY)}, broken)
+    record = room.run_process(folder, {"task": "ours", "settings": asdict(TINY)}, broken)
     assert record == {"failed": "exit status 1: no such thing"}
 
 
 def test_a_system_that_fails_does_not_stop_the_next(monkeypatch, tmp_path):
-    def run_process(folder, spec, environment):
+    def run_process(folder, spec, environment, room="benchmark"):
         if spec["task"] == "device":
             return {"flops": 1e12, "platform": "cpu", "kind": "x", "cpus": 1, "matmul_size": 1, "matmul_dtype": "f"}
         return {"failed": "MemoryError: full"} if spec["task"] == "ours" else {"epochs": [1.0, 0.5], "finished": True}
 
-    monkeypatch.setattr(room, "_run_process", run_process)
+    monkeypatch.setattr(room, "run_process", run_process)
     lines = []
     result = run_benchmark(TINY, ["ours", "tutorial"], tmp_path / "out", say=lines.append)
     assert list(result["systems"]) == ["ours", "tutorial"] and list(result["systems"]["ours"]) == ["cold"]
@@ -145,13 +145,13 @@ def test_a_system_that_fails_does_not_stop_the_next(monkeypatch, tmp_path):
 
 
 def test_what_is_finished_is_written_at_once(monkeypatch, tmp_path):
-    def run_process(folder, spec, environment):
+    def run_process(folder, spec, environment, room="benchmark"):
         if spec["task"] == "tutorial":
             raise KeyboardInterrupt
         of_device = {"flops": 1e12, "platform": "cpu", "kind": "x", "cpus": 1, "matmul_size": 1, "matmul_dtype": "f"}
         return {**of_device, "epochs": [1.0, 0.5], "fit_seconds": 2.0, "finished": True}
 
-    monkeypatch.setattr(room, "_run_process", run_process)
+    monkeypatch.setattr(room, "run_process", run_process)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(TINY, ["ours", "tutorial"], tmp_path, say=lambda text: None)
     assert list(json.loads((tmp_path / "benchmark.json").read_text())["systems"]) == ["ours"]
@@ -160,7 +160,7 @@ def test_what_is_finished_is_written_at_once(monkeypatch, tmp_path):
 
 def test_no_process_sees_the_compile_cache_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
-    found = room._environment(tmp_path / "cache", TINY, 0.113)
+    found = room.process_environment(tmp_path / "cache", 0.113)
     assert "JAX_COMPILATION_CACHE_DIR" not in found and found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1130"
     assert found["GEMMA_LORA_SENTIMENT_CACHE"] == str(tmp_path / "cache") and found["KERAS_BACKEND"] == "jax"
 
@@ -181,12 +181,12 @@ def test_importing_the_room_imports_nothing_heavy():
 def test_fit_is_stopped_in_the_middle_of_an_epoch(limit, expected, tmp_path):
     import keras
 
-    log = room._Log(str(tmp_path / "log"), time.time(), limit)
+    log = room.ProcessLog(str(tmp_path / "log"), time.time(), limit)
     model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
     model.compile(loss="mse", optimizer="sgd")
     x = np.zeros((40, 2), np.float32)
     model.fit(x, x[:, :1], batch_size=1, epochs=2, verbose=0, callbacks=[room._stop_in_time(log, 40)])
-    record = room._read_log(tmp_path / "log")
+    record = room.read_log(tmp_path / "log")
     assert set(record) == set(expected)
     if "partial" in expected:  # callbacks run beside the steps, so a few more may be made
         assert 1 <= record["partial"]["steps"] < 40 and record["partial"]["of"] == 40
@@ -273,10 +273,10 @@ def test_block_parameters_are_all_but_embedding_and_norms():
 
 
 def test_sweep_leaves_out_what_would_not_end_in_time(tmp_path):
-    log = room._Log(str(tmp_path / "log"), time.time(), 600)
+    log = room.ProcessLog(str(tmp_path / "log"), time.time(), 600)
     spec = {"settings": asdict(TINY), "kind": "batch", "sizes": [1, 2, 1_000_000]}
     room._run_sweep(spec, {}, log)
-    record = room._read_log(tmp_path / "log")
+    record = room.read_log(tmp_path / "log")
     assert [(point["size"], point["rows"], point["tokens"]) for point in record["points"]] == [
         (1, 8, 512), (2, 16, 1024)
     ]  # fmt: skip
@@ -287,9 +287,9 @@ def test_sweep_leaves_out_what_would_not_end_in_time(tmp_path):
 
 
 def test_padding_and_sorting_of_peft():
-    assert room._padded([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
-    assert room._padded([[1, 2], [3]], "left", 9).tolist() == [[1, 2], [9, 3]]
-    assert room._sorted_batches([[1, 2], [3], [4, 5, 6]], 2) == [[1, 0], [2]]
+    assert room.padded([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
+    assert room.padded([[1, 2], [3]], "left", 9).tolist() == [[1, 2], [9, 3]]
+    assert room.sorted_batches([[1, 2], [3], [4, 5, 6]], 2) == [[1, 0], [2]]
 
 
 def test_peft_padded_on_the_left_scores_as_one_by_one():
@@ -300,8 +300,8 @@ def test_peft_padded_on_the_left_scores_as_one_by_one():
     q_and_v = 32 * 4 + 4 * 32 + 32 * 4 + 4 * 16  # A and B of query (2 heads of 16) and of value (1 head)
     assert trainable == 2 * q_and_v
     prompts = benchmark_rows(TINY)["predict"]
-    together = room._score_peft(torch, model, prompts)
-    alone = np.concatenate([room._score_peft(torch, model, [prompt]) for prompt in prompts])
+    together = room.score_peft(torch, model, prompts, [(10,), (11,)])
+    alone = np.concatenate([room.score_peft(torch, model, [prompt], [(10,), (11,)]) for prompt in prompts])
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
     assert np.abs(together).max() > 1e-3
 
@@ -362,18 +362,18 @@ def smi(monkeypatch, text):
 
 
 def test_memory_limit_is_a_share_of_the_gpu(monkeypatch):
-    assert room._memory_fraction(TINY) is None
+    assert room.memory_fraction(None) is None
     smi(monkeypatch, "143771\n143771\n")
-    assert room._memory_fraction(replace(TINY, memory_limit=15.8)) == pytest.approx(15.8e9 / (143771 * 2**20))
+    assert room.memory_fraction(15.8) == pytest.approx(15.8e9 / (143771 * 2**20))
     for limit in (0.0, 150.0):
         with pytest.raises(ValueError, match=r"at most 141\.7 \(GB\) here"):
-            room._memory_fraction(replace(TINY, memory_limit=limit))
+            room.memory_fraction(limit)
 
 
 def test_memory_limit_without_a_gpu(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="Leave it out"):
-        room._memory_fraction(replace(TINY, memory_limit=15.8))
+        room.memory_fraction(15.8)
 
 
 FAULTS = {
