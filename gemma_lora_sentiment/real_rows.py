@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -465,10 +466,12 @@ class _Run:
         self.settings, self.folder, self.fraction = settings, folder, fraction
         self.result, self.say, self.progress = result, say, progress
 
-    def process(self, task: str, name: str, **more: Any) -> dict[str, Any]:
+    def process(self, task: str, **more: Any) -> dict[str, Any]:
         spec = {"task": task, "settings": asdict(self.settings), "folder": str(self.folder), **more}
-        environment = process_environment(self.folder / f"cache-{name}", self.fraction)
-        return run_process(self.folder, spec, environment, "real_rows")
+        cache = self.folder / "cache"  # one, so that a base is put together once, and that before the clocks run
+        for of_earlier in ("compiled", "quantized"):
+            shutil.rmtree(cache / of_earlier, ignore_errors=True)
+        return run_process(self.folder, spec, process_environment(cache, self.fraction), "real_rows")
 
     def peft_is_ready(self, system: str) -> bool:
         "Whether base and rows lie there as PEFT reads them; written when first asked."
@@ -478,11 +481,11 @@ class _Run:
             reason = "ours has not ended, whose settings it takes"
         elif reason is None and not (self.folder / "peft.json").exists():
             self.progress("export: the base as transformers reads it")
-            record = self.process("export", "export", ours=ours)
+            record = self.process("export", ours=ours)
             if not (self.folder / "peft.json").exists():
                 reason = f"the base could not be written for transformers: {record.get('failed', 'it took too long')}"
             else:
-                self.process("import-peft", "peft")
+                self.process("import-peft")
         if reason:
             _left_out(self.result, system, reason, self.say)
         return reason is None
@@ -492,8 +495,8 @@ class _Run:
             return None
         self.progress(f"{system}: {REAL_SYSTEMS[system]}")
         if system in _PEFT:
-            return self.process("peft", system, how=system.removeprefix("peft-"))
-        return self.process("classifier", system, system=system)
+            return self.process("peft", how=system.removeprefix("peft-"))
+        return self.process("classifier", system=system)
 
 # %% ../nbs/10b_real_rows.ipynb #rr364492
 def run_real_benchmark(
@@ -508,8 +511,8 @@ def run_real_benchmark(
     """Train and judge the systems one after another, each in a process of its own.
 
     A system that fails or is cut says so in its row. Raises `ValueError` for settings that cannot work, a preset that
-    is not there among them, `DataError` for rows that cannot be measured, `OSError` when `out` cannot be written,
-    `RuntimeError` when the base cannot be loaded on this machine. Then nothing is written.
+    is not there among them, `DataError` for rows that cannot be measured, `OSError` when `out` cannot be written
+    or the base does not run on this machine. Then nothing is written.
     """
     chosen = list(dict.fromkeys(REAL_SYSTEMS if systems is None else systems))
     _check(settings, chosen)
@@ -522,11 +525,11 @@ def run_real_benchmark(
         run = _Run(settings, Path(name), fraction, result, say, progress)
         (run.folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         progress(f"device, and {settings.preset}")
-        result["device"] = device = run.process("begin", "begin")
+        result["device"] = device = run.process("begin")
         if "refused" in device:
             raise ValueError(device["refused"])
         if "kind" not in device:
-            raise RuntimeError(f"{settings.preset} does not run here: {device.get('failed', 'it took too long')}")
+            raise OSError(f"{settings.preset} does not run here: {device.get('failed', 'it took too long')}")
         write_result(result, real_table, out)
         say(_describe(result) + (f"\n{caution}" if caution else ""))
         _measure_all(run, [system for system in REAL_SYSTEMS if system in chosen], test, out)
