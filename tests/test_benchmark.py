@@ -1,4 +1,4 @@
-"""What would bore a reader of 10_benchmark: processes that fail or take too long, limits, tables of odd results."""
+"""What would bore a reader of 10_benchmark and 10b_real_rows: processes that fail or take too long, limits, odd tables."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma_lora_sentiment import benchmark as room
+from gemma_lora_sentiment import real_rows as real
 from gemma_lora_sentiment.benchmark import (
+    PEFT_NEEDS,
     SHAPES,
     SYSTEMS,
     BenchmarkSettings,
@@ -29,9 +32,12 @@ from gemma_lora_sentiment.benchmark import (
     save_size_figure,
     summarize,
 )
+from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.cli import app
-from gemma_lora_sentiment.data import DataError
+from gemma_lora_sentiment.data import DataError, fingerprint
 from gemma_lora_sentiment.gemma import hidden_at
+from gemma_lora_sentiment.model import tiny_gemma
+from gemma_lora_sentiment.real_rows import REAL_SYSTEMS, RealSettings, real_comparisons, real_table, rows_to_measure
 
 TINY = BenchmarkSettings(
     shape="tiny", rows=12, predict_rows=5, score_rows=20, batch_size=4, epochs=3, length=96, time_limit=600
@@ -165,8 +171,10 @@ def test_no_process_sees_the_compile_cache_of_the_user(monkeypatch, tmp_path):
     assert found["GEMMA_LORA_SENTIMENT_CACHE"] == str(tmp_path / "cache") and found["KERAS_BACKEND"] == "jax"
 
 
-def test_importing_the_room_imports_nothing_heavy():
-    code = "import sys, gemma_lora_sentiment.benchmark; print({'jax', 'keras', 'pandas', 'torch'} & set(sys.modules))"
+@pytest.mark.parametrize("name", ["benchmark", "real_rows"])
+def test_importing_the_room_imports_nothing_heavy(name):
+    heavy = "{'jax', 'keras', 'pandas', 'torch', 'sklearn'}"
+    code = f"import sys, gemma_lora_sentiment.{name}; print({heavy} & set(sys.modules))"
     paths = os.pathsep.join(filter(None, [str(Path(room.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
@@ -407,3 +415,162 @@ def test_every_system_has_a_task():
     for system in SYSTEMS:
         task = room._spec_of(system, TINY, "cold")["task"]
         assert task in room._TASKS or task == "shell"
+
+
+# --- real rows ------------------------------------------------------------------------------------------------------
+
+
+def rows_file(folder, n=48, labels=("0", "1"), name="rows.tsv"):
+    """A file of `n` different comments whose labels can be learned from one word."""
+    lines = [f"{'맛있어요' if i % 2 else '별로예요'} {i} 번째\t{labels[i % len(labels)]}" for i in range(n)]
+    path = Path(folder) / name
+    path.write_text("comment\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """All systems on a tiny random Gemma, by the shell: the result, what was printed, the folder."""
+    folder = tmp_path_factory.mktemp("real")
+    arguments = ["--preset", tiny_gemma(folder / "tiny"), "--file", rows_file(folder), "--out", folder / "out"]
+    settings = ["--epochs", 2, "--rank", 2, "--label-word", "0=bad", "--label-word", "1=good", "--time-limit", 600]
+    done = CliRunner().invoke(app, ["benchmark", *map(str, [*arguments, *settings])])
+    assert done.exit_code == 0, done.stderr
+    return json.loads((folder / "out" / "benchmark.json").read_text(encoding="utf-8")), done.stdout, folder
+
+
+def test_every_system_of_real_rows_is_measured_or_left_out_by_name(real_run):
+    result, printed, _ = real_run
+    assert set(result["systems"]) | set(result["left_out"]) == set(REAL_SYSTEMS)
+    missing = [name for name in PEFT_NEEDS if find_spec(name) is None]
+    expected = {name: f"{', '.join(missing)} not installed" for name in ("peft-words", "peft-head")} if missing else {}
+    assert result["left_out"] == expected
+    for name, reason in expected.items():
+        assert f"left out: {name} ({reason})" in printed
+    for system, runs in result["systems"].items():
+        assert runs["cold"]["finished"] and "failed" not in runs["cold"], system
+
+
+def test_real_rows_have_accuracy_beside_seconds(real_run):
+    result, printed, folder = real_run
+    table = real_table(result)
+    assert list(table.index) == [name for name in REAL_SYSTEMS if name in result["systems"]]
+    for system, row in table.iterrows():
+        assert 0 <= row.accuracy_low <= row.accuracy <= row.accuracy_high <= 1 and row.log_loss > 0, system
+        assert 0 < row.fit_cold < row.process_cold and row.fit_warm > 0 and row.score > 0, system
+        metrics = result["systems"][system]["cold"]["metrics"]
+        right = np.unpackbits(np.frombuffer(bytes.fromhex(metrics["right"]), np.uint8))
+        assert metrics["n"] == 12 and right[:12].mean() == pytest.approx(row.accuracy) and not right[12:].any()
+        assert f"| {system} | {row.accuracy:.3f} |" in printed
+    assert table.loc["ours", "fit_warm"] < table.loc["ours", "fit_cold"], "a second fit must not compile again"
+    assert table.loc["tfidf", "accuracy"] == 1.0, "one word tells the label"
+    assert "tfidf / ours: right alone " in printed
+    written = (folder / "out" / "benchmark.tsv").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in written] == ["system", *table.index]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["benchmark.json", "benchmark.tsv"]
+
+
+def test_real_rows_name_what_they_rest_on(real_run):
+    result, _, folder = real_run
+    train, test = rows_to_measure(RealSettings(str(folder / "rows.tsv")))
+    assert result["rows"] == {
+        "train": 36, "test": 12, "labels": ["0", "1"], "in_both": 0,
+        "train_fingerprint": fingerprint(train), "test_fingerprint": fingerprint(test),
+    }  # fmt: skip
+    ours = result["systems"]["ours"]["cold"]
+    assert ours["words"] == ["bad", "good"] and ours["recipe"]["lora_rank"] == 2 and ours["recipe"]["epochs"] == 2
+    assert ours["fingerprint"] == result["device"]["fingerprint"] and result["versions"]["python"]
+    assert result["settings"]["preset"] == str(folder / "tiny")
+    text = (folder / "out" / "benchmark.json").read_text(encoding="utf-8")
+    assert not any(comment in text for comment in (*train.comment, *test.comment)), "no comment leaves the files"
+
+
+def test_rows_of_a_second_file_are_judged(tmp_path):
+    file, other = rows_file(tmp_path), rows_file(tmp_path, 20, name="test.tsv")
+    train, test = rows_to_measure(RealSettings(str(file), test_file=str(other)))
+    assert (len(train), len(test)) == (48, 20) and test.comment[0] == train.comment[0]
+
+
+def test_a_base_that_cannot_be_written_leaves_peft_out(tmp_path, monkeypatch):
+    def run_process(folder, spec, environment, room):
+        if spec["task"] == "begin":
+            return {"kind": "x", "platform": "cpu", "cpus": 1, "fingerprint": "f"}
+        if spec["task"] == "export":
+            return {"failed": "ModelError: no export of this base"}
+        return {"recipe": {"epochs": 1, "batch_size": 4, "learning_rate": 0.1, "lora_rank": 2}, "dtype": "float32"}
+
+    monkeypatch.setattr(real, "run_process", run_process)
+    monkeypatch.setattr(real, "find_spec", lambda name: True)
+    lines, settings = [], RealSettings(str(rows_file(tmp_path)))
+    result = real.run_real_benchmark(settings, ["peft-head", "ours", "peft-words"], say=lines.append)
+    reason = "the base could not be written for transformers: ModelError: no export of this base"
+    assert result["left_out"] == {"peft-words": reason, "peft-head": reason} and list(result["systems"]) == ["ours"]
+    assert f"left out: peft-words ({reason})" in lines
+
+
+def test_peft_needs_what_ours_arrived_at(tmp_path, monkeypatch):
+    record = {"kind": "x", "platform": "cpu", "cpus": 1, "fingerprint": "f", "ended": True}
+    monkeypatch.setattr(real, "run_process", lambda folder, spec, environment, room: record)
+    monkeypatch.setattr(real, "find_spec", lambda name: True)
+    settings = RealSettings(str(rows_file(tmp_path)))
+    result = real.run_real_benchmark(settings, ["ours", "peft-words"], say=lambda text: None)
+    assert result["left_out"] == {"peft-words": "ours has not ended, whose settings it takes"}
+    assert real_table(result).loc["ours", "note"] == "ended at the time limit" and real_comparisons(result) == []
+
+
+def test_comparison_of_real_rows_counts_the_rows_that_differ():
+    def record(bits, seconds):
+        return {"cold": {"metrics": {"right": bits, "n": 8, "accuracy": 0.5, "log_loss": 1.0, "intervals": {}},
+                         "process_seconds": seconds, "fit_seconds": seconds, "refit_seconds": seconds}}  # fmt: skip
+
+    lines = real_comparisons({"systems": {"ours": record("f0", 2.0), "peft-words": record("0f", 5.0)}})
+    assert lines == ["peft-words / ours: right alone 4 to 4 rows (p 1), process 2.50, fit, cold 2.50, fit, warm 2.50"]
+
+
+def test_peft_on_real_rows_reads_the_numbers_of_ours(tmp_path):
+    """The base written for PEFT, untrained: its label words score as ours do, also where a word has several tokens."""
+    torch = pytest.importorskip("torch", reason="torch is absent: install the [hf] extra")
+    pytest.importorskip("peft", reason="peft is absent: install the [hf] extra")
+    preset, comments = str(tiny_gemma(tmp_path / "tiny")), ["맛있어요", "별로예요 다시는 안 가요", "so so"]
+    words = {"0": "bad", "1": "good, I think"}
+    clf = GemmaLoraClassifier(preset, label_words=words, epochs=0, dtype="float32").fit(["-", "-"], ["0", "1"])
+    ours = {"recipe": vars(clf.recipe_), "words": clf.words_.words, "template": clf.template, "dtype": "float32"}
+    ours["targets"] = ["query", "value"]
+    parts = {"train": {"comment": comments, "label": ["0", "1", "0"]}}
+    given = real.prepare_peft(preset, ours, parts, tmp_path / "base")
+    assert max(map(len, given["words"])) > 1 and given["modules"] == ["q_proj", "v_proj"]
+    model = real.peft_model(torch, tmp_path / "base", "words", given["modules"], 2, 2)
+    scores = room.score_peft(torch, model, given["parts"]["train"]["prompts"], given["words"])
+    theirs = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(theirs, clf.predict_proba(comments), rtol=0, atol=1e-4)
+
+
+REAL_FAULTS = {
+    "no preset": (["--file", "rows.tsv", "--test-file", "rows.tsv"], "--test-file is for real rows"),
+    "no file": (["--preset", "mini_ko"], "Give --file"),
+    "random": (["--preset", "mini_ko", "--file", "rows.tsv", "--rows", "20"], "--rows is for random weights"),
+    "unlabelled": (["--preset", "mini_ko", "--file", "unlabelled.txt"], "label"),
+    "one class": (["--preset", "mini_ko", "--file", "one.tsv"], "at least two classes are needed"),
+    "few": (["--preset", "mini_ko", "--file", "few.tsv"], "21 rows to train on and 7 to judge by"),
+    "label": (["--preset", "mini_ko", "--file", "rows.tsv", "--test-file", "other.tsv"], "label 'x' is none of"),
+    "share": (["--preset", "mini_ko", "--file", "rows.tsv", "--test-fraction", "1.5"], "must lie between 0 and 1"),
+    "gone": (["--preset", "mini_ko", "--file", "nothing.tsv"], "nothing.tsv"),
+    "system": (["--preset", "mini_ko", "--file", "rows.tsv", "--systems", "keras"], "is not one of ours, peft-words"),
+    "peft alone": (["--preset", "mini_ko", "--file", "rows.tsv", "--systems", "peft-head"], "Name the system ours too"),
+    "epochs": (["--preset", "mini_ko", "--file", "rows.tsv", "--epochs", "0"], "epochs=0 must be at least 1"),
+    "preset": (["--preset", "gone/base", "--file", "rows.tsv"], "Preset 'gone/base' is unknown"),
+    "word": (["--preset", "mini_ko", "--file", "rows.tsv", "--label-word", "0=bad"], "Label '1' has no word"),
+}
+
+
+@pytest.mark.parametrize("fault", REAL_FAULTS)
+def test_bad_option_of_real_rows_is_one_line(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path), rows_file(tmp_path, 28, name="few.tsv"), rows_file(tmp_path, labels="1", name="one.tsv")
+    rows_file(tmp_path, labels="1x", name="other.tsv")
+    (tmp_path / "unlabelled.txt").write_text("맛있어요\n별로예요\n", encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    options, named = REAL_FAULTS[fault]
+    result = CliRunner().invoke(app, ["benchmark", "--quiet", "--out", "out", *options])
+    assert result.exit_code == 2 and result.stdout == "" and sorted(tmp_path.iterdir()) == before
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1 and named in result.stderr
