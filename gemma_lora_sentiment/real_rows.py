@@ -43,7 +43,8 @@ if TYPE_CHECKING:  # they would be imported on the clock of every system
 
 # %% auto #0
 __all__ = ['REAL_SYSTEMS', 'LEAST_ROWS', 'RealSettings', 'rows_to_measure', 'right_bits', 'judged', 'peft_targets',
-           'prepare_peft', 'peft_model', 'run_child', 'real_table', 'real_comparisons', 'run_real_benchmark']
+           'prepare_peft', 'peft_model', 'peft_rows', 'run_child', 'real_table', 'real_comparisons',
+           'run_real_benchmark']
 
 # %% ../nbs/10b_real_rows.ipynb #rr06f578
 REAL_SYSTEMS = {  # name: what it is
@@ -254,22 +255,22 @@ def peft_model(
     return model
 
 # %% ../nbs/10b_real_rows.ipynb #rr24dc4a
-def _peft_rows(given: Mapping[str, Any], how: str) -> tuple[list[list[int]], list[Any]]:  # texts, targets of train_peft
-    train = given["parts"]["train"]
+def peft_rows(
+    given: Mapping[str, Any],  # of prepare_peft
+    how: str,  # "words" or "head"
+    part: str = "train",  # name of the rows
+) -> tuple[list[list[int]], list[Any]]:  # texts and targets as train_peft takes them
+    "What PEFT is trained on: the response after each prompt, or the prompt and its class."
+    rows = given["parts"][part]
     if how == "head":
-        return train["prompts"], train["labels"]
-    answers = [given["responses"][label] for label in train["labels"]]
-    texts = [[*prompt, *answer] for prompt, answer in zip(train["prompts"], answers, strict=True)]
+        return rows["prompts"], rows["labels"]
+    answers = [given["responses"][label] for label in rows["labels"]]
+    texts = [[*prompt, *answer] for prompt, answer in zip(rows["prompts"], answers, strict=True)]
     if given["recipe"]["loss_on"] == "text":
         return texts, texts
     return texts, [[-100] * (len(text) - len(answer)) + answer for text, answer in zip(texts, answers, strict=True)]
 
-
-def _softmax(scores: np.ndarray) -> np.ndarray:  # float64 (n, labels)
-    powers = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
+# %% ../nbs/10b_real_rows.ipynb #rr27fb9a
 def _run_export(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     folder = Path(spec["folder"])
     given = prepare_peft(spec["settings"]["preset"], spec["ours"], rows, folder / "base")
@@ -279,6 +280,7 @@ def _run_export(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLo
 def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     import torch
     import transformers
+    from scipy.special import softmax
 
     transformers.utils.logging.set_verbosity_error()
     folder, how, settings = Path(spec["folder"]), spec["how"], spec["settings"]
@@ -286,7 +288,7 @@ def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog)
     recipe, test = given["recipe"], given["parts"]["test"]
     device, dtype = torch_device(torch, given["dtype"], settings["memory_limit"])
     autocast = None if dtype == "float32" else dtype
-    texts, targets = _peft_rows(given, how)
+    texts, targets = peft_rows(given, how)
     log(import_seconds=log.elapsed(), dtype=dtype, recipe=recipe)
     of_fit = {name: recipe[name] for name in ("epochs", "batch_size", "learning_rate", "weight_decay")}
     of_fit |= dict(linear=recipe["schedule"] == "linear", seed=settings["seed"], autocast=autocast)
@@ -305,15 +307,15 @@ def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog)
         if which == "":
             log(process_seconds=log.elapsed())
         started = time.perf_counter()
-        scores = score_peft(torch, model, test["prompts"], words, autocast)
+        scores = score_peft(torch, model, test["prompts"], words, autocast).astype(np.float64)
         seconds = time.perf_counter() - started
         if which == "":
-            log(first_score_seconds=seconds, classes=given["classes"], probabilities=_softmax(scores).tolist())
+            log(first_score_seconds=seconds, classes=given["classes"], probabilities=softmax(scores, axis=1).tolist())
         else:
             log(score_seconds=seconds)
     log(peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak_bytes())
 
-# %% ../nbs/10b_real_rows.ipynb #rr28d8ea
+# %% ../nbs/10b_real_rows.ipynb #rr29a01a
 def _begin(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     classes = sorted(set(rows["train"]["label"]))
     try:
@@ -337,7 +339,7 @@ def run_child() -> None:
     "Entry of a process of this room."
     run_task(_TASKS)
 
-# %% ../nbs/10b_real_rows.ipynb #rr29a01a
+# %% ../nbs/10b_real_rows.ipynb #rr30774c
 def _check(settings: RealSettings, systems: Sequence[str]) -> None:
     for system in systems:
         if system not in REAL_SYSTEMS:
@@ -359,7 +361,7 @@ def _why_left_out(system: str, settings: RealSettings) -> str | None:
         return "it is ours here"
     return None
 
-# %% ../nbs/10b_real_rows.ipynb #rr3240b5
+# %% ../nbs/10b_real_rows.ipynb #rr33994a
 _COLUMNS = {  # name in the table -> heading, decimals
     "accuracy": ("accuracy", 3), "accuracy_low": ("from", 3), "accuracy_high": ("to", 3), "log_loss": ("log-loss", 3),
     "process_cold": ("process, cold (s)", 1), "fit_cold": ("fit, cold (s)", 2), "fit_warm": ("fit, warm (s)", 2),
@@ -413,7 +415,7 @@ def _head() -> list[str]:
     headings = ["system", *(heading for heading, _ in _COLUMNS.values()), "note"]
     return [markdown_line(headings), markdown_line(["---"] * len(headings))]
 
-# %% ../nbs/10b_real_rows.ipynb #rr33994a
+# %% ../nbs/10b_real_rows.ipynb #rr34e273
 def real_comparisons(
     result: Mapping[str, Any],  # of run_real_benchmark, or read from its benchmark.json
 ) -> list[str]:  # one line a peer
@@ -442,7 +444,7 @@ def real_comparisons(
             lines.append(f"{peer} / ours: " + ", ".join(parts))
     return lines
 
-# %% ../nbs/10b_real_rows.ipynb #rr35fad2
+# %% ../nbs/10b_real_rows.ipynb #rr364492
 def _left_out(result: dict[str, Any], system: str, reason: str, say: Callable[[str], None]) -> None:
     result["left_out"][system] = reason
     say(f"left out: {system} ({reason})")
@@ -498,7 +500,7 @@ class _Run:
             return self.process("peft", how=system.removeprefix("peft-"))
         return self.process("classifier", system=system)
 
-# %% ../nbs/10b_real_rows.ipynb #rr364492
+# %% ../nbs/10b_real_rows.ipynb #rr37aeae
 def run_real_benchmark(
     settings: RealSettings,
     systems: Sequence[str] | None = None,  # names in REAL_SYSTEMS; all by default

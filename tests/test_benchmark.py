@@ -1,4 +1,4 @@
-"""What would bore a reader of 10_benchmark and 10b_real_rows: processes that fail or take too long, limits, odd tables."""
+"""What would bore a reader of 10_benchmark and 10b_real_rows: processes that fail or are slow, limits, odd tables."""
 
 import json
 import os
