@@ -27,9 +27,12 @@ import numpy as np
 
 
 # %% auto #0
-__all__ = ['SHAPES', 'SWEEPS', 'SYSTEMS', 'block_parameters', 'draw_lengths', 'BenchmarkSettings', 'benchmark_rows',
-           'random_base', 'summarize', 'benchmark_table', 'figures_table', 'comparisons', 'run_benchmark',
-           'save_size_figure', 'benchmark_markdown']
+__all__ = ['SHAPES', 'SWEEPS', 'SYSTEMS', 'PEFT_NEEDS', 'block_parameters', 'draw_lengths', 'BenchmarkSettings', 'benchmark_rows',
+           'ProcessLog', 'read_log', 'device_peak_bytes', 'resident_peak_bytes', 'random_base', 'padded',
+           'sorted_batches', 'train_peft', 'score_peft', 'torch_device', 'import_peft', 'run_task', 'run_child',
+           'process_environment', 'run_process', 'memory_fraction', 'summarize', 'benchmark_table', 'markdown_line',
+           'figures_table', 'comparisons', 'write_result', 'versions_here', 'run_benchmark', 'save_size_figure',
+           'benchmark_markdown']
 
 # %% ../nbs/10_benchmark.ipynb #559a4226
 SHAPES = {  # arguments of KerasHub's GemmaBackbone
@@ -133,24 +136,38 @@ def _token_count(rows: Mapping[str, Any]) -> int:  # of the training rows, label
     return sum(len(prompt) + 2 for prompt in rows["train"])
 
 # %% ../nbs/10_benchmark.ipynb #8229a986
-class _Log:
+class ProcessLog:
     "Lines of JSON, and the clock that started when the process was asked for."
 
-    def __init__(self, path: str, spawned: float, time_limit: float):
+    def __init__(
+        self,
+        path: str,  # of the file of lines
+        spawned: float,  # seconds since 1970, when the process was asked for
+        time_limit: float,  # seconds from then on
+    ):
         self.path, self.spawned, self.time_limit = path, spawned, time_limit
 
     def __call__(self, **numbers: Any) -> None:
+        "Write a line."
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
 
-    def elapsed(self) -> float:  # seconds since the process was asked for
+    def elapsed(self) -> float:  # seconds
+        "Since the process was asked for."
         return time.time() - self.spawned
 
-    def is_over(self, needed: float = 0.0) -> bool:
+    def is_over(
+        self,
+        needed: float = 0.0,  # seconds more
+    ) -> bool:
+        "Whether the time is, or would be."
         return self.elapsed() + needed > self.time_limit
 
 
-def _read_log(path: Path) -> dict[str, Any]:
+def read_log(
+    path: Path,  # of a `ProcessLog`
+) -> dict[str, Any]:  # the last of each name, lists whole
+    "What a process wrote down, its last line perhaps cut."
     record: dict[str, Any] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
@@ -160,14 +177,16 @@ def _read_log(path: Path) -> dict[str, Any]:
     return record
 
 # %% ../nbs/10_benchmark.ipynb #56ac0e2f
-def _peak_bytes() -> int:  # of a process that uses JAX
+def device_peak_bytes() -> int:  # bytes
+    "The most that this process, which uses JAX, held on its device, or as a whole on a CPU."
     import jax
 
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    return int(stats["peak_bytes_in_use"]) if stats else _peak_resident_bytes()
+    return int(stats["peak_bytes_in_use"]) if stats else resident_peak_bytes()
 
 
-def _peak_resident_bytes() -> int:
+def resident_peak_bytes() -> int:  # bytes
+    "The most that this process held."
     with contextlib.suppress(OSError, IndexError, ValueError):
         text = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(text.split("VmHWM:")[1].split()[0]) * 1024
@@ -188,7 +207,7 @@ def _median_seconds(
     return median(seconds)
 
 # %% ../nbs/10_benchmark.ipynb #63cf5e57
-def _measure_device(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _measure_device(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     with _without_tensorflow():
         import jax
         import jax.numpy as jnp
@@ -280,7 +299,7 @@ def _count_compilations() -> dict[str, float]:  # updated by JAX from now on
     return counted
 
 
-def _stop_in_time(log: _Log, steps: int) -> Any:  # a Keras callback
+def _stop_in_time(log: ProcessLog, steps: int) -> Any:  # a Keras callback
     "Ends `fit` when the time is over, and writes down each epoch or the part of it that was measured."
     import keras
 
@@ -302,7 +321,7 @@ def _stop_in_time(log: _Log, steps: int) -> Any:  # a Keras callback
     return StopInTime()
 
 
-def _stop_after_epoch(log: _Log) -> Any:  # a Keras callback that costs no step anything
+def _stop_after_epoch(log: ProcessLog) -> Any:  # a Keras callback that costs no step anything
     import keras
 
     class StopAfterEpoch(keras.callbacks.Callback):
@@ -312,14 +331,14 @@ def _stop_after_epoch(log: _Log) -> Any:  # a Keras callback that costs no step 
     return StopAfterEpoch()
 
 
-def _log_epoch(log: _Log, seconds: float, done: int, steps: int) -> None:
+def _log_epoch(log: ProcessLog, seconds: float, done: int, steps: int) -> None:
     if done == steps:
         log(epochs=[seconds])
     elif done:
         log(partial={"seconds": seconds, "steps": done, "of": steps})
 
 
-def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.model import jax
@@ -333,7 +352,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     started = time.perf_counter()
     base = _base_of(settings)
     jax.block_until_ready(base.arrays)
-    log(base_seconds=time.perf_counter() - started, base_bytes=base.nbytes, base_peak_bytes=_peak_bytes())
+    log(base_seconds=time.perf_counter() - started, base_bytes=base.nbytes, base_peak_bytes=device_peak_bytes())
     log(dtype=base.dtype, quantization=base.quantization, batch_size=settings.batch_size)
     log(**{f"base_{name}": n for name, n in compiled.items()})
     train, words = _training_rows(rows["train"], rows["labels"])
@@ -351,7 +370,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
 
     before, started = dict(compiled), time.perf_counter()
     adapter, buckets = fit()
-    log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=_peak_bytes())
+    log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=device_peak_bytes())
     log(buckets=[int(length) for length in buckets], **{name: compiled[name] - before[name] for name in compiled})
     log(compile_cache=jax.config.jax_compilation_cache_dir is not None)
     if spec["cache"] == "warm" or log.is_over():
@@ -365,10 +384,10 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
         return score_labels(base, adapter, prompts, words, batch_size=batch_size)
 
     _log_scoring(log, rows, lambda part: score(part, scoring_batch_size()))  # the batch that `predict_proba` takes
-    log(predict_peak_bytes=_peak_bytes())
+    log(predict_peak_bytes=device_peak_bytes())
 
 
-def _log_scoring(log: _Log, rows: Mapping[str, Any], score: Callable[[str], Any]) -> None:
+def _log_scoring(log: ProcessLog, rows: Mapping[str, Any], score: Callable[[str], Any]) -> None:
     started = time.perf_counter()
     score("predict")
     log(first_predict_seconds=time.perf_counter() - started)
@@ -380,7 +399,7 @@ def _log_scoring(log: _Log, rows: Mapping[str, Any], score: Callable[[str], Any]
     log(score_seconds=_median_seconds(lambda: score("score"), 1), score_rows=len(rows["score"]))
 
 # %% ../nbs/10_benchmark.ipynb #52a80bf0
-def _run_tutorial(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _run_tutorial(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     import keras
     import keras_nlp
 
@@ -412,7 +431,7 @@ def _run_tutorial(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -
         x, token_ids[:, 1:], sample_weight=padding_mask[:, 1:], batch_size=1, epochs=settings.epochs, verbose=0,
         callbacks=[_stop_in_time(log, len(token_ids))],
     )  # fmt: skip
-    log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=_peak_bytes())
+    log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=device_peak_bytes())
 
 # %% ../nbs/10_benchmark.ipynb #3ef4a0b1
 def _peft_model(torch: Any, settings: BenchmarkSettings, dtype: str, device: str) -> Any:
@@ -438,41 +457,83 @@ def _peft_model(torch: Any, settings: BenchmarkSettings, dtype: str, device: str
     return peft.get_peft_model(model, lora).to(device)
 
 
-def _padded(
+def padded(
     sequences: Sequence[Sequence[int]],
     side: str = "right",
     filler: int = 0,
 ) -> np.ndarray:  # int64 (n, longest)
+    "Rows of one length."
     length = max(map(len, sequences))
     fill = [[filler] * (length - len(ids)) for ids in sequences]
     pairs = zip(sequences, fill, strict=True)
     return np.array([[*ids, *more] if side == "right" else [*more, *ids] for ids, more in pairs], np.int64)
 
 
-def _sorted_batches(sequences: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:  # rows of each batch
+def sorted_batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,  # rows
+) -> list[list[int]]:  # positions of the rows of each batch
+    "Rows of about one length together."
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _train_peft(torch: Any, model: Any, rows: Mapping[str, Any], settings: Any, size: int, log: _Log) -> None:
+def _peft_batch(torch: Any, model: Any, ids: Sequence[Sequence[int]], targets: Sequence[Any]) -> dict[str, Any]:
+    arrays = {"input_ids": padded(ids), "attention_mask": padded([[1] * len(text) for text in ids])}
+    if len(targets):
+        of_tokens = isinstance(targets[0], list)
+        arrays["labels"] = padded(targets, filler=-100) if of_tokens else np.array(targets, np.int64)
     device = next(model.parameters()).device
-    texts = [[*prompt, _LABEL_IDS[i], _EOS] for prompt, i in zip(rows["train"], rows["labels"], strict=True)]
-    batches = _sorted_batches(texts, size)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.01)
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def _autocast(torch: Any, model: Any, dtype: str | None) -> Any:  # a context
+    kind = next(model.parameters()).device.type
+    return torch.autocast(kind, getattr(torch, dtype)) if dtype else contextlib.nullcontext()
+
+
+def _peft_optimizer(torch: Any, model: Any, rate: float, decay: float, steps: int | None) -> tuple[Any, Any]:
+    "AdamW and its schedule: with `steps` a tenth of them up to the rate, then down to zero."
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=decay)
+    warmup = max(1, (steps or 0) // 10)
+
+    def share(step: int) -> float:
+        return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)) if steps else 1.0
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def train_peft(
+    torch: Any,  # the module
+    model: Any,  # of PEFT
+    texts: Sequence[Sequence[int]],  # n rows of token ids
+    targets: Sequence[Any],  # of each its token ids, -100 where there is no loss; or a class, for a head
+    log: ProcessLog,
+    *,
+    epochs: int,
+    batch_size: int,  # rows
+    learning_rate: float,  # at its highest
+    weight_decay: float = 0.01,  # as in AdamW
+    linear: bool = False,  # warm-up, then down to zero
+    seed: int = 0,  # of the order of the batches
+    autocast: str | None = None,  # number format of the forward passes, where it is not that of the weights
+) -> None:
+    "Train as PEFT's examples do, until the end or the log's time limit."
+    batches = sorted_batches(texts, batch_size)
+    steps = epochs * len(batches) if linear else None
+    optimizer, schedule = _peft_optimizer(torch, model, learning_rate, weight_decay, steps)
     model.train()
-    for epoch in range(settings.epochs):
+    for epoch in range(epochs):
         started, done = time.perf_counter(), 0
-        for i in np.random.default_rng([settings.seed, epoch]).permutation(len(batches)):
-            ids = [texts[row] for row in batches[i]]
-            batch = {
-                "input_ids": _padded(ids),
-                "attention_mask": _padded([[1] * len(text) for text in ids]),
-                "labels": _padded([[-100] * (len(text) - 2) + text[-2:] for text in ids], filler=-100),
-            }
-            loss = model(**{name: torch.from_numpy(array).to(device) for name, array in batch.items()}).loss
+        for i in np.random.default_rng([seed, epoch]).permutation(len(batches)):
+            rows = batches[i]
+            batch = _peft_batch(torch, model, [texts[row] for row in rows], [targets[row] for row in rows])
+            with _autocast(torch, model, autocast):
+                loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
             done += 1
             if log.is_over():
                 break
@@ -482,24 +543,69 @@ def _train_peft(torch: Any, model: Any, rows: Mapping[str, Any], settings: Any, 
             return
 
 
-def _score_peft(torch: Any, model: Any, prompts: Sequence[Sequence[int]]) -> np.ndarray:  # float32 (n, labels)
+def _word_scores(torch: Any, model: Any, prompts: Sequence[Sequence[int]], words: Sequence[tuple[int, ...]]) -> Any:
+    "float32 (n, labels): a logit, or the sum of log-probabilities where a word has several tokens."
     device = next(model.parameters()).device
-    scores = np.zeros((len(prompts), len(_LABEL_IDS)), np.float32)
-    model.eval()
-    with torch.inference_mode():
-        for batch in _sorted_batches(prompts, 64):
-            ids = [prompts[row] for row in batch]
-            token_ids = torch.from_numpy(_padded(ids, "left")).to(device)
-            mask = torch.from_numpy(_padded([[1] * len(text) for text in ids], "left")).to(device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = model(
-                input_ids=token_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1
-            ).logits[:, -1, list(_LABEL_IDS)]  # fmt: skip
-            scores[batch] = logits.float().cpu().numpy()
+    scores = np.zeros((len(prompts), len(words)), np.float32)
+    begun = sorted({word[:n] for word in words for n in range(len(word))})
+    for before in begun:
+        ids = [[*prompt, *before] for prompt in prompts]
+        token_ids = torch.from_numpy(padded(ids, "left")).to(device)
+        mask = torch.from_numpy(padded([[1] * len(text) for text in ids], "left")).to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = model(
+            input_ids=token_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1
+        ).logits[:, -1]  # fmt: skip
+        if len(begun) > 1:
+            logits = logits.float().log_softmax(-1)
+        labels = [i for i, word in enumerate(words) if word[: len(before)] == before and len(word) > len(before)]
+        next_ids = [words[i][len(before)] for i in labels]
+        scores[:, labels] += logits[:, next_ids].float().cpu().numpy()
     return scores
 
 
-def _import_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def score_peft(
+    torch: Any,  # the module
+    model: Any,  # of PEFT
+    prompts: Sequence[Sequence[int]],  # n prompts, token ids
+    words: Sequence[Sequence[int]] | None = None,  # token ids of each label's word; None: the model has a head
+    autocast: str | None = None,  # as of train_peft
+) -> np.ndarray:  # float32 (n, labels)
+    "Scores of the labels, whose softmax is their probability."
+    spoken = None if words is None else [tuple(word) for word in words]
+    batches, found = sorted_batches(prompts, 64), []
+    model.eval()
+    with torch.inference_mode(), _autocast(torch, model, autocast):
+        for batch in batches:
+            ids = [prompts[row] for row in batch]
+            if spoken is None:
+                found.append(model(**_peft_batch(torch, model, ids, [])).logits.float().cpu().numpy())
+            else:
+                found.append(_word_scores(torch, model, ids, spoken))
+    scores = np.zeros((len(prompts), found[0].shape[1]), np.float32)
+    for batch, of_batch in zip(batches, found, strict=True):
+        scores[batch] = of_batch
+    return scores
+
+
+def torch_device(
+    torch: Any,  # the module
+    dtype: str = "auto",  # of the weights; "auto": bfloat16 on a GPU, float32 on a CPU
+    memory_limit: float | None = None,  # GB of the GPU's memory
+) -> tuple[str, str]:  # "cuda" or "cpu", number format
+    "Where PEFT runs and in what, its memory limited as ours is."
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and memory_limit:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(memory_limit * 1e9 / total)
+    return "cuda" if on_gpu else "cpu", dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
+
+
+def import_peft(
+    spec: Mapping[str, Any],  # of the task, as all tasks take it
+    rows: Mapping[str, Any],  # not looked at
+    log: ProcessLog,
+) -> None:
     "Reads the libraries from the disk once, as `_measure_device` does for ours."
     import peft  # noqa: F401
     import torch
@@ -509,18 +615,14 @@ def _import_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) ->
     log(total=float((a @ a).sum()))
 
 
-def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     import torch
     import transformers
 
     settings, size = BenchmarkSettings(**spec["settings"]), spec["batch_size"]
     transformers.utils.logging.set_verbosity_error()
-    on_gpu = torch.cuda.is_available()
-    dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    device = "cuda" if on_gpu else "cpu"
-    if on_gpu and settings.memory_limit:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(settings.memory_limit * 1e9 / total)
+    device, dtype = torch_device(torch, settings.dtype, settings.memory_limit)
+    on_gpu = device == "cuda"
     log(import_seconds=log.elapsed(), dtype=dtype, batch_size=size, device=device)
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -531,13 +633,17 @@ def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> No
     log(base_seconds=time.perf_counter() - started)
 
     def peak_bytes() -> int:
-        return torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
+        return torch.cuda.max_memory_allocated() if on_gpu else resident_peak_bytes()
 
+    texts = [[*prompt, _LABEL_IDS[i], _EOS] for prompt, i in zip(rows["train"], rows["labels"], strict=True)]
+    targets = [[-100] * (len(text) - 2) + text[-2:] for text in texts]
+    how = dict(epochs=settings.epochs, batch_size=size, learning_rate=5e-5, seed=settings.seed)
     started = time.perf_counter()
-    _train_peft(torch, model, rows, settings, size, log)
+    train_peft(torch, model, texts, targets, log, **how)
     log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=peak_bytes())
     if size > 1 and spec["cache"] == "cold" and not log.is_over():
-        _log_scoring(log, rows, lambda part: _score_peft(torch, model, rows[part]))
+        words = [(label_id,) for label_id in _LABEL_IDS]
+        _log_scoring(log, rows, lambda part: score_peft(torch, model, rows[part], words))
         log(predict_peak_bytes=peak_bytes())
 
 # %% ../nbs/10_benchmark.ipynb #05cad61e
@@ -549,7 +655,7 @@ def _sample(n: int) -> tuple[list[str], list[str]]:  # comments and labels of n 
     return chosen.comment.tolist(), chosen.label.tolist()
 
 
-def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 
     settings = BenchmarkSettings(**spec["settings"])
@@ -558,7 +664,7 @@ def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log)
     clf = GemmaLoraClassifier(dtype=settings.dtype, quantization=settings.quantization, seed=settings.seed)
     started = time.perf_counter()
     clf.fit(comments, labels)
-    log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=_peak_bytes())
+    log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=device_peak_bytes())
     log(epochs=clf.history_.seconds.tolist(), dtype=clf.dtype_, batch_size=clf.recipe_.batch_size)
     log(fit_epochs=clf.recipe_.epochs, quantization=clf.quantization_)
     if spec["cache"] == "warm" or log.is_over():
@@ -569,7 +675,7 @@ def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log)
     _log_scoring(log, rows, lambda part: clf.predict_proba(texts[part]))
 
 
-def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     from sklearn.base import clone
     from sklearn.model_selection import StratifiedKFold
 
@@ -588,13 +694,13 @@ def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log:
         log(quantization=fitted.quantization_)
         if log.is_over():
             return
-    log(peak_bytes=_peak_bytes())
+    log(peak_bytes=device_peak_bytes())
 
 
 _SHELL = "import sys; from gemma_lora_sentiment.cli import app; app()"
 
 
-def _measure_shell(settings: BenchmarkSettings, environment: Mapping[str, str], log: _Log) -> None:
+def _measure_shell(settings: BenchmarkSettings, environment: Mapping[str, str], log: ProcessLog) -> None:
     def run(*arguments: str, cwd: str | None = None) -> None:
         subprocess.run(
             [sys.executable, "-c", *arguments], env=dict(environment), cwd=cwd, check=True, capture_output=True,
@@ -626,7 +732,7 @@ def _sweep_lengths(kind: str, size: int, batch_size: int, seed: int) -> tuple[np
     return np.full(8 * size, 64), size
 
 
-def _run_sweep(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> None:
+def _run_sweep(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.training import Recipe, train_adapter
 
@@ -647,33 +753,44 @@ def _run_sweep(spec: Mapping[str, Any], rows: Mapping[str, Any], log: _Log) -> N
         seconds = median(history.seconds[1:])
         per_token = seconds / int(lengths.sum())
         point = {"size": size, "epoch_seconds": seconds, "first_epoch_seconds": float(history.seconds[0])}
-        log(points=[{**point, "rows": len(lengths), "tokens": int(lengths.sum()), "peak_bytes": _peak_bytes()}])
+        log(points=[{**point, "rows": len(lengths), "tokens": int(lengths.sum()), "peak_bytes": device_peak_bytes()}])
 
 # %% ../nbs/10_benchmark.ipynb #29e55b09
-_TASKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], _Log], None]] = {
+_TASKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], ProcessLog], None]] = {
     "device": _measure_device, "ours": _run_ours, "sweep": _run_sweep, "tutorial": _run_tutorial,
-    "import-peft": _import_peft, "peft": _run_peft,
+    "import-peft": import_peft, "peft": _run_peft,
     "classifier": _run_classifier, "cross-validation": _run_cross_validation,
 }  # fmt: skip
 
 
-def _child() -> None:
-    "Entry of a process: the path of its task is its one argument."
+def run_task(
+    tasks: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any], ProcessLog], None]],  # by name
+) -> None:
+    "Run, in a process, the task whose description is at the path that is the process's one argument."
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    log = _Log(spec["log"], spec["spawned"], spec["settings"]["time_limit"])
+    log = ProcessLog(spec["log"], spec["spawned"], spec["settings"]["time_limit"])
     rows = json.loads(Path(spec["rows"]).read_text(encoding="utf-8"))
     try:
-        _TASKS[spec["task"]](spec, rows, log)
+        tasks[spec["task"]](spec, rows, log)
     except Exception as error:  # whatever it is, the other systems go on; it is shown in the table
         log(failed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         raise
     log(finished=True)
 
 
+def run_child() -> None:
+    "Entry of a process of this room."
+    run_task(_TASKS)
+
+
 _GRACE = 20.0  # seconds between the time limit and the end of a process that does not stop by itself
 
 
-def _environment(cache: Path, settings: BenchmarkSettings, fraction: float | None) -> dict[str, str]:
+def process_environment(
+    cache: Path,  # folder of its compile cache
+    fraction: float | None = None,  # of the GPU's memory that XLA may take
+) -> dict[str, str]:
+    "Variables of a process that has no cache but this one."
     of_cache = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")  # the user's own would be warm
     environment = {name: value for name, value in os.environ.items() if not name.startswith(of_cache)}
     here = str(Path(str(files("gemma_lora_sentiment"))).parent)  # so that the processes import this same package
@@ -684,13 +801,18 @@ def _environment(cache: Path, settings: BenchmarkSettings, fraction: float | Non
     return environment
 
 
-def _run_process(folder: Path, spec: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+def run_process(
+    folder: Path,  # with rows.json
+    spec: Mapping[str, Any],  # task, settings with a time_limit, and what the task takes
+    environment: Mapping[str, str],  # of process_environment
+    room: str = "benchmark",  # whose `run_child` is the entry
+) -> dict[str, Any]:
     "Run one task and return what it wrote down, however it ended."
     path, log_path = folder / "spec.json", folder / "log.jsonl"
     log_path.unlink(missing_ok=True)
     content = {**spec, "log": str(log_path), "rows": str(folder / "rows.json"), "spawned": time.time()}
     path.write_text(json.dumps(content), encoding="utf-8")
-    command = [sys.executable, "-c", "from gemma_lora_sentiment.benchmark import _child; _child()", str(path)]
+    command = [sys.executable, "-c", f"from gemma_lora_sentiment.{room} import run_child; run_child()", str(path)]
     with open(folder / "errors.txt", "w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
@@ -704,7 +826,7 @@ def _run_process(folder: Path, spec: Mapping[str, Any], environment: Mapping[str
             process.wait()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1][:200]
-    record = _read_log(log_path)
+    record = read_log(log_path)
     if status is None:
         record["ended"] = True
     elif "finished" not in record and "failed" not in record:
@@ -722,7 +844,8 @@ SYSTEMS = {  # name: what it is
     "peft-1": "Hugging Face PEFT, batch 1",
     "cross-validation": "10 folds with GemmaLoraClassifier and mini_ko (shape mini_ko only)",
 }
-_NEEDS = {"peft": ("torch", "transformers", "peft"), "peft-1": ("torch", "transformers", "peft")}
+PEFT_NEEDS = ("torch", "transformers", "peft")
+_NEEDS = {"peft": PEFT_NEEDS, "peft-1": PEFT_NEEDS}
 _WARM = ("ours", "classifier")  # run again with the cache filled; the others keep nothing for the next process
 
 
@@ -745,18 +868,21 @@ def _spec_of(system: str, settings: BenchmarkSettings, cache: str) -> dict[str, 
     return spec
 
 # %% ../nbs/10_benchmark.ipynb #b0eacc2a
-def _memory_fraction(settings: BenchmarkSettings) -> float | None:  # share of the GPU's memory that XLA may take
-    if settings.memory_limit is None:
+def memory_fraction(
+    memory_limit: float | None,  # GB of GPU memory for a process
+) -> float | None:  # share of the GPU's memory that XLA may take
+    "What a limit is of this GPU. Raises `ValueError` where there is none, or it is no limit."
+    if memory_limit is None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         total = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-        fraction = settings.memory_limit * 1e9 / (float(total) * 2**20)
+        fraction = memory_limit * 1e9 / (float(total) * 2**20)
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         raise ValueError("memory_limit needs an NVIDIA GPU and its nvidia-smi. Leave it out.") from None
     if not 0 < fraction <= 0.94:
         most = 0.94 * float(total) * 2**20 / 1e9
-        raise ValueError(f"memory_limit={settings.memory_limit} must be above 0 and at most {most:.1f} (GB) here.")
+        raise ValueError(f"memory_limit={memory_limit} must be above 0 and at most {most:.1f} (GB) here.")
     return fraction
 
 
@@ -858,7 +984,10 @@ def benchmark_table(
     return table
 
 
-def _markdown_line(cells: Sequence[Any]) -> str:
+def markdown_line(
+    cells: Sequence[Any],
+) -> str:
+    "A line of a Markdown table."
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -867,12 +996,12 @@ def _markdown_row(row: Mapping[str, Any]) -> str:
     for name, (_, decimals) in _COLUMNS.items():
         value = row[name]
         cells.append("-" if value is None or value != value else f"{value:,.{decimals}f}")
-    return _markdown_line([row["system"], *cells, row["note"] or "-"])
+    return markdown_line([row["system"], *cells, row["note"] or "-"])
 
 
 def _markdown_head() -> str:
     headings = ["system", *(heading for heading, _ in _COLUMNS.values()), "note"]
-    return _markdown_line(headings) + "\n" + _markdown_line(["---"] * len(headings))
+    return markdown_line(headings) + "\n" + markdown_line(["---"] * len(headings))
 
 # %% ../nbs/10_benchmark.ipynb #17efe27b
 _FIGURES = (  # system, name in its record, what it is, unit
@@ -934,7 +1063,12 @@ def comparisons(
     return lines
 
 # %% ../nbs/10_benchmark.ipynb #0a3a78a0
-def _write(result: Mapping[str, Any], out: Path | None) -> None:
+def write_result(
+    result: Mapping[str, Any],  # what is known by now
+    table: Callable[[Mapping[str, Any]], Any],  # result -> DataFrame, a row a system
+    out: Path | None,  # a folder; None writes nothing
+) -> None:
+    "Write `benchmark.json`, and `benchmark.tsv` once a system is measured. Raises `OSError`."
     if out is None:
         return
     from gemma_lora_sentiment.data import whole_file
@@ -944,10 +1078,11 @@ def _write(result: Mapping[str, Any], out: Path | None) -> None:
         temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if result["systems"]:
         with whole_file(out / "benchmark.tsv") as temporary:
-            benchmark_table(result).to_csv(temporary, sep="\t", lineterminator="\n")
+            table(result).to_csv(temporary, sep="\t", lineterminator="\n")
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:  # by the name of the package
+    "Of Python and of all that computes."
     names = ("keras", "keras-hub", "jax", "torch", "transformers", "peft", "tensorflow", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
@@ -964,23 +1099,23 @@ def _measure(
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:  # "cold" and perhaps "warm" -> what the process wrote down
     cache = folder / f"cache-{system}"
-    environment = _environment(cache, settings, fraction)
+    environment = process_environment(cache, fraction)
     if system == "shell":
         progress(f"{system}: {SYSTEMS[system]}")
-        log = _Log(str(folder / "shell.jsonl"), time.time(), settings.time_limit)
+        log = ProcessLog(str(folder / "shell.jsonl"), time.time(), settings.time_limit)
         try:
             _measure_shell(settings, environment, log)
         except subprocess.TimeoutExpired:
             log(ended=True)
         except subprocess.CalledProcessError as error:
             log(failed=" ".join(error.stderr.decode("utf-8", "replace").split())[-200:])
-        return {"cold": _read_log(Path(log.path))}
+        return {"cold": read_log(Path(log.path))}
     if system in _NEEDS:
-        _run_process(folder, {"task": "import-peft", "settings": asdict(settings)}, environment)
+        run_process(folder, {"task": "import-peft", "settings": asdict(settings)}, environment)
     runs = {}
     for kind in ("cold", "warm") if system in _WARM else ("cold",):
         progress(f"{system}, {kind}: {SYSTEMS[system]}")
-        runs[kind] = _run_process(folder, _spec_of(system, settings, kind), environment)
+        runs[kind] = run_process(folder, _spec_of(system, settings, kind), environment)
         if "fit_seconds" not in runs[kind]:
             break
     return runs
@@ -1003,15 +1138,15 @@ def run_benchmark(
     settings = settings or BenchmarkSettings()
     chosen = list(SYSTEMS if systems is None else dict.fromkeys(systems))
     _check(settings, chosen, sweeps or {})
-    fraction, out = _memory_fraction(settings), None if out is None else Path(out)
+    fraction, out = memory_fraction(settings.memory_limit), None if out is None else Path(out)
     rows = benchmark_rows(settings)
     lengths = [len(prompt) + 2 for prompt in rows["train"]]
     of_rows = {"n": len(lengths), "tokens": _token_count(rows), "mean": sum(lengths) / len(lengths)}
     result: dict[str, Any] = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": asdict(settings), "versions": _versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": asdict(settings), "versions": versions_here(),
         "rows": {**of_rows, "longest": max(lengths)}, "systems": {}, "left_out": {}, "sweeps": {},
     }  # fmt: skip
-    _write(result, out)  # is it ours to write in? Better to know before the work than after it
+    write_result(result, benchmark_table, out)  # is it ours to write in? Better to know before the work than after it
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -1022,11 +1157,11 @@ def run_benchmark(
 
 
 def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, progress) -> None:
-    environment = _environment(folder / "cache-device", settings, fraction)
+    environment = process_environment(folder / "cache-device", fraction)
     progress("device: a matrix product")
     patient = replace(settings, time_limit=max(600.0, settings.time_limit))  # nothing can be said without it
     spec = {"task": "device", "settings": asdict(patient)}
-    result["device"] = device = _run_process(folder, spec, environment)
+    result["device"] = device = run_process(folder, spec, environment)
     if "flops" not in device:
         raise RuntimeError(f"JAX does not run here: {device.get('failed', 'it took too long')}")
     say(_describe(result))
@@ -1040,7 +1175,7 @@ def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, p
         if system in result["left_out"]:
             continue
         result["systems"][system] = _measure(system, settings, folder, fraction, progress)
-        _write(result, out)
+        write_result(result, benchmark_table, out)
         if system not in ("shell", "cross-validation"):
             say(_markdown_row(_table_row(result, system)))
     say("")
@@ -1053,8 +1188,8 @@ def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, p
     for kind, sizes in sweeps.items():
         progress(f"sweep over {kind}: {', '.join(map(str, sizes))}")
         spec = {"task": "sweep", "kind": kind, "sizes": sorted(sizes), "settings": asdict(settings)}
-        result["sweeps"][kind] = _run_process(folder, spec, environment)
-        _write(result, out)
+        result["sweeps"][kind] = run_process(folder, spec, environment)
+        write_result(result, benchmark_table, out)
         for line in _describe_sweep(kind, result["sweeps"][kind]):
             say(line)
         if out is not None:

@@ -263,11 +263,8 @@ def _quantization(given: str | None) -> str | None:  # as Python wants it: None,
     return None if given == "none" else given
 
 
-def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
-    "A classifier from the options that were given, over `defaults` of an earlier run."
-    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.run import settings_of
-
+def _parameters(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    "Parameters of a classifier by the options that were given, over `defaults` of an earlier run."
     parameters = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
     if "template" in given and given["template"] is not None:
         parameters["template"] = given["template"].replace("\\n", "\n")
@@ -278,6 +275,14 @@ def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | N
         if any(not separator for _, separator, _ in pairs):
             raise ValueError("--label-word wants LABEL=WORD, for example --label-word 1=positive.")
         parameters["label_words"] = {label: word for label, _, word in pairs}
+    return parameters
+
+
+def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> Any:
+    from gemma_lora_sentiment.classifier import GemmaLoraClassifier
+    from gemma_lora_sentiment.run import settings_of
+
+    parameters = _parameters(given, defaults)
     unknown = sorted(set(parameters) - set(settings_of(GemmaLoraClassifier())))
     if unknown:
         raise ValueError(f"--from: there is no setting {unknown[0]!r}. Give the run.json of a run of this version.")
@@ -1075,37 +1080,96 @@ def _finish_labelling(
 
 
 # %% ../nbs/11_cli.ipynb #fcbdba3e
+def _check_kind(
+    preset: str | None, file: str | None, of_random: dict[str, Any], of_real: dict[str, Any]
+) -> None:  # options by name, None where they were not given
+    "Raise `ValueError` where options of random weights and of real rows are mixed."
+    named = {kind: [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, False, [])]
+             for kind, options in (("random", of_random), ("real", of_real))}  # fmt: skip
+    if preset is None and named["real"]:
+        raise ValueError(f"{named['real'][0]} is for real rows. Give --preset and --file too, or leave it out.")
+    if preset is not None and file is None:
+        raise ValueError(f"--preset {preset} wants labelled comments to train on. Give --file.")
+    if preset is not None and named["random"]:
+        raise ValueError(f"{named['random'][0]} is for random weights, and --preset is given. Leave one of them out.")
+
+
+def _without_none(**options: Any) -> dict[str, Any]:  # without those that are None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _how_to_run(out: Path | None, systems: str | None, quiet: bool) -> dict[str, Any]:  # arguments of either benchmark
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file. Give a folder.")
+    names = None if systems is None else [name for name in systems.split(",") if name]
+    say, progress = (lambda text: print(text, flush=True)), (lambda text: _say(quiet, text))
+    return {"out": out, "systems": names, "say": say, "progress": progress}
+
+
+def _random_weights(common: dict[str, Any], given: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:  # result
+    from gemma_lora_sentiment.benchmark import SWEEPS, BenchmarkSettings, run_benchmark
+
+    kinds = [kind for kind in (given.pop("sweep") or "").split(",") if kind]
+    sweeps = SWEEPS if kinds == ["all"] else {kind: SWEEPS.get(kind, ()) for kind in kinds}
+    return run_benchmark(BenchmarkSettings(**common, **_without_none(**given)), sweeps=sweeps, **how)
+
+
+def _real_rows(
+    common: dict[str, Any], given: dict[str, Any], how: dict[str, Any], reading: dict[str, Any]
+) -> dict[str, Any]:  # the result
+    from gemma_lora_sentiment.judge import seen_before
+    from gemma_lora_sentiment.real_rows import RealSettings, run_real_benchmark
+
+    rows = _without_none(**{name: given.pop(name) for name in ("preset", "test_file", "test_fraction")})
+    given |= {"lora_rank": given.pop("rank"), "label_words": given.pop("label_word")}
+    settings = RealSettings(**common, **rows, parameters=_parameters(given))
+    seen = {}
+    if settings.test_file is None and (how["systems"] is None or {"mini_ko"} & {settings.preset, *how["systems"]}):
+        seen = seen_before(settings.file, "mini_ko")
+    return run_real_benchmark(settings, reading=_how(reading), **how, **seen)
+
+
 @app.command()
 @_guarded
+@_reads_a_file()
 def benchmark(
-    shape: Annotated[str, typer.Option(help="tiny, mini_ko or gemma_2b, with random weights.")] = "mini_ko",
+    preset: Annotated[str | None, typer.Option(help="Base to train on --file; random weights by default.")] = None,
+    file: Annotated[str | None, typer.Option(help="Labelled comments; without --preset, of which lengths.")] = None,
+    test_file: Annotated[str | None, typer.Option(help="Labelled comments to judge by, not a share of --file.")] = None,
+    test_fraction: Annotated[float | None, typer.Option(help="That share; 0.25 by default.")] = None,
     systems: Annotated[str | None, typer.Option(help="Names: ours,peft,tutorial for example. By default all.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to train on.")] = 300,
-    batch_size: Annotated[int, typer.Option(help="Rows a step, of ours and of PEFT.")] = 16,
-    epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 5,
+    recipe: Annotated[str | None, typer.Option(help="auto, tutorial, gemma or mini_ko.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes; the recipe's, 5 with random weights.")] = None,
+    rank: Rank = None,
+    learning_rate: LearningRate = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step; the recipe's, 16 with random weights.")] = None,
+    max_length: MaxLength = None,
+    template: Template = None,
+    label_word: LabelWord = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights: mini_ko, the default, tiny or gemma_2b.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of random weights to train on; 300 by default.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Random weights, cost by size: rows,length,batch or all.")] = None,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
-    file: Annotated[str | None, typer.Option(help="Comments to take the rows from, instead of drawing them.")] = None,
     memory_limit: Annotated[float | None, typer.Option(help="GB of GPU memory for a process; a T4: 15.8.")] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds a process may take.")] = 180.0,
-    sweep: Annotated[str | None, typer.Option(help="Cost against size as well: rows,length,batch or all.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds a process; 180, with --preset 3600.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, benchmark.tsv and figures.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
+    *,
+    reading: dict[str, Any],
 ) -> None:
-    """Time this package, the tutorial's recipe and PEFT on the same rows."""
-    from gemma_lora_sentiment.benchmark import SWEEPS, BenchmarkSettings, run_benchmark
-
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file. Give a folder.")
-    settings = BenchmarkSettings(
-        shape=shape, rows=rows, batch_size=batch_size, epochs=epochs, dtype=dtype, file=file,
-        quantization=_quantization(quantization), memory_limit=memory_limit, time_limit=time_limit, seed=seed,
-    )  # fmt: skip
-    chosen, kinds = (None if names is None else [n for n in names.split(",") if n] for names in (systems, sweep))
-    result = run_benchmark(
-        settings, chosen, out, SWEEPS if sweep == "all" else {kind: SWEEPS.get(kind, ()) for kind in kinds or ()},
-        say=lambda text: print(text, flush=True), progress=lambda text: _say(quiet, text),
-    )  # fmt: skip
+    """Time this package, the tutorial's recipe and PEFT on the same rows; with --preset, judge them too."""
+    how = _how_to_run(out, systems, quiet)
+    common = _without_none(file=file, dtype=dtype, quantization=_quantization(quantization), seed=seed,
+                    memory_limit=memory_limit, time_limit=time_limit)  # fmt: skip
+    of_random, of_both = dict(shape=shape, rows=rows, sweep=sweep), dict(epochs=epochs, batch_size=batch_size)
+    of_real = dict(test_file=test_file, test_fraction=test_fraction, recipe=recipe, rank=rank, max_length=max_length,
+                   learning_rate=learning_rate, template=template, label_word=label_word)  # fmt: skip
+    _check_kind(preset, file, of_random, {**of_real, **reading})
+    if preset is None:
+        result = _random_weights(common, {**of_both, **of_random}, how)
+    else:
+        result = _real_rows(common, {**of_both, **of_real, "preset": preset}, how, reading)
     if any(run.get("failed") for runs in result["systems"].values() for run in runs.values()):
         raise typer.Exit(1)

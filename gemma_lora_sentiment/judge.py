@@ -45,8 +45,8 @@ from .submission import write_submission
 
 # %% auto #0
 __all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
-           'labelled_rows', 'judge_run', 'train_run', 'baselines_of_run', 'evaluate_run', 'cross_validate_run',
-           'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
+           'labelled_rows', 'judge_run', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
+           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #73a36e37
 def unfitted_baselines(
@@ -203,8 +203,12 @@ def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bo
     if len(conflicts):
         write_rows(folder / "conflicts.tsv", conflicts, comments)
 
-# %% ../nbs/06e_judge.ipynb #757e9195
-def _seen_before(source: str, preset: str) -> dict[str, str]:  # for metrics.json, from where the report takes it
+# %% ../nbs/06e_judge.ipynb #5eebef01
+def seen_before(
+    source: str,  # file or name of the rows to judge on
+    preset: str,  # base
+) -> dict[str, str]:  # `caution` for metrics.json, from where the report takes it; empty where there is none
+    "Warn, and say why, where a bundled base has met the rows in pre-training."
     if source not in ("sample", "sample_extra") or preset != "mini_ko":
         return {}
     caution = (
@@ -214,7 +218,7 @@ def _seen_before(source: str, preset: str) -> dict[str, str]:  # for metrics.jso
     warnings.warn(caution, stacklevel=3)
     return {"caution": caution}
 
-
+# %% ../nbs/06e_judge.ipynb #757e9195
 def train_run(
     out: Path,  # folder of the run
     source: str,  # file or name of the rows, for the description
@@ -231,7 +235,7 @@ def train_run(
     "Fine-tune, judge on a held-out fifth, save. Raises `DataError` and `RunError` as the parts do."
     started = time.perf_counter() if started is None else started
     kept, held_out = split_comments(rows, 0.2, clf.seed)
-    caution = _seen_before(source, str(clf.preset))
+    caution = seen_before(source, str(clf.preset))
     say(rows.attrs["reading"]["text"])
     say(describe_comments(rows).to_string(header=False))
     plan = plan_of(rows, clf, refit)
@@ -294,7 +298,7 @@ def evaluate_run(
     baselines, why_not = baselines_of_run(run, clf)
     if why_not:
         say(why_not)
-    more = {"reading": reading, "run": str(run), **_seen_before(source, str(clf.preset))}
+    more = {"reading": reading, "run": str(run), **seen_before(source, str(clf.preset))}
     if why_not:
         more["no_baseline"] = "the rows of its training are not there, or have changed"
     with whole_folder(out, obsolete=("influence.tsv",)) as folder:
@@ -348,7 +352,7 @@ def cross_validate_run(
 ) -> dict[str, Any]:  # metrics over all rows
     "Out-of-fold metrics of ours and of the baselines. Raises `ValueError` where the rows cannot be cut."
     started = time.perf_counter() if started is None else started
-    caution, groups = _seen_before(source, str(clf.preset)), duplicate_groups(rows.comment)
+    caution, groups = seen_before(source, str(clf.preset)), duplicate_groups(rows.comment)
     evaluation.fold_indices(rows.label, groups, folds, seed)  # can it be cut at all?
     say(rows.attrs["reading"]["text"])
     with whole_folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:

@@ -1,4 +1,4 @@
-"""What would bore a reader of 10_benchmark: processes that fail or take too long, limits, tables of odd results."""
+"""What would bore a reader of 10_benchmark and 10b_real_rows: processes that fail or are slow, limits, odd tables."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma_lora_sentiment import benchmark as room
+from gemma_lora_sentiment import real_rows as real
 from gemma_lora_sentiment.benchmark import (
+    PEFT_NEEDS,
     SHAPES,
     SYSTEMS,
     BenchmarkSettings,
@@ -29,9 +32,12 @@ from gemma_lora_sentiment.benchmark import (
     save_size_figure,
     summarize,
 )
+from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.cli import app
-from gemma_lora_sentiment.data import DataError
+from gemma_lora_sentiment.data import DataError, fingerprint
 from gemma_lora_sentiment.gemma import hidden_at
+from gemma_lora_sentiment.model import tiny_gemma
+from gemma_lora_sentiment.real_rows import REAL_SYSTEMS, RealSettings, real_comparisons, real_table, rows_to_measure
 
 TINY = BenchmarkSettings(
     shape="tiny", rows=12, predict_rows=5, score_rows=20, batch_size=4, epochs=3, length=96, time_limit=600
@@ -102,13 +108,13 @@ def folder(tmp_path):
 
 
 def environment(folder):
-    return room._environment(folder / "cache", TINY, None)
+    return room.process_environment(folder / "cache")
 
 
 def test_a_process_that_takes_too_long_is_ended(folder, monkeypatch):
     monkeypatch.setattr(room, "_GRACE", 0.0)
     settings = replace(TINY, time_limit=0.5)
-    record = room._run_process(folder, room._spec_of("ours", settings, "cold"), environment(folder))
+    record = room.run_process(folder, room._spec_of("ours", settings, "cold"), environment(folder))
     assert record["ended"] is True and "failed" not in record
     result = {"settings": asdict(settings), "rows": {"tokens": 400}, "systems": {"ours": {"cold": record}}}
     assert benchmark_table(result).loc["ours", "note"] == "ended at the time limit"
@@ -116,7 +122,7 @@ def test_a_process_that_takes_too_long_is_ended(folder, monkeypatch):
 
 
 def test_a_process_that_fails_says_why(folder):
-    record = room._run_process(folder, {"task": "nonsense", "settings": asdict(TINY)}, environment(folder))
+    record = room.run_process(folder, {"task": "nonsense", "settings": asdict(TINY)}, environment(folder))
     assert record["failed"].startswith("KeyError") and "nonsense" in record["failed"]
 
 
@@ -125,17 +131,17 @@ def test_a_process_that_dies_says_why(folder, monkeypatch):
     broken = {**environment(folder), "PYTHONPATH": str(folder)}
     (folder / "gemma_lora_sentiment").mkdir()
     (folder / "gemma_lora_sentiment" / "__init__.py").write_text("raise SystemExit('no such thing')")
-    record = room._run_process(folder, {"task": "ours", "settings": asdict(TINY)}, broken)
+    record = room.run_process(folder, {"task": "ours", "settings": asdict(TINY)}, broken)
     assert record == {"failed": "exit status 1: no such thing"}
 
 
 def test_a_system_that_fails_does_not_stop_the_next(monkeypatch, tmp_path):
-    def run_process(folder, spec, environment):
+    def run_process(folder, spec, environment, room="benchmark"):
         if spec["task"] == "device":
             return {"flops": 1e12, "platform": "cpu", "kind": "x", "cpus": 1, "matmul_size": 1, "matmul_dtype": "f"}
         return {"failed": "MemoryError: full"} if spec["task"] == "ours" else {"epochs": [1.0, 0.5], "finished": True}
 
-    monkeypatch.setattr(room, "_run_process", run_process)
+    monkeypatch.setattr(room, "run_process", run_process)
     lines = []
     result = run_benchmark(TINY, ["ours", "tutorial"], tmp_path / "out", say=lines.append)
     assert list(result["systems"]) == ["ours", "tutorial"] and list(result["systems"]["ours"]) == ["cold"]
@@ -145,13 +151,13 @@ def test_a_system_that_fails_does_not_stop_the_next(monkeypatch, tmp_path):
 
 
 def test_what_is_finished_is_written_at_once(monkeypatch, tmp_path):
-    def run_process(folder, spec, environment):
+    def run_process(folder, spec, environment, room="benchmark"):
         if spec["task"] == "tutorial":
             raise KeyboardInterrupt
         of_device = {"flops": 1e12, "platform": "cpu", "kind": "x", "cpus": 1, "matmul_size": 1, "matmul_dtype": "f"}
         return {**of_device, "epochs": [1.0, 0.5], "fit_seconds": 2.0, "finished": True}
 
-    monkeypatch.setattr(room, "_run_process", run_process)
+    monkeypatch.setattr(room, "run_process", run_process)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(TINY, ["ours", "tutorial"], tmp_path, say=lambda text: None)
     assert list(json.loads((tmp_path / "benchmark.json").read_text())["systems"]) == ["ours"]
@@ -160,13 +166,15 @@ def test_what_is_finished_is_written_at_once(monkeypatch, tmp_path):
 
 def test_no_process_sees_the_compile_cache_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
-    found = room._environment(tmp_path / "cache", TINY, 0.113)
+    found = room.process_environment(tmp_path / "cache", 0.113)
     assert "JAX_COMPILATION_CACHE_DIR" not in found and found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1130"
     assert found["GEMMA_LORA_SENTIMENT_CACHE"] == str(tmp_path / "cache") and found["KERAS_BACKEND"] == "jax"
 
 
-def test_importing_the_room_imports_nothing_heavy():
-    code = "import sys, gemma_lora_sentiment.benchmark; print({'jax', 'keras', 'pandas', 'torch'} & set(sys.modules))"
+@pytest.mark.parametrize("name", ["benchmark", "real_rows"])
+def test_importing_the_room_imports_nothing_heavy(name):
+    heavy = "{'jax', 'keras', 'pandas', 'torch', 'sklearn'}"
+    code = f"import sys, gemma_lora_sentiment.{name}; print({heavy} & set(sys.modules))"
     paths = os.pathsep.join(filter(None, [str(Path(room.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
@@ -181,12 +189,12 @@ def test_importing_the_room_imports_nothing_heavy():
 def test_fit_is_stopped_in_the_middle_of_an_epoch(limit, expected, tmp_path):
     import keras
 
-    log = room._Log(str(tmp_path / "log"), time.time(), limit)
+    log = room.ProcessLog(str(tmp_path / "log"), time.time(), limit)
     model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
     model.compile(loss="mse", optimizer="sgd")
     x = np.zeros((40, 2), np.float32)
     model.fit(x, x[:, :1], batch_size=1, epochs=2, verbose=0, callbacks=[room._stop_in_time(log, 40)])
-    record = room._read_log(tmp_path / "log")
+    record = room.read_log(tmp_path / "log")
     assert set(record) == set(expected)
     if "partial" in expected:  # callbacks run beside the steps, so a few more may be made
         assert 1 <= record["partial"]["steps"] < 40 and record["partial"]["of"] == 40
@@ -273,10 +281,10 @@ def test_block_parameters_are_all_but_embedding_and_norms():
 
 
 def test_sweep_leaves_out_what_would_not_end_in_time(tmp_path):
-    log = room._Log(str(tmp_path / "log"), time.time(), 600)
+    log = room.ProcessLog(str(tmp_path / "log"), time.time(), 600)
     spec = {"settings": asdict(TINY), "kind": "batch", "sizes": [1, 2, 1_000_000]}
     room._run_sweep(spec, {}, log)
-    record = room._read_log(tmp_path / "log")
+    record = room.read_log(tmp_path / "log")
     assert [(point["size"], point["rows"], point["tokens"]) for point in record["points"]] == [
         (1, 8, 512), (2, 16, 1024)
     ]  # fmt: skip
@@ -287,9 +295,9 @@ def test_sweep_leaves_out_what_would_not_end_in_time(tmp_path):
 
 
 def test_padding_and_sorting_of_peft():
-    assert room._padded([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
-    assert room._padded([[1, 2], [3]], "left", 9).tolist() == [[1, 2], [9, 3]]
-    assert room._sorted_batches([[1, 2], [3], [4, 5, 6]], 2) == [[1, 0], [2]]
+    assert room.padded([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
+    assert room.padded([[1, 2], [3]], "left", 9).tolist() == [[1, 2], [9, 3]]
+    assert room.sorted_batches([[1, 2], [3], [4, 5, 6]], 2) == [[1, 0], [2]]
 
 
 def test_peft_padded_on_the_left_scores_as_one_by_one():
@@ -300,8 +308,8 @@ def test_peft_padded_on_the_left_scores_as_one_by_one():
     q_and_v = 32 * 4 + 4 * 32 + 32 * 4 + 4 * 16  # A and B of query (2 heads of 16) and of value (1 head)
     assert trainable == 2 * q_and_v
     prompts = benchmark_rows(TINY)["predict"]
-    together = room._score_peft(torch, model, prompts)
-    alone = np.concatenate([room._score_peft(torch, model, [prompt]) for prompt in prompts])
+    together = room.score_peft(torch, model, prompts, [(10,), (11,)])
+    alone = np.concatenate([room.score_peft(torch, model, [prompt], [(10,), (11,)]) for prompt in prompts])
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
     assert np.abs(together).max() > 1e-3
 
@@ -362,18 +370,18 @@ def smi(monkeypatch, text):
 
 
 def test_memory_limit_is_a_share_of_the_gpu(monkeypatch):
-    assert room._memory_fraction(TINY) is None
+    assert room.memory_fraction(None) is None
     smi(monkeypatch, "143771\n143771\n")
-    assert room._memory_fraction(replace(TINY, memory_limit=15.8)) == pytest.approx(15.8e9 / (143771 * 2**20))
+    assert room.memory_fraction(15.8) == pytest.approx(15.8e9 / (143771 * 2**20))
     for limit in (0.0, 150.0):
         with pytest.raises(ValueError, match=r"at most 141\.7 \(GB\) here"):
-            room._memory_fraction(replace(TINY, memory_limit=limit))
+            room.memory_fraction(limit)
 
 
 def test_memory_limit_without_a_gpu(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="Leave it out"):
-        room._memory_fraction(replace(TINY, memory_limit=15.8))
+        room.memory_fraction(15.8)
 
 
 FAULTS = {
@@ -407,3 +415,181 @@ def test_every_system_has_a_task():
     for system in SYSTEMS:
         task = room._spec_of(system, TINY, "cold")["task"]
         assert task in room._TASKS or task == "shell"
+
+
+# --- real rows ------------------------------------------------------------------------------------------------------
+
+
+def rows_file(folder, n=48, labels=("0", "1"), name="rows.tsv"):
+    """A file of `n` different comments whose labels can be learned from one word."""
+    lines = [f"{'맛있어요' if i % 2 else '별로예요'} {i} 번째\t{labels[i % len(labels)]}" for i in range(n)]
+    path = Path(folder) / name
+    path.write_text("comment\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+MEASURED = [name for name in REAL_SYSTEMS if name != "mini_ko"]  # the notebook's own run is of that base
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """The systems on a tiny random Gemma, by the shell: the result, what was printed, the folder."""
+    folder = tmp_path_factory.mktemp("real")
+    arguments = ["--preset", tiny_gemma(folder / "tiny"), "--file", rows_file(folder), "--out", folder / "out"]
+    settings = ["--epochs", 2, "--rank", 2, "--label-word", "0=bad", "--label-word", "1=good", "--time-limit", 600]
+    settings += ["--systems", ",".join(MEASURED)]
+    done = CliRunner().invoke(app, ["benchmark", *map(str, [*arguments, *settings])])
+    assert done.exit_code == 0, done.stderr
+    return json.loads((folder / "out" / "benchmark.json").read_text(encoding="utf-8")), done.stdout, folder
+
+
+def test_every_system_of_real_rows_is_measured_or_left_out_by_name(real_run):
+    result, printed, _ = real_run
+    assert [*result["systems"], *result["left_out"]] == sorted(MEASURED, key=lambda name: name in result["left_out"])
+    missing = [name for name in PEFT_NEEDS if find_spec(name) is None]
+    expected = {name: f"{', '.join(missing)} not installed" for name in ("peft-words", "peft-head")} if missing else {}
+    assert result["left_out"] == expected
+    for name, reason in expected.items():
+        assert f"left out: {name} ({reason})" in printed
+    for system, runs in result["systems"].items():
+        assert runs["cold"]["finished"] and "failed" not in runs["cold"], system
+
+
+def test_real_rows_have_accuracy_beside_seconds(real_run):
+    result, printed, folder = real_run
+    table = real_table(result)
+    assert list(table.index) == [name for name in REAL_SYSTEMS if name in result["systems"]]
+    for system, row in table.iterrows():
+        assert 0 <= row.accuracy_low <= row.accuracy <= row.accuracy_high <= 1 and row.log_loss > 0, system
+        assert 0 < row.fit_cold < row.process_cold and row.fit_warm > 0 and row.score > 0, system
+        metrics = result["systems"][system]["cold"]["metrics"]
+        right = np.unpackbits(np.frombuffer(bytes.fromhex(metrics["right"]), np.uint8))
+        assert metrics["n"] == 12 and right[:12].mean() == pytest.approx(row.accuracy) and not right[12:].any()
+        assert f"| {system} | {row.accuracy:.3f} |" in printed
+    assert table.loc["ours", "fit_warm"] < table.loc["ours", "fit_cold"], "a second fit must not compile again"
+    assert table.loc["tfidf", "accuracy"] == 1.0, "one word tells the label"
+    assert "tfidf / ours: right alone " in printed
+    written = (folder / "out" / "benchmark.tsv").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in written] == ["system", *table.index]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["benchmark.json", "benchmark.tsv"]
+
+
+def test_real_rows_name_what_they_rest_on(real_run):
+    result, _, folder = real_run
+    train, test = rows_to_measure(RealSettings(str(folder / "rows.tsv")))
+    assert result["rows"] == {
+        "train": 36, "test": 12, "labels": ["0", "1"], "in_both": 0,
+        "train_fingerprint": fingerprint(train), "test_fingerprint": fingerprint(test),
+    }  # fmt: skip
+    ours = result["systems"]["ours"]["cold"]
+    assert ours["words"] == ["bad", "good"] and ours["recipe"]["lora_rank"] == 2 and ours["recipe"]["epochs"] == 2
+    assert ours["fingerprint"] == result["device"]["fingerprint"] and result["versions"]["python"]
+    assert result["settings"]["preset"] == str(folder / "tiny")
+    text = (folder / "out" / "benchmark.json").read_text(encoding="utf-8")
+    assert not any(comment in text for comment in (*train.comment, *test.comment)), "no comment leaves the files"
+
+
+def test_mini_ko_beside_another_base_is_as_it_comes():
+    settings = RealSettings("sample", "gemma3_270m", parameters={"epochs": 7}, dtype="bfloat16", seed=3)
+    spec = {"settings": asdict(settings)}
+    assert real._classifier("mini_ko", spec, ["0", "1"]).get_params() == GemmaLoraClassifier(seed=3).get_params()
+    ours = real._classifier("ours", spec, ["0", "1"])
+    assert (ours.preset, ours.epochs, ours.dtype, ours.seed) == ("gemma3_270m", 7, "bfloat16", 3)
+    first, second = (real._classifier("frozen", spec, ["0", "1"], again) for again in (False, True))
+    assert first.max_length != second.max_length, "or the second fit would find all that it wants remembered"
+
+
+def test_label_words_are_of_the_labels_of_the_file():
+    spec = {"settings": asdict(RealSettings("sample", parameters={"label_words": {"0": "bad", "1": "good"}}))}
+    assert real._classifier("ours", spec, [0, 1, 1]).label_words == {0: "bad", 1: "good"}
+
+
+def test_rows_of_a_second_file_are_judged(tmp_path):
+    file, other = rows_file(tmp_path), rows_file(tmp_path, 20, name="test.tsv")
+    train, test = rows_to_measure(RealSettings(str(file), test_file=str(other)))
+    assert (len(train), len(test)) == (48, 20) and test.comment[0] == train.comment[0]
+
+
+def test_a_base_that_cannot_be_written_leaves_peft_out(tmp_path, monkeypatch):
+    def run_process(folder, spec, environment, room):
+        if spec["task"] == "begin":
+            return {"kind": "x", "platform": "cpu", "cpus": 1, "fingerprint": "f"}
+        if spec["task"] == "export":
+            return {"failed": "ModelError: no export of this base"}
+        return {"recipe": {"epochs": 1, "batch_size": 4, "learning_rate": 0.1, "lora_rank": 2}, "dtype": "float32"}
+
+    monkeypatch.setattr(real, "run_process", run_process)
+    monkeypatch.setattr(real, "find_spec", lambda name: True)
+    lines, settings = [], RealSettings(str(rows_file(tmp_path)))
+    result = real.run_real_benchmark(settings, ["peft-head", "ours", "peft-words"], say=lines.append)
+    reason = "the base could not be written for transformers: ModelError: no export of this base"
+    assert result["left_out"] == {"peft-words": reason, "peft-head": reason} and list(result["systems"]) == ["ours"]
+    assert f"left out: peft-words ({reason})" in lines
+
+
+def test_peft_needs_what_ours_arrived_at(tmp_path, monkeypatch):
+    record = {"kind": "x", "platform": "cpu", "cpus": 1, "fingerprint": "f", "ended": True}
+    monkeypatch.setattr(real, "run_process", lambda folder, spec, environment, room: record)
+    monkeypatch.setattr(real, "find_spec", lambda name: True)
+    settings = RealSettings(str(rows_file(tmp_path)))
+    result = real.run_real_benchmark(settings, ["ours", "peft-words"], say=lambda text: None)
+    assert result["left_out"] == {"peft-words": "ours has not ended, whose settings it takes"}
+    assert real_table(result).loc["ours", "note"] == "ended at the time limit" and real_comparisons(result) == []
+
+
+def test_comparison_of_real_rows_counts_the_rows_that_differ():
+    def record(bits, seconds):
+        return {"cold": {"metrics": {"right": bits, "n": 8, "accuracy": 0.5, "log_loss": 1.0, "intervals": {}},
+                         "process_seconds": seconds, "fit_seconds": seconds, "refit_seconds": seconds}}  # fmt: skip
+
+    lines = real_comparisons({"systems": {"ours": record("f0", 2.0), "peft-words": record("0f", 5.0)}})
+    assert lines == ["peft-words / ours: right alone 4 to 4 rows (p 1), process 2.50, fit, cold 2.50, fit, warm 2.50"]
+
+
+def test_peft_on_real_rows_reads_the_numbers_of_ours(tmp_path):
+    """The base written for PEFT, untrained: its label words score as ours do, also where a word has several tokens."""
+    torch = pytest.importorskip("torch", reason="torch is absent: install the [hf] extra")
+    pytest.importorskip("peft", reason="peft is absent: install the [hf] extra")
+    preset, comments = str(tiny_gemma(tmp_path / "tiny")), ["맛있어요", "별로예요 다시는 안 가요", "so so"]
+    words = {"0": "bad", "1": "good, I think"}
+    clf = GemmaLoraClassifier(preset, label_words=words, epochs=0, dtype="float32").fit(["-", "-"], ["0", "1"])
+    ours = {"recipe": vars(clf.recipe_), "words": clf.words_.words, "template": clf.template, "dtype": "float32"}
+    ours["targets"] = ["query", "value"]
+    parts = {"train": {"comment": comments, "label": ["0", "1", "0"]}}
+    given = real.prepare_peft(preset, ours, parts, tmp_path / "base")
+    assert max(map(len, given["words"])) > 1 and given["modules"] == ["q_proj", "v_proj"]
+    model = real.peft_model(torch, tmp_path / "base", "words", given["modules"], 2, 2)
+    scores = room.score_peft(torch, model, given["parts"]["train"]["prompts"], given["words"])
+    theirs = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(theirs, clf.predict_proba(comments), rtol=0, atol=1e-4)
+
+
+REAL_FAULTS = {
+    "no preset": (["--file", "rows.tsv", "--test-file", "rows.tsv"], "--test-file is for real rows"),
+    "no file": (["--preset", "mini_ko"], "Give --file"),
+    "random": (["--preset", "mini_ko", "--file", "rows.tsv", "--rows", "20"], "--rows is for random weights"),
+    "unlabelled": (["--preset", "mini_ko", "--file", "unlabelled.txt"], "label"),
+    "one class": (["--preset", "mini_ko", "--file", "one.tsv"], "at least two classes are needed"),
+    "few": (["--preset", "mini_ko", "--file", "few.tsv"], "21 rows to train on and 7 to judge by"),
+    "label": (["--preset", "mini_ko", "--file", "rows.tsv", "--test-file", "other.tsv"], "label 'x' is none of"),
+    "share": (["--preset", "mini_ko", "--file", "rows.tsv", "--test-fraction", "1.5"], "must lie between 0 and 1"),
+    "gone": (["--preset", "mini_ko", "--file", "nothing.tsv"], "nothing.tsv"),
+    "system": (["--preset", "mini_ko", "--file", "rows.tsv", "--systems", "keras"], "is not one of ours, peft-words"),
+    "peft alone": (["--preset", "mini_ko", "--file", "rows.tsv", "--systems", "peft-head"], "Name the system ours too"),
+    "epochs": (["--preset", "mini_ko", "--file", "rows.tsv", "--epochs", "0"], "epochs=0 must be at least 1"),
+    "preset": (["--preset", "gone/base", "--file", "rows.tsv"], "Preset 'gone/base' is unknown"),
+    "word": (["--preset", "mini_ko", "--file", "rows.tsv", "--label-word", "0=bad"], "Label '1' has no word"),
+}
+
+
+@pytest.mark.parametrize("fault", REAL_FAULTS)
+def test_bad_option_of_real_rows_is_one_line(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path), rows_file(tmp_path, 28, name="few.tsv"), rows_file(tmp_path, labels="1", name="one.tsv")
+    rows_file(tmp_path, labels="1x", name="other.tsv")
+    (tmp_path / "unlabelled.txt").write_text("맛있어요\n별로예요\n", encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    options, named = REAL_FAULTS[fault]
+    result = CliRunner().invoke(app, ["benchmark", "--quiet", "--out", "out", *options])
+    assert result.exit_code == 2 and result.stdout == "" and sorted(tmp_path.iterdir()) == before
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1 and named in result.stderr

@@ -77,10 +77,14 @@ ROOM_IMPORTS = {
         *("backend", "data", "prompt", "cache", "gemma", "model", "precision", "adapter", "scoring", "training"),
         "classifier",
     },
+    "real_rows": {
+        *("data", "prompt", "model", "adapter", "export", "classifier", "features", "evaluation", "analysis"),
+        "benchmark",
+    },
     "cli": {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "features", "evaluation", "analysis", "report", "figures"),
-        *("submission", "pretraining", "benchmark", "scale", "upstream", "gguf_export", "serving_files"),
+        *("submission", "pretraining", "benchmark", "real_rows", "scale", "upstream", "gguf_export", "serving_files"),
         *("service", "web", "label_page", "run", "judge"),
     },
     "web": {"tables", "data", "adapter", "classifier", "report", "run", "service"},

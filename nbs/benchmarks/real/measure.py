@@ -27,6 +27,7 @@ from gemma_lora_sentiment import classifier as classifier_room
 from gemma_lora_sentiment.data import duplicate_groups
 from gemma_lora_sentiment.evaluation import baseline_classifier, compute_metrics, cross_validate, fold_indices
 from gemma_lora_sentiment.features import FrozenGemmaClassifier
+from gemma_lora_sentiment.real_rows import right_bits
 
 RATES, EPOCHS, TARGETS = (5e-4, 1e-3, 2e-3), (4, 8), {"all": "all", "q and v": ("query", "value")}
 SIZES = (16, 32, 64, 128, 300, 600, 1000)
@@ -34,10 +35,8 @@ SIZES = (16, 32, 64, 128, 300, 600, 1000)
 
 def numbers(labels, probabilities, classes) -> dict:
     metrics = compute_metrics(labels, probabilities, classes)
-    right = np.asarray(classes)[probabilities.argmax(axis=1)] == np.asarray(labels)
-    packed = np.packbits(right).tobytes().hex()
-    return {"accuracy": round(metrics["accuracy"], 4), "log_loss": round(metrics["log_loss"], 4), "n": len(right),
-            "right": packed}  # fmt: skip
+    return {"accuracy": round(metrics["accuracy"], 4), "log_loss": round(metrics["log_loss"], 4), "n": metrics["n"],
+            "right": right_bits(labels, probabilities, classes)}  # fmt: skip
 
 
 def folds_of(rows: pd.DataFrame, seed: int) -> list:
