@@ -50,6 +50,7 @@ from gemma_lora_sentiment.tables import (
     half_a_character,
     listed,
     nested,
+    nested_names,
     packed,
     packing_of,
     raw_cells,
@@ -767,7 +768,9 @@ def _own_comments(sample: str | os.PathLike | pd.DataFrame, reading: Reading) ->
     table = read_table(sample, reading=reading)
     if find_columns(table.columns, **reading.columns, source=str(sample))["comment"] is None:
         problem = f"no comment column among {listed(table.columns)}. Pass text_from=... with the file that has them"
-        raise DataError(f"{problem}, or comment_column=... with its name.", source=str(sample), column="comment")
+        inner = [name for name in nested_names(table.iloc[0].to_dict()) if reading.is_header([name.rpartition(".")[2]])]
+        which = f"comment_column=... with {inner[0]!r}" if inner else "comment_column=... with its name"
+        raise DataError(f"{problem}, or {which}.", source=str(sample), column="comment")
     comments = read_comments(sample, labelled=False, reading=reading)["comment"].tolist()
     if len(comments) < len(table):
         number = len(table) - len(comments)

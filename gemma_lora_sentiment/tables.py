@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'fold_whitespace', 'stripped', 'is_blank', 'blank_texts', 'composed', 'without_html', 'DataError', 'shown',
            'half_a_character', 'listed', 'packing_of', 'packed', 'unpacked', 'Dialect', 'format_of', 'find_encoding',
            'quoted_records', 'tab_records', 'tab_field', 'find_delimiter', 'clean_names', 'Batch', 'json_rows',
-           'nested', 'with_nested', 'excel_text', 'OpenTable', 'raw_cells', 'raw_objects']
+           'nested_names', 'nested', 'with_nested', 'excel_text', 'OpenTable', 'raw_cells', 'raw_objects']
 
 # %% ../nbs/00a_tables.ipynb #05034511
 import bz2
@@ -376,7 +376,7 @@ def _given_dialect(path: Path, given: Dialect) -> Dialect:
         if kind in ("jsonl", "parquet", "xlsx"):
             raise DataError(f"a {kind} file has no delimiter. Leave out delimiter=....", source=str(path))
     if given.encoding is not None and kind in ("parquet", "xlsx"):
-        raise DataError(f"a {kind} file knows its encoding itself. Leave out encoding=....", source=str(path))
+        raise DataError("the encoding stands in the file itself. Leave out encoding=....", source=str(path))
     if given.sheet is not None and kind != "xlsx":
         raise DataError("only an .xlsx file has sheets. Leave out sheet=....", source=str(path))
     if kind == "lines":
@@ -1072,12 +1072,15 @@ def _arrays_of_rows(value: dict[str, Any], before: str = "") -> list[str]:
     return places
 
 
-def _inner_names(row: dict[str, Any], before: str = "") -> list[str]:
-    "Fields of objects inside of a JSON object, with dots."
+def nested_names(
+    row: dict[str, Any],  # a JSON object
+    before: str = "",  # where it stands in another, "data."
+) -> list[str]:  # "data.text"
+    "Fields of the objects inside of a JSON object, as `nested` takes them."
     names = []
     for key, value in row.items():
         if isinstance(value, dict):
-            names += _inner_names(value, f"{before}{key}.")
+            names += nested_names(value, f"{before}{key}.")
         elif before:
             names.append(before + key)
     return names
@@ -1321,7 +1324,7 @@ def _noting_inner(rows: Iterator[tuple[int, dict]], inner: list[str]) -> Iterato
     "The rows; `inner` is filled by the first."
     for number, (place, row) in enumerate(rows):
         if not number:
-            inner += _inner_names(row)
+            inner += nested_names(row)
         yield place, row
 
 

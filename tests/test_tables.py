@@ -927,7 +927,7 @@ def test_an_encoding_is_of_text(suffix):
     frame.to_excel(path, index=False) if suffix == ".xlsx" else frame.to_parquet(path, index=False)
     reading = Reading(Dialect(encoding="cp949"))
     for act in (lambda: read_comments(path, encoding="cp949"), lambda: streamed(path, reading)):
-        with pytest.raises(DataError, match=rf"^a\{suffix}: .*encoding itself. Leave out encoding="):
+        with pytest.raises(DataError, match=rf"^a\{suffix}: the encoding stands in .* Leave out encoding="):
             act()
     text = write("b.csv", TABLE.encode("cp949"))  # of two files it is for the one that is text
     assert sample_comments(path, text, reading) == sample_comments(text, path, reading) == TWO
@@ -1140,6 +1140,8 @@ def test_a_comment_inside_of_an_object_is_found_and_told():
     for act in (lambda: read_comments(path), lambda: streamed(path)):
         with pytest.raises(DataError, match=said):
             act()
+    with pytest.raises(DataError, match=r"Pass text_from=\.\.\. .*, or comment_column=\.\.\. with 'data\.text'"):
+        sample_comments(path)
     path = write("b.json", '[{"data": {"후기": "굿"}}]')
     with pytest.raises(DataError, match="Inside of objects stand 'data.후기', which can be named so"):
         read_comments(path)
