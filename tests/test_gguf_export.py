@@ -2,6 +2,10 @@
 
 import json
 import os
+import re
+import shutil
+import socket
+import subprocess
 import types
 from copy import copy
 from dataclasses import replace
@@ -22,6 +26,7 @@ from gemma_lora_sentiment.gguf_files import pieces_of_proto, write_gguf
 from gemma_lora_sentiment.llamacpp import LlamaCppAnswers, ask_llamacpp
 from gemma_lora_sentiment.model import load_base, tiny_gemma
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, label_words
+from gemma_lora_sentiment.serving_files import serving_readme
 
 COMMENTS = ["맛있어요", "별로 good", "음식이 정말 좋아요 <b>10</b>", "뷁 ㅋㅋ"]
 TEMPLATE = PromptTemplate()
@@ -123,6 +128,28 @@ def test_the_file_has_the_prompt_as_its_chat_template(base, adapter, tmp_path):
     assert reader.get_field("general.name").contents() == "m"
 
 
+@pytest.mark.parametrize("kind", ["gguf", "gguf-lora"])
+def test_llama_server_has_the_options_of_the_readme(kind):
+    program = shutil.which("llama-server")
+    if program is None:
+        pytest.skip("no llama-server here; Debian has one in llama.cpp-tools")
+    told = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
+    command = re.search(r"`llama-server (.+?)`", serving_readme("reviews", kind))[1]
+    options = re.findall(r"(?<!\S)--?[a-z][\w-]*", command)
+    assert "-m" in options and "--port" in options
+    for option in options:
+        assert re.search(rf"^[^#]*(?<!\S){option}(?=[ ,])", told, re.MULTILINE), option
+
+
+def test_the_server_in_the_wheel_listens_where_the_readme_says(base, tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    params.model.path, params.n_ctx, params.n_parallel, params.port = base.preset, 256, 1, port
+    assert xllamacpp.Server(params).listening_address == f"http://127.0.0.1:{port}"
+
+
 def test_what_a_server_reads_otherwise_as_text_is_counted(base, adapter, tmp_path):
     pytest.importorskip("xllamacpp")
     comments = ["맛있어요", "good <eos>", "<bos>", ""]
@@ -207,7 +234,6 @@ def test_nothing_is_left_of_an_export_that_fails(fault, export, base, adapter, t
     if fault == "disk full":
         monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
     if fault == "no room":
-        import shutil
 
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     kind, word = FAULTS[fault]
