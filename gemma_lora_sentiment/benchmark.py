@@ -458,9 +458,9 @@ def _peft_model(torch: Any, settings: BenchmarkSettings, dtype: str, device: str
 
 
 def padded(
-    sequences: Sequence[Sequence[int]],
-    side: str = "right",
-    filler: int = 0,
+    sequences: Sequence[Sequence[int]],  # n rows of token ids
+    side: str = "right",  # where they are filled: "right" or "left"
+    filler: int = 0,  # token id
 ) -> np.ndarray:  # int64 (n, longest)
     "Rows of one length."
     length = max(map(len, sequences))
@@ -470,7 +470,7 @@ def padded(
 
 
 def sorted_batches(
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],  # n rows of token ids
     batch_size: int,  # rows
 ) -> list[list[int]]:  # positions of the rows of each batch
     "Rows of about one length together."
@@ -508,9 +508,9 @@ def train_peft(
     model: Any,  # of PEFT
     texts: Sequence[Sequence[int]],  # n rows of token ids
     targets: Sequence[Any],  # of each its token ids, -100 where there is no loss; or a class, for a head
-    log: ProcessLog,
+    log: ProcessLog,  # of the epochs, and of the time that is left
     *,
-    epochs: int,
+    epochs: int,  # passes over the rows
     batch_size: int,  # rows
     learning_rate: float,  # at its highest
     weight_decay: float = 0.01,  # as in AdamW
@@ -604,7 +604,7 @@ def torch_device(
 def import_peft(
     spec: Mapping[str, Any],  # of the task, as all tasks take it
     rows: Mapping[str, Any],  # not looked at
-    log: ProcessLog,
+    log: ProcessLog,  # where it says that it has ended
 ) -> None:
     "Reads the libraries from the disk once, as `_measure_device` does for ours."
     import peft  # noqa: F401
@@ -985,7 +985,7 @@ def benchmark_table(
 
 
 def markdown_line(
-    cells: Sequence[Any],
+    cells: Sequence[Any],  # of one row
 ) -> str:
     "A line of a Markdown table."
     return "| " + " | ".join(map(str, cells)) + " |"
