@@ -912,7 +912,7 @@ def _export_checkpoint(clf: Any, to: Path, dtype: str, quiet: bool) -> None:
     comments = ["국물이 진하고 좋았어요", "Never again!", "맛있는데 비싸요 ㅠㅠ"]
     prompts = clf.encode(comments, base)
     rank = next(iter(padded_pairs(clf.adapter_).values()))[0].shape[0]
-    name = "BASE" if Path(clf.preset).exists() else str(clf.preset)
+    name = str(clf.preset).removeprefix("hf://") if str(clf.preset).startswith("hf://") else ""
     card = f"{_card(clf)}\n\n{serving_readme(served_name(to), 'hf', name, rank)}"
     beside = {"labels.json": labels_json(PromptTemplate(clf.template), clf.words_)}
     dtype = clf.dtype_ if dtype == "auto" else dtype

@@ -6,7 +6,7 @@
 __all__ = ['OUTPUT_FORMATS', 'EXCEL_MARK', 'MISSING_LABELS', 'check_folder', 'whole_file', 'cache_dir', 'download_comments',
            'locate', 'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table',
            'json_array', 'label_key', 'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches',
-           'read_comments', 'no_rows_of', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
+           'read_comments', 'refuse_empty', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
            'split_comments', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #dea725eb
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from importlib import resources
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -713,7 +713,7 @@ def read_comments(
     path = _path_of(source)
     parts = list(checked_batches(path, None, reading, labels=labels, labelled=labelled, everything=True))
     if not parts or not parts[0].places:
-        raise no_rows_of(path, reading)
+        refuse_empty(path, reading)
     result = _as_table(parts[0])
     if parts[0].form:
         result.attrs["reading"] = {"text": reading_text(path, parts[0].form, parts[0].counts), **parts[0].counts}
@@ -736,13 +736,13 @@ def _comments_of_table(source: pd.DataFrame, reading: Reading, labels: Sequence 
     return _as_table(CheckedRows(**found, **dict(zip(CheckedRows._fields[6:], facts, strict=True))))
 
 
-def no_rows_of(
-    path: Path,  # of a file
+def refuse_empty(
+    path: Path,  # of a file in which no rows were found
     reading: Reading,  # how it was read
-) -> DataError:  # to be raised
-    "What to say of a file in which no rows were found."
+) -> NoReturn:
+    "Raise `DataError`: what the file holds in place of rows, and what to do."
     with _opened(path, reading) as table:
-        return _no_rows(table.names, table.name, table.advice())
+        raise _no_rows(table.names, table.name, table.advice())
 
 
 def _as_table(rows: CheckedRows) -> pd.DataFrame:

@@ -36,8 +36,8 @@ from gemma_lora_sentiment.data import (
     checked_batches,
     json_array,
     locate,
-    no_rows_of,
     reading_text,
+    refuse_empty,
     whole_file,
     write_table,
 )
@@ -96,7 +96,7 @@ def read_chunks(
     if not first and path.is_dir():
         raise DataError("its files have headers and no rows. Add rows under them.", source=str(path))
     if not first:
-        raise no_rows_of(path, reading)
+        refuse_empty(path, reading)
 
 
 def _ids(ids: list) -> pd.Series:
