@@ -78,7 +78,7 @@ LEAST_ROWS = 10  # on either side
 
 
 def rows_to_measure(
-    settings: RealSettings,
+    settings: RealSettings,  # files, share and seed
     reading: Reading | None = None,  # how to read both files
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # rows to train on, rows to judge by: id, comment, label
     "The rows of all systems. Raises `DataError` for a file that cannot be read, is not labelled, or has too few rows."
@@ -232,7 +232,7 @@ def peft_model(
     rank: int,  # of LoRA, and its alpha: the product is not scaled
     labels: int,  # classes
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "cpu",  # or "cuda"
     dtype: str = "float32",  # of the weights; what is trained is float32
 ) -> Any:  # PEFT's model
     "The base of `folder` with adapters that are new."
@@ -502,7 +502,7 @@ class _Run:
 
 # %% ../nbs/10b_real_rows.ipynb #rr37aeae
 def run_real_benchmark(
-    settings: RealSettings,
+    settings: RealSettings,  # what is trained on which rows
     systems: Sequence[str] | None = None,  # names in REAL_SYSTEMS; all by default
     out: str | Path | None = None,  # folder for benchmark.json and benchmark.tsv
     reading: Reading | None = None,  # how to read the files
