@@ -145,7 +145,9 @@ class ProcessLog:
         spawned: float,  # seconds since 1970, when the process was asked for
         time_limit: float,  # seconds from then on
     ):
-        self.path, self.spawned, self.time_limit = path, spawned, time_limit
+        self.path = path
+        self.spawned = spawned
+        self.time_limit = time_limit
 
     def __call__(self, **numbers: Any) -> None:
         "Write a line."

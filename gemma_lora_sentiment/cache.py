@@ -35,7 +35,9 @@ class _Programs:
     """Entries of JAX's compile cache as files; every failure of the disk reads as "not there"."""
 
     def __init__(self, folder: Path, limit: int = PROGRAM_BYTES):  # bytes
-        self._path, self.limit, self.writes = folder, limit, True
+        self._path = folder
+        self.limit = limit
+        self.writes = True
 
     def get(self, key: str) -> bytes | None:
         path = self._path / f"{key}.program"

@@ -810,15 +810,32 @@ class GemmaLoraClassifier(
         seed: int = 0,
         verbose: int = 0,  # 1: a line an epoch on standard error
     ):
-        self.preset, self.recipe, self.template, self.label_words = preset, recipe, template, label_words
-        self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
-        self.target_layers, self.learning_rate, self.weight_decay = target_layers, learning_rate, weight_decay
-        self.epochs, self.batch_size, self.max_length = epochs, batch_size, max_length
-        self.dtype, self.quantization, self.loss_on, self.class_weight = dtype, quantization, loss_on, class_weight
-        self.validation_fraction, self.patience, self.callbacks = validation_fraction, patience, callbacks
+        self.preset = preset
+        self.recipe = recipe
+        self.template = template
+        self.label_words = label_words
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.target_layers = target_layers
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.dtype = dtype
+        self.quantization = quantization
+        self.loss_on = loss_on
+        self.class_weight = class_weight
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.callbacks = callbacks
         self.warm_start = warm_start
-        self.checkpoint_dir, self.devices, self.strategy = checkpoint_dir, devices, strategy
-        self.seed, self.verbose = seed, verbose
+        self.checkpoint_dir = checkpoint_dir
+        self.devices = devices
+        self.strategy = strategy
+        self.seed = seed
+        self.verbose = verbose
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -152,7 +152,8 @@ class MergedWeights(Mapping[str, np.ndarray]):
         base: Base,  # not quantized
         adapter: Adapter,
     ):
-        self.base, self.adapter = base, adapter
+        self.base = base
+        self.adapter = adapter
 
     def __getitem__(self, path: str) -> np.ndarray:
         value = self.base.weight(path).astype(np.float32)

@@ -40,7 +40,9 @@ class _Remembered:
     "Hidden states of the comments asked about lately, of one base."
 
     def __init__(self):
-        self.lock, self.of, self.states = threading.Lock(), None, {}
+        self.lock = threading.Lock()
+        self.of = None
+        self.states = {}
 
     def states_of(
         self, base: Base, prompts: dict[str, np.ndarray], of: tuple[Any, ...]

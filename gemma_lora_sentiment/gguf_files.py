@@ -43,7 +43,8 @@ class _Cursor:
     "Reads value after value, and never past the end."
 
     def __init__(self, data: np.ndarray):  # uint8, the whole file
-        self.data, self.position = memoryview(data), 0
+        self.data = memoryview(data)
+        self.position = 0
 
     def numbers(self, form: str, count: int) -> np.ndarray:
         dtype = np.dtype(form).newbyteorder("<")
@@ -203,7 +204,8 @@ class _Settings:
     "A file's settings; what the model depends on has to be asked for."
 
     def __init__(self, settings: Mapping[str, Any]):
-        self.all, self.architecture = settings, settings["general.architecture"]
+        self.all = settings
+        self.architecture = settings["general.architecture"]
         self.asked: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:

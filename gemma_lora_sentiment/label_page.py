@@ -59,10 +59,17 @@ class LabelDesk:
         names: Mapping[str, str] | None = None,  # label -> what the page calls it; None: the labels
         at_most: int = 1000,  # comments to choose from
     ):
-        self.labelling, self.estimator, self._finish, self.at_most = labelling, estimator, finish, at_most
+        self.labelling = labelling
+        self.estimator = estimator
+        self._finish = finish
+        self.at_most = at_most
         self.names = {label: (names or {}).get(label, label) for label in labelling.labels}
-        self.status, self.error, self.files = "idle", "", {}  # idle, training, finishing, finished
-        self._tried, self._wanted, self._ended = -1, False, False
+        self.status = "idle"
+        self.error = ""
+        self.files = {}  # idle, training, finishing, finished
+        self._tried = -1
+        self._wanted = False
+        self._ended = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="learning along", daemon=True)
         self._thread.start()

@@ -107,7 +107,8 @@ class LabelTable:
         comments: pd.DataFrame,  # id, comment; any further columns
         labels: Sequence[str],  # those that may be given
     ):
-        self.path, self.labels = Path(path), [str(label) for label in labels]
+        self.path = Path(path)
+        self.labels = [str(label) for label in labels]
         self._fields = {
             _field(name): (row, _field(text)) for row, (name, text) in enumerate(comments[["id", "comment"]].values)
         }
@@ -189,7 +190,8 @@ class _Events:
     "What the table of labels does not say: skipped comments, and which labels judge. A line each, like the labels."
 
     def __init__(self, path: Path):
-        self.path, self.found = path, []
+        self.path = path
+        self.found = []
         path.touch()
         for line in _whole_lines(path):
             with suppress(ValueError):
@@ -221,9 +223,14 @@ class Labelling:
         every: int = 5,  # each so many-th is drawn to judge
         seed: int = 0,
     ):
-        self.labels, self.choose, self.every, self.seed = _checked_names(labels), choose, every, seed
-        self.ids, self.comments = [str(name) for name in comments["id"]], comments["comment"].tolist()
-        self._groups, self._lock = duplicate_groups(self.comments), threading.RLock()
+        self.labels = _checked_names(labels)
+        self.choose = choose
+        self.every = every
+        self.seed = seed
+        self.ids = [str(name) for name in comments["id"]]
+        self.comments = comments["comment"].tolist()
+        self._groups = duplicate_groups(self.comments)
+        self._lock = threading.RLock()
         self._aside, self._pile = _order(self._groups, every, seed)
         self.table = LabelTable(out, comments, labels)
         self._events = _Events(Path(f"{os.fspath(out)}.journal"))

@@ -294,7 +294,9 @@ class _Batches(keras.utils.PyDataset):
 # %% ../nbs/09_pretraining.ipynb #1067f318
 class _WarmUpAndDown(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, highest: float, warm_up: int, total: int):
-        self.highest, self.warm_up, self.total = highest, warm_up, total
+        self.highest = highest
+        self.warm_up = warm_up
+        self.total = total
 
     def __call__(self, step: Any) -> Any:
         step = keras.ops.cast(step, "float32")

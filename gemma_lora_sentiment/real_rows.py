@@ -465,8 +465,12 @@ class _Run:
     "One run: its settings, its folder, what it has found."
 
     def __init__(self, settings, folder, fraction, result, say, progress):
-        self.settings, self.folder, self.fraction = settings, folder, fraction
-        self.result, self.say, self.progress = result, say, progress
+        self.settings = settings
+        self.folder = folder
+        self.fraction = fraction
+        self.result = result
+        self.say = say
+        self.progress = progress
 
     def process(self, task: str, **more: Any) -> dict[str, Any]:
         spec = {"task": task, "settings": asdict(self.settings), "folder": str(self.folder), **more}

@@ -197,9 +197,11 @@ class _ChunkScorer:
     "Probabilities of one chunk after another."
 
     def __init__(self, clf: GemmaLoraClassifier, batch_size: int):
-        self.clf, self.base = clf, clf.fitted_base()
+        self.clf = clf
+        self.base = clf.fitted_base()
         self.batch_size = batch_size  # rows a step on each device
-        self.tokenizer, self.template = TextTokenizer(self.base.tokenizer_proto), PromptTemplate(clf.template)
+        self.tokenizer = TextTokenizer(self.base.tokenizer_proto)
+        self.template = PromptTemplate(clf.template)
         self.truncated = 0  # comments so far that were too long
 
     def encode(self, comments: Sequence[str], times: np.ndarray) -> list[np.ndarray]:
@@ -498,7 +500,9 @@ class _Clock:
     "Rows a second, and the time left by the share of the input that has been read."
 
     def __init__(self, progress: Callable[[str], None] | None, every: float = 5.0):
-        self.progress, self.every, self.told = progress, every, time.monotonic()
+        self.progress = progress
+        self.every = every
+        self.told = time.monotonic()
         self.start(0, 0.0)
 
     def start(self, rows: int, fraction: float) -> None:

@@ -108,11 +108,15 @@ class ScoringService:
         decision: Mapping[str, Any] | None = None,  # of its run
         limits: Limits | None = None,  # None: the usual ones
     ):
-        self.clf, self.decision, self.limits = clf, decision, limits or Limits()
+        self.clf = clf
+        self.decision = decision
+        self.limits = limits or Limits()
         self.classes = clf.classes_.tolist()
         _check_decision(decision, self.classes)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._waiting, self._lock, self.scored_together = 0, threading.Lock(), 0  # the most, in one step
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self.scored_together = 0  # the most, in one step
         self._warm()
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._thread.start()
@@ -273,7 +277,9 @@ class _Guard:
     "What holds for every request: known hosts, nothing fetched from elsewhere, no sniffing."
 
     def __init__(self, app: Any, hosts: Sequence[str], largest: int):  # hosts: "*" for any; bytes of a body
-        self.app, self.hosts, self.largest = app, set(hosts), largest
+        self.app = app
+        self.hosts = set(hosts)
+        self.largest = largest
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

@@ -124,7 +124,9 @@ class DataError(ValueError):
     ):
         place = [part for part in (source, f"{unit} {row}" if row is not None else None) if part]
         super().__init__(fold_whitespace(f"{' '.join(place)}: {problem}" if place else problem))
-        self.source, self.row, self.column = source, row, column
+        self.source = source
+        self.row = row
+        self.column = column
 
 
 def shown(
@@ -225,11 +227,13 @@ class _Bytes:
     "The bytes of a file, unpacked, and how much of it has been read."
 
     def __init__(self, path: Path, packing: str | None = None):  # None: by its name
-        self.path, self.size = path, max(1, path.stat().st_size)
+        self.path = path
+        self.size = max(1, path.stat().st_size)
         packing = packing_of(path) if packing is None else packing
         self.packed = bool(packing)
         self.is_whole = packing == ".zip"  # Parquet and Excel too are opened at their end, so that bytes tell nothing
-        self.decoded, self.used = 0, 0  # characters or rows: there are, have been handed on
+        self.decoded = 0
+        self.used = 0  # characters or rows: there are, have been handed on
         self.file = open(path, "rb")
         try:
             self.stream = _OPENERS[packing](self.file) if packing else self.file
@@ -1492,7 +1496,8 @@ class OpenTable:
         fields: Sequence[str] = (),  # asked for by name, those inside of JSON objects too
     ):
         given = _given_dialect(path, given or Dialect())
-        self.name, self.unit = str(path), "line"  # for messages: the file, and what the places of rows count
+        self.name = str(path)
+        self.unit = "line"  # for messages: the file, and what the places of rows count
         self.is_text = given.format not in ("jsonl", "parquet", "xlsx")  # every cell is a string
         self.dropped: Counter = Counter()  # "empty rows" so far
         self._bytes = _Bytes(path, given.packing)
@@ -1506,7 +1511,8 @@ class OpenTable:
         except BaseException:
             self.close()
             raise
-        self.dialect, self.header = self._opened.dialect, self._opened.header  # as found; as the file writes it
+        self.dialect = self._opened.dialect
+        self.header = self._opened.header  # as found; as the file writes it
         if given.format in ("parquet", "xlsx") or self.dialect.is_array:
             self.unit = "row"
 

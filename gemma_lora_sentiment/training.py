@@ -278,8 +278,12 @@ class BatchSequence:
         processes: int = 1,  # that feed one batch together; this one gives its part of the rows
         packing: Packing | None = None,  # lines for the rows of a batch; then there is one bucket, their length
     ):
-        self.seed, self.epoch, self.first, self.batch_size = seed, 0, 0, batch_size
-        self.packing, self.lengths = packing, rows.lengths
+        self.seed = seed
+        self.epoch = 0
+        self.first = 0
+        self.batch_size = batch_size
+        self.packing = packing
+        self.lengths = rows.lengths
         self.filled_size = packing.lines if packing else -(-batch_size // replicas) * replicas
         share = self.filled_size // processes
         first = jax.process_index() * share if processes > 1 else 0
@@ -550,7 +554,9 @@ class _Guard:
     "Ends a fit whose loss is not finite, or whose adapter does not move."
 
     def __init__(self, start: Adapter, dtype: str):
-        self.start, self.dtype, self.moved = start, dtype, False
+        self.start = start
+        self.dtype = dtype
+        self.moved = False
         self.losses: deque[tuple[int, int, jax.Array]] = deque()  # epoch, batch, loss
 
     def step(self, fit: _Fit, epoch: int, batch: int, loss: jax.Array) -> None:

@@ -95,7 +95,8 @@ class _Texts(keras.utils.PyDataset):
 
     def __init__(self, batches: BatchSequence, with_positions: bool):
         super().__init__()
-        self.batches, self.with_positions = batches, with_positions  # Gemma 4 does not count them itself
+        self.batches = batches
+        self.with_positions = with_positions  # Gemma 4 does not count them itself
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -114,8 +115,14 @@ class _Around(keras.callbacks.Callback):
 
     def __init__(self, base, start, words, batches, validation, patience, progress, save):
         super().__init__()
-        self.base, self.start, self.words, self.batches = base, start, words, batches
-        self.validation, self.patience, self.progress, self.save = validation, patience, progress, save
+        self.base = base
+        self.start = start
+        self.words = words
+        self.batches = batches
+        self.validation = validation
+        self.patience = patience
+        self.progress = progress
+        self.save = save
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, int, dict[str, np.ndarray]] | None = None
 
