@@ -364,7 +364,10 @@ def json_array(
 EXCEL_MARK = codecs.BOM_UTF8
 
 # %% ../nbs/00_data.ipynb #7354290e
-MISSING_LABELS = ("", "nan", "na", "n/a", "#n/a", "<na>", "null", "none")  # capitals do not matter
+_EXCEL_ERRORS = ("#N/A", "#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#NUM!", "#NULL!", "#SPILL!", "#CALC!")
+_OF_EXCEL = tuple(error.lower() for error in _EXCEL_ERRORS)
+# Capitals do not matter; \\N is that of MySQL and PostgreSQL.
+MISSING_LABELS = ("", "nan", "-nan", "nat", "na", "n/a", "<na>", "null", "none", "\\n", *_OF_EXCEL)
 _WHOLE_FLOAT = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
@@ -515,6 +518,9 @@ def _check_are_text(values: list, places: Sequence, at: _Place) -> list[str]:
                     problem += "text as a column of its own; one of JSON can be named, as comment_column=... data.text."
                 raise at.error(problem, row, "comment")
             texts.append(value if isinstance(value, str) else "")
+    if at.unit == "row" and (error := next(filter(_EXCEL_ERRORS.__contains__, texts), None)):
+        problem = f"the comment is {shown(error)}, an error of Excel, which took a text for a formula perhaps. Write it"
+        raise at.error(f"{problem} anew, with ' before it.", places[texts.index(error)], "comment")
     if half_a_character("comment", "\n".join(texts)):
         faults = ((row, half_a_character("comment", text)) for row, text in zip(places, texts, strict=True))
         row, fault = next((row, fault) for row, fault in faults if fault)
@@ -748,9 +754,12 @@ def refuse_empty(
 def _as_table(rows: CheckedRows) -> pd.DataFrame:
     columns = {"id": _column(rows.ids), "comment": pd.Series(rows.comments, dtype=object)}
     result = pd.DataFrame({**columns, "label": _column(rows.labels)})
+    taken, others = set(result), {}
     for name, cells in rows.others.items():
-        result[f"{name}_other" if name in result else name] = _column(cells).to_numpy()
-    return result
+        name = f"{name}_other" if name in taken else name
+        taken.add(name)
+        others[name] = _column(cells)
+    return pd.concat([result, pd.DataFrame(others, index=result.index)], axis=1) if others else result
 
 
 def reading_text(

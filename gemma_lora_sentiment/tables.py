@@ -1147,7 +1147,8 @@ def _excel_rows(file: BinaryIO, given: Dialect, name: str) -> tuple[Dialect, Ite
     "What there is to choose from, and the rows of a sheet with their numbers from 1."
     book = _excel_book(file, name)
     titles = tuple(sheet.title for sheet in book.worksheets)
-    chosen = titles[0] if given.sheet is None and titles else given.sheet
+    shown_ones = [sheet.title for sheet in book.worksheets if sheet.sheet_state == "visible"]  # to who opens the file
+    chosen = (shown_ones or titles)[0] if given.sheet is None and titles else given.sheet
     chosen = next((title for title in titles if composed(title) == composed(str(chosen))), chosen)
     if chosen not in titles and str(chosen).isdecimal() and 1 <= int(chosen) <= len(titles):
         chosen = titles[int(chosen) - 1]

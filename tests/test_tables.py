@@ -705,7 +705,6 @@ def test_what_is_given_is_given_back(data, tmp_path):
 
 
 def test_an_excel_file_that_openpyxl_stumbles_over_is_refused_in_one_line(tmp_path):
-    openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     book.active.append(["comment", "label"])
     book.active.append(["국물이 좋아요", "1"])
@@ -1170,3 +1169,47 @@ def test_a_label_that_is_added_is_quoted_as_the_header_is():
         ('"id","comment"\n"1","굿"\n"2","음"\n', '"id","comment","label"\n"1","굿","0"\n"2","음","1"\n'),
     ):
         assert write_submission(["0", "1"], write("a.csv", text), "out.csv").read_text("utf-8") == right
+
+
+# --- what spreadsheets and dumps leave behind -------------------------------------------------------------------------
+
+
+def test_an_error_of_excel_is_no_comment(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (("id", "comment", "label"), (1, "좋아요", 1), (2, "#NAME?", 0)):
+        book.active.append(row)
+    assert book.active["B3"].data_type == "e"
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match=r"a\.xlsx row 3: .*an error of Excel.*with ' before it"):
+        read_comments(tmp_path / "a.xlsx")
+    (tmp_path / "a.csv").write_text("id,comment,label\n1,#NAME?,1\n2,좋아요,0\n", encoding="utf-8")  # a person's own
+    assert read_comments(tmp_path / "a.csv").comment[0] == "#NAME?"
+
+
+@pytest.mark.parametrize("label", [r"\N", "#DIV/0!", "#VALUE!", "NaT", "-nan"])
+def test_words_for_no_label_of_databases_and_spreadsheets(label, tmp_path):
+    (tmp_path / "a.tsv").write_text(f"id\tcomment\tlabel\n1\t좋아요\t1\n2\t별로\t{label}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 3: the label is missing"):
+        read_comments(tmp_path / "a.tsv")
+    assert read_comments(tmp_path / "a.tsv", keep_na=True).label.tolist() == ["1", label]
+
+
+def test_a_hidden_sheet_is_not_the_first(tmp_path):
+    book = openpyxl.Workbook()
+    book.active.append(("text", "y"))
+    book.active.append(("숨은 글", 1))
+    book.active.sheet_state = "hidden"
+    own = book.create_sheet("자료")
+    for row in (("id", "comment", "label"), (1, "좋아요", 1), (2, "별로", 0)):
+        own.append(row)
+    book.active = 1
+    book.save(tmp_path / "a.xlsx")
+    assert read_comments(tmp_path / "a.xlsx").comment.tolist() == ["좋아요", "별로"]
+    assert read_comments(tmp_path / "a.xlsx", reading=Reading(Dialect(sheet="Sheet"))).comment.tolist() == ["숨은 글"]
+
+
+def test_other_columns_of_the_names_of_ours_are_kept(tmp_path):
+    (tmp_path / "a.csv").write_text("no,review,label,label_other,id\n7,좋아요,1,a,x\n8,별로,0,b,y\n", encoding="utf-8")
+    table = read_comments(tmp_path / "a.csv", reading=Reading(id_column="no"))
+    assert table.id.tolist() == ["7", "8"] and table.id_other.tolist() == ["x", "y"]
+    assert table.label_other.tolist() == ["a", "b"]
