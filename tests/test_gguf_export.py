@@ -4,8 +4,8 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
+import sys
 import types
 from copy import copy
 from dataclasses import replace
@@ -141,13 +141,22 @@ def test_llama_server_has_the_options_of_the_readme(kind):
         assert re.search(rf"^[^#]*(?<!\S){option}(?=[ ,])", told, re.MULTILINE), option
 
 
-def test_the_server_in_the_wheel_listens_where_the_readme_says(base, tmp_path):
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    params.model.path, params.n_ctx, params.n_parallel, params.port = base.preset, 256, 1, port
-    assert xllamacpp.Server(params).listening_address == f"http://127.0.0.1:{port}"
+SERVER = """
+import os, socket, sys, xllamacpp
+params = xllamacpp.CommonParams()
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 256, 1, port
+server = xllamacpp.Server(params)
+print(server.listening_address == f"http://127.0.0.1:{port}", flush=True)
+os._exit(0)  # one that is let go before it has begun to serve waits for itself
+"""
+
+
+def test_the_server_in_the_wheel_listens_where_the_readme_says(base):
+    pytest.importorskip("xllamacpp")
+    done = subprocess.run([sys.executable, "-c", SERVER, base.preset], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stderr
 
 
 def test_what_a_server_reads_otherwise_as_text_is_counted(base, adapter, tmp_path):
