@@ -377,8 +377,8 @@ def _text_of(sample: _Sample, labels: list[_Label]) -> bytes:
     "The sample's text with these labels in it."
     delimiter, place = sample.form.delimiter, list(sample.cells.columns).index(sample.label_column)
     header, *rows = raw_cells(sample.path, sample.form)
-    if sample.is_added:  # in quotes where the header is: of minimal quoting a comment before it tells nothing
-        rows = [[*row, header[0]] for row in rows]
+    if sample.is_added:  # in quotes where header and row are: of minimal quoting, a comment in quotes tells nothing
+        rows = [[*row, row[-1] if header[0].startswith('"') else header[0]] for row in rows]
         header = [*header, _quoted(sample.label_column, header[0], delimiter)]
     lines = [header, *([*row[:place], _quoted(label.text, row[place], delimiter), *row[place + 1 :]]
                        for row, label in zip(rows, labels, strict=True))]  # fmt: skip

@@ -1,5 +1,6 @@
 """The forward pass against KerasHub's in float32, and against itself: scanned, packed, divided, mapped, quantized."""
 
+import gc
 import hashlib
 import json
 import os
@@ -620,11 +621,14 @@ def quantized_by_keras(folder, dtype, mode):
     """KerasHub's backbone whose dense layers Keras has quantized, and their float kernels."""
     backbone, kernels = keras_backbone(folder, dtype), {}
     layers = [layer for layer in backbone._flatten_layers() if layer.name in LORA_LAYERS]
+    gc.collect()
+    gc.freeze()  # Keras collects all garbage at each kernel that it replaces
     for layer in layers:
         kernels[layer.path] = np.asarray(layer.kernel)
         if mode == "int8" and dtype == "float16":  # which Keras refuses
             layer.dtype_policy = "float32"
         layer.quantize(mode)
+    gc.unfreeze()
     return backbone, {layer.path: layer for layer in layers}, kernels
 
 
@@ -700,10 +704,11 @@ def test_a_quantized_base_computes_with_the_unpacked_kernels(mode, small):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("equation, shape, output", [("btd,ndh->btnh", (2, 3, 8), (4, 5)), (None, (2, 8), (6,))])
 def test_an_int8_kernel_is_multiplied_in_the_format_of_the_base(equation, shape, output, dtype):
+    drawn = {"kernel_initializer": keras.initializers.GlorotUniform(seed=1)}  # by chance ours might be the larger error
     layer = (
-        keras.layers.EinsumDense(equation, output_shape=(None, *output))
+        keras.layers.EinsumDense(equation, output_shape=(None, *output), **drawn)
         if equation
-        else keras.layers.Dense(*output, use_bias=False)
+        else keras.layers.Dense(*output, use_bias=False, **drawn)
     )
     layer.build(shape)
     kernel, x = np.asarray(layer.kernel), np.random.default_rng(0).normal(size=shape)
