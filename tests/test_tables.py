@@ -31,6 +31,7 @@ from gemma_lora_sentiment.tables import (
     find_delimiter,
     find_encoding,
     fold_whitespace,
+    is_blank,
     json_rows,
     nested,
     packed,
@@ -609,7 +610,11 @@ def as_read(text):
     return "굿"
 
 
-COMMENTS = st.lists(st.text(LETTERS, max_size=30).map(as_read).filter(bool), min_size=1, max_size=8)
+def can_be_seen(text):
+    return not is_blank(text)
+
+
+COMMENTS = st.lists(st.text(LETTERS, max_size=30).map(as_read).filter(can_be_seen), min_size=1, max_size=8)
 
 
 def written_table(draw, folder):
