@@ -167,7 +167,7 @@ class ProcessLog:
 
 
 def read_log(
-    path: Path,  # of a `ProcessLog`
+    path: Path,  # of a ProcessLog
 ) -> dict[str, Any]:  # the last of each name, lists whole
     "What a process wrote down, its last line perhaps cut."
     record: dict[str, Any] = {}
@@ -807,7 +807,7 @@ def run_process(
     folder: Path,  # with rows.json
     spec: Mapping[str, Any],  # task, settings with a time_limit, and what the task takes
     environment: Mapping[str, str],  # of process_environment
-    room: str = "benchmark",  # whose `run_child` is the entry
+    room: str = "benchmark",  # whose run_child is the entry
 ) -> dict[str, Any]:
     "Run one task and return what it wrote down, however it ended."
     path, log_path = folder / "spec.json", folder / "log.jsonl"

@@ -117,7 +117,7 @@ def add_analysis(
 
 
 def comparison_text(
-    metrics: Mapping[str, Any],  # with what `add_analysis` adds
+    metrics: Mapping[str, Any],  # with what add_analysis adds
 ) -> str:  # lines
     "The verdict first, then the table, then what to do with a score."
     lines = []
@@ -152,7 +152,7 @@ def prediction_table(
 def labelled_rows(
     source: str,  # file or name of labelled comments
     clf: Any,  # fitted
-    reading: Mapping[str, Any] | None = None,  # options, see `reading_of`
+    reading: Mapping[str, Any] | None = None,  # options, see reading_of
 ) -> pd.DataFrame:  # id, comment, label
     "Rows with labels of the classifier's own type. Raises `DataError` for an unknown label."
     rows = read_comments(source, labels=clf.classes_.tolist(), reading=reading_of(reading))
@@ -207,7 +207,7 @@ def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bo
 def seen_before(
     source: str,  # file or name of the rows to judge on
     preset: str,  # base
-) -> dict[str, str]:  # `caution` for metrics.json, from where the report takes it; empty where there is none
+) -> dict[str, str]:  # caution for metrics.json, from where the report takes it; empty where there is none
     "Warn, and say why, where a bundled base has met the rows in pre-training."
     if source not in ("sample", "sample_extra") or preset != "mini_ko":
         return {}
@@ -384,7 +384,7 @@ def cross_validate_run(
 def quickstart_run(
     folder: Path,  # where to write
     source: str,  # name of the rows, for the description
-    rows: pd.DataFrame,  # that `clf` was fitted on
+    rows: pd.DataFrame,  # that clf was fitted on
     test: pd.DataFrame,  # labelled comments to judge on
     clf: Any,  # fitted
     comments: bool = True,  # whether files may hold comments

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,10 +36,7 @@ from gemma_lora_sentiment.benchmark import (
     write_result,
 )
 
-if TYPE_CHECKING:  # they would be imported on the clock of every system
-    import pandas as pd
-
-    from gemma_lora_sentiment.data import Reading
+# pandas and our other rooms are imported in the functions: not on the clock of every system.
 
 # %% auto #0
 __all__ = ['REAL_SYSTEMS', 'LEAST_ROWS', 'RealSettings', 'rows_to_measure', 'right_bits', 'judged', 'peft_targets',
@@ -79,8 +76,8 @@ LEAST_ROWS = 10  # on either side
 
 def rows_to_measure(
     settings: RealSettings,  # files, share and seed
-    reading: Reading | None = None,  # how to read both files
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # rows to train on, rows to judge by: id, comment, label
+    reading: Any = None,  # a Reading: how to read both files; None: it is found out
+) -> tuple[Any, Any]:  # DataFrames of rows to train on and to judge by: id, comment, label
     "The rows of all systems. Raises `DataError` for a file that cannot be read, is not labelled, or has too few rows."
     from gemma_lora_sentiment.data import DataError, read_comments, split_comments
 
@@ -115,7 +112,7 @@ def right_bits(
 
 
 def judged(
-    test: pd.DataFrame,  # comment, label
+    test: Any,  # DataFrame: comment, label
     probabilities: np.ndarray,  # float (n, classes)
     classes: Sequence[Any],  # in the order of the columns
 ) -> dict[str, Any]:  # of compute_metrics, and intervals, right
@@ -385,7 +382,7 @@ def _note(record: Mapping[str, Any]) -> str:
 
 def real_table(
     result: Mapping[str, Any],  # of run_real_benchmark, or read from its benchmark.json
-) -> pd.DataFrame:  # a row a system; empty cells are NaN
+) -> Any:  # DataFrame: a row a system; empty cells are NaN
     "Accuracy with its interval of 95%, log-loss, seconds and GB."
     import pandas as pd
 
@@ -405,7 +402,7 @@ def real_table(
     return table
 
 
-def _line_of(table: pd.DataFrame, system: str) -> str:
+def _line_of(table: Any, system: str) -> str:
     row = table.loc[system]
     cells = ["-" if row[name] != row[name] else f"{row[name]:,.{n}f}" for name, (_, n) in _COLUMNS.items()]
     return markdown_line([system, *cells, row["note"] or "-"])
@@ -509,7 +506,7 @@ def run_real_benchmark(
     settings: RealSettings,  # what is trained on which rows
     systems: Sequence[str] | None = None,  # names in REAL_SYSTEMS; all by default
     out: str | Path | None = None,  # folder for benchmark.json and benchmark.tsv
-    reading: Reading | None = None,  # how to read the files
+    reading: Any = None,  # a Reading: how to read the files; None: it is found out
     caution: str | None = None,  # what the reader of the numbers must know
     say: Callable[[str], None] = print,  # called with each line of the result
     progress: Callable[[str], None] = lambda text: None,  # called with what is begun
