@@ -292,16 +292,11 @@ def _classifier(quiet: bool, given: dict[str, Any], defaults: dict[str, Any] | N
 def _checked_classifier(
     quiet: bool, given: dict[str, Any], rows: Any, file: str, defaults: dict[str, Any] | None = None
 ) -> Any:  # a classifier that can be fitted on these rows, so far as can be told before the work
-    from gemma_lora_sentiment.data import label_key
+    from gemma_lora_sentiment.data import classes_of, of_own_labels
 
-    clf = _classifier(quiet, given, defaults)
-    labels = rows.label.unique().tolist()
-    if len(labels) < 2:
-        raise ValueError(f"{file}: all {len(rows)} labels are {labels[0]!r}; at least two classes are needed.")
-    if isinstance(clf.label_words, dict):  # options are text, the labels of typed files are not
-        spelled = {label_key(label): label for label in labels}
-        words = {spelled.get(label_key(label), label): word for label, word in clf.label_words.items()}
-        clf.set_params(label_words=words)
+    clf, labels = _classifier(quiet, given, defaults), classes_of(rows.label.tolist(), file)
+    if isinstance(clf.label_words, dict):
+        clf.set_params(label_words=of_own_labels(clf.label_words, labels))
     clf.prepare(sorted(labels, key=str))
     return clf
 
@@ -763,12 +758,12 @@ def quickstart(
     from gemma_lora_sentiment.run import whole_folder
 
     with whole_folder(out) as folder:
-        say(f"fine-tuning mini_ko on {len(rows)} comments that it has not met")
         threading.Thread(target=_import_what_follows, daemon=True).start()
         clf.fit(rows.comment, rows.label)
         from gemma_lora_sentiment.judge import quickstart_run
 
-        metrics = quickstart_run(folder, "sample_validation", rows, test, clf, comments, started)
+        metrics, answers = quickstart_run(folder, "sample_validation", rows, test, clf, comments, started)
+        _answer(folder / "submission.txt", test, answers, comments)
     last = f"{len(rows)} rows for training, {metrics['n']} test rows, {metrics['seconds']:.0f} s in all"
     _print_result(metrics, out, comments, last)
     print(f"report: {out / 'report.html'}  mistakes: {out / 'wrong.tsv'}  submission: {out / 'submission.txt'}")
@@ -790,7 +785,19 @@ def _rows_of_quickstart(seed: int, say: Callable[[str], None]) -> tuple[Any, Any
     strata = unseen.label + unseen.kind
     rows, _ = train_test_split(unseen, train_size=300, random_state=seed, stratify=strata)
     say(describe_comments(rows, test).to_string(header=False))
+    say(f"fine-tuning mini_ko on {len(rows)} comments that it has not met")
     return rows, test
+
+
+def _answer(path: Path, test: Any, answers: Any, comments: bool) -> None:  # a DataFrame, labels (n,)
+    "A submission for the test rows; without comments, ids and labels."
+    from gemma_lora_sentiment.data import write_table
+    from gemma_lora_sentiment.submission import write_submission
+
+    if comments:
+        write_submission(answers, test[["id", "comment", "label"]], path)
+    else:
+        write_table(test[["id"]].assign(label=answers), path)
 
 
 # %% ../nbs/11_cli.ipynb #06a65597

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OUTPUT_FORMATS', 'EXCEL_MARK', 'MISSING_LABELS', 'check_folder', 'whole_file', 'cache_dir', 'download_comments',
            'locate', 'check_is_file', 'find_columns', 'is_id_name', 'Reading', 'read_table', 'write_table',
-           'json_array', 'label_key', 'is_missing_label', 'kind_of_label', 'CheckedRows', 'checked_batches',
-           'read_comments', 'refuse_empty', 'reading_text', 'duplicate_groups', 'leaked_comments', 'describe_comments',
-           'split_comments', 'fingerprint']
+           'json_array', 'label_key', 'is_missing_label', 'kind_of_label', 'by_key', 'of_own_labels', 'classes_of',
+           'CheckedRows', 'checked_batches', 'read_comments', 'refuse_empty', 'reading_text', 'duplicate_groups',
+           'leaked_comments', 'describe_comments', 'split_comments', 'fingerprint']
 
 # %% ../nbs/00_data.ipynb #dea725eb
 import codecs
@@ -365,9 +365,11 @@ EXCEL_MARK = codecs.BOM_UTF8
 
 # %% ../nbs/00_data.ipynb #7354290e
 _EXCEL_ERRORS = ("#N/A", "#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#NUM!", "#NULL!", "#SPILL!", "#CALC!")
-_OF_EXCEL = tuple(error.lower() for error in _EXCEL_ERRORS)
-# Capitals do not matter; \\N is that of MySQL and PostgreSQL.
-MISSING_LABELS = ("", "nan", "-nan", "nat", "na", "n/a", "<na>", "null", "none", "\\n", *_OF_EXCEL)
+_OF_A_DATABASE = r"\n"  # MySQL and PostgreSQL write \N
+MISSING_LABELS = (  # capitals do not matter
+    *("", "nan", "-nan", "nat", "na", "n/a", "<na>", "null", "none", _OF_A_DATABASE),
+    *map(str.lower, _EXCEL_ERRORS),
+)
 _WHOLE_FLOAT = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
@@ -400,6 +402,34 @@ def kind_of_label(
     "What a label is; those of one table must be of one kind."
     kinds = ((bool | np.bool_, "truth value"), (int | float | np.number, "number"), (str, "text"))
     return next((kind for types, kind in kinds if isinstance(label, types)), type(label).__name__)
+
+# %% ../nbs/00_data.ipynb #0b1e7a01
+def by_key(
+    labels: Iterable[Any],  # of any type
+) -> dict[str, Any]:  # label_key -> the label, where several are one the last
+    "Labels to be found again, whatever they are spelled as."
+    return {label_key(label): label for label in labels}
+
+
+def of_own_labels(
+    values: Mapping[Any, Any],  # label -> anything, where labels may be text for numbers, as options of a shell are
+    labels: Iterable[Any],  # the rows' own
+) -> dict[Any, Any]:  # the same by the rows' own labels; one that they have not stays as it is
+    "What belongs to labels, by these labels."
+    own = by_key(labels)
+    return {own.get(label_key(label), label): value for label, value in values.items()}
+
+
+def classes_of(
+    labels: Iterable[Any],  # of rows
+    source: str,  # file, for the message
+) -> list[Any]:  # each once, as it comes first
+    "The classes among labels. Raises `DataError` where there are fewer than two."
+    counts = Counter(labels)
+    if len(counts) < 2:
+        problem = f"all {counts.total()} labels are {next(iter(counts), None)!r}; at least two classes are needed."
+        raise DataError(problem, source=source)
+    return list(counts)
 
 # %% ../nbs/00_data.ipynb #da8ee7d5
 class _Place(NamedTuple):

@@ -17,6 +17,7 @@ from sklearn.base import clone
 
 from . import analysis, evaluation
 from gemma_lora_sentiment.data import (
+    by_key,
     describe_comments,
     duplicate_groups,
     fingerprint,
@@ -30,7 +31,9 @@ from gemma_lora_sentiment.run import (
     CHECKPOINT,
     DESCRIPTION,
     FIGURES,
+    FOLDS_FILE,
     HISTORY,
+    METRICS_FILE,
     REPORT,
     RunFolder,
     describe_run,
@@ -41,7 +44,6 @@ from gemma_lora_sentiment.run import (
     write_json,
     write_rows,
 )
-from .submission import write_submission
 
 # %% auto #0
 __all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
@@ -156,7 +158,7 @@ def labelled_rows(
 ) -> pd.DataFrame:  # id, comment, label
     "Rows with labels of the classifier's own type. Raises `DataError` for an unknown label."
     rows = read_comments(source, labels=clf.classes_.tolist(), reading=reading_of(reading))
-    own = {label_key(label): label for label in clf.classes_.tolist()}
+    own = by_key(clf.classes_.tolist())
     return rows.assign(label=[own[label_key(label)] for label in rows.label])
 
 # %% ../nbs/06e_judge.ipynb #e8c034d5
@@ -173,7 +175,7 @@ def judge_run(
     baselines: Mapping[str, Any] | None,  # fitted, by name, or None when their training rows are not there
     history: pd.DataFrame | None = None,  # of training, for the curves; without rows where nothing was trained
     comments: bool = True,  # whether files may hold comments
-) -> tuple[dict[str, Any], np.ndarray]:  # metrics, and the labels (n,) that were answered
+) -> tuple[dict[str, Any], np.ndarray]:  # metrics, and ours: float (n, n_classes)
     "Metrics of a fitted classifier beside others, with predictions, mistakes and figures in `folder`."
     classes = clf.classes_
     probabilities = clf.predict_proba(rows.comment)
@@ -189,7 +191,7 @@ def judge_run(
         folder / FIGURES, rows.label, probabilities, classes,
         history if history is not None and len(history) else None, _drawn(theirs),
     )  # fmt: skip
-    return metrics, classes[probabilities.argmax(axis=1)]
+    return metrics, probabilities
 
 
 def _write_mistakes(folder: Path, rows: pd.DataFrame, values: np.ndarray, classes: Any, comments: bool) -> None:
@@ -254,7 +256,7 @@ def train_run(
         clf.history_.to_csv(folder / HISTORY, index=False)
         _write_conflicts(folder, rows, duplicate_groups(rows.comment), comments)
         metrics |= {**caution, "seconds": round(time.perf_counter() - started, 2)}
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / METRICS_FILE, metrics)
         more = {"reading": reading, "held_out": len(held_out), "refit": refit, "epochs": saved.best_epoch_}
         write_json(folder / DESCRIPTION, describe_run("train", source, rows, clf, more))
         write_report(folder, comments=comments)
@@ -302,15 +304,13 @@ def evaluate_run(
     if why_not:
         more["no_baseline"] = "the rows of its training are not there, or have changed"
     with whole_folder(out, obsolete=("influence.tsv",)) as folder:
-        metrics, _ = judge_run(folder, rows, clf, baselines, comments=comments)
+        metrics, probabilities = judge_run(folder, rows, clf, baselines, comments=comments)
         if explain:
-            wrong = evaluation.wrong_rows(
-                rows.comment, rows.label, clf.predict_proba(rows.comment), clf.classes_, rows["id"]
-            )
+            wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, clf.classes_, rows["id"])
             write_table(analysis.explain_mistakes(clf, wrong, explain), folder / "influence.tsv")
         metrics |= describe_run("evaluate", source, rows, clf, more)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / METRICS_FILE, metrics)
         write_report(folder, comments=comments)
     return metrics
 
@@ -376,7 +376,7 @@ def cross_validate_run(
         cuts = {"reading": reading, "folds": folds, "repeats": repeats, "seed": seed, **caution}
         metrics |= describe_run("cross-validate", source, rows, clf, cuts)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
-        write_json(folder / "cv.json", metrics)
+        write_json(folder / FOLDS_FILE, metrics)
         write_report(folder, comments=comments)
     return metrics
 
@@ -389,21 +389,17 @@ def quickstart_run(
     clf: Any,  # fitted
     comments: bool = True,  # whether files may hold comments
     started: float | None = None,  # perf_counter when the job began; None: now
-) -> dict[str, Any]:  # metrics on the test rows
-    "Judge, save, and write a submission for the test rows."
+) -> tuple[dict[str, Any], np.ndarray]:  # metrics on the test rows, and the labels (n,) that were answered
+    "Judge and save."
     started = time.perf_counter() if started is None else started
-    metrics, answers = judge_run(folder, test, clf, fitted_baselines(rows, clf), clf.history_, comments)
+    metrics, probabilities = judge_run(folder, test, clf, fitted_baselines(rows, clf), clf.history_, comments)
     clf.save(folder)
     clf.history_.to_csv(folder / HISTORY, index=False)
-    if comments:
-        write_submission(answers, test[["id", "comment", "label"]], folder / "submission.txt")
-    else:
-        write_table(test[["id"]].assign(label=answers), folder / "submission.txt")
     metrics["seconds"] = round(time.perf_counter() - started, 2)
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / METRICS_FILE, metrics)
     write_json(folder / DESCRIPTION, describe_run("quickstart", source, rows, clf, {"epochs": clf.best_epoch_}))
     write_report(folder, comments=comments)
-    return metrics
+    return metrics, clf.classes_[probabilities.argmax(axis=1)]
 
 # %% ../nbs/06e_judge.ipynb #140f19ba
 def predictions_of(
@@ -484,7 +480,7 @@ def decide_run(
     metrics = folder.metrics()
     if by is not None:
         _check_same_job(run, by)
-    spelled = {label_key(label): label for label in metrics["classes"]}
+    spelled = by_key(metrics["classes"])
     try:
         pairs = [text.rpartition("=") for text in cost]
         costs = {spelled[label_key(label)]: float(number) for label, _, number in pairs}

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 from sklearn.base import BaseEstimator, clone
 
 from .analysis import paired_comparison, worth_labelling
 from .data import duplicate_groups
-from .evaluation import baseline_classifier
+from .evaluation import baseline_classifier, share_interval
 from .tables import DataError, shown, tab_field
 
 # %% auto #0
@@ -419,8 +418,7 @@ JUDGED_AT_LEAST = 30  # by fewer comments an accuracy says next to nothing
 
 def _share_right(labels: Sequence[str], values: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     right = int(sum(classes[place] == label for place, label in zip(values.argmax(axis=1), labels, strict=True)))
-    interval = binomtest(right, len(labels)).proportion_ci(method="wilson")
-    return {"accuracy": right / len(labels), "interval": [float(interval.low), float(interval.high)]}
+    return {"accuracy": right / len(labels), "interval": list(share_interval(right, len(labels)))}
 
 # %% ../nbs/06d_labelling.ipynb #de86242f
 def retrain(

@@ -39,7 +39,7 @@ from gemma_lora_sentiment.benchmark import (
 # pandas and our other rooms are imported in the functions: not on the clock of every system.
 
 # %% auto #0
-__all__ = ['REAL_SYSTEMS', 'LEAST_ROWS', 'RealSettings', 'rows_to_measure', 'right_bits', 'judged', 'peft_targets',
+__all__ = ['REAL_SYSTEMS', 'LEAST_ROWS', 'RealSettings', 'rows_to_measure', 'right_bits', 'rows_right', 'judged', 'peft_targets',
            'prepare_peft', 'peft_model', 'peft_rows', 'run_child', 'real_table', 'real_comparisons',
            'run_real_benchmark']
 
@@ -79,12 +79,10 @@ def rows_to_measure(
     reading: Any = None,  # a Reading: how to read both files; None: it is found out
 ) -> tuple[Any, Any]:  # DataFrames of rows to train on and to judge by: id, comment, label
     "The rows of all systems. Raises `DataError` for a file that cannot be read, is not labelled, or has too few rows."
-    from gemma_lora_sentiment.data import DataError, read_comments, split_comments
+    from gemma_lora_sentiment.data import DataError, classes_of, read_comments, split_comments
 
     rows = read_comments(settings.file, reading=reading)
-    labels = rows.label.unique().tolist()
-    if len(labels) < 2:
-        raise DataError(f"{settings.file}: all {len(rows)} labels are {labels[0]!r}; at least two classes are needed.")
+    labels = classes_of(rows.label.tolist(), settings.file)
     if settings.test_file is None:
         train, test = split_comments(rows, settings.test_fraction, settings.seed)
     else:
@@ -111,6 +109,14 @@ def right_bits(
     return np.packbits(right).tobytes().hex()
 
 
+def rows_right(
+    bits: str,  # of right_bits
+    n: int,  # rows
+) -> np.ndarray:  # bool (n,)
+    "The bits as rows again."
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:n].astype(bool)
+
+
 def judged(
     test: Any,  # DataFrame: comment, label
     probabilities: np.ndarray,  # float (n, classes)
@@ -126,7 +132,7 @@ def judged(
 
 # %% ../nbs/10b_real_rows.ipynb #rr17301c
 def _classifier(system: str, spec: Mapping[str, Any], labels: Sequence[Any], again: bool = False) -> Any:  # unfitted
-    from gemma_lora_sentiment.data import label_key
+    from gemma_lora_sentiment.data import of_own_labels
 
     settings, seed = spec["settings"], spec["settings"]["seed"]
     common = dict(dtype=settings["dtype"], quantization=settings["quantization"], seed=seed)
@@ -145,9 +151,8 @@ def _classifier(system: str, spec: Mapping[str, Any], labels: Sequence[Any], aga
 
     if system == "mini_ko":
         return GemmaLoraClassifier(seed=seed)
-    if isinstance(words := parameters.get("label_words"), Mapping):  # options are text, the labels of typed files not
-        spelled = {label_key(label): label for label in labels}
-        parameters["label_words"] = {spelled.get(label_key(label), label): word for label, word in words.items()}
+    if isinstance(words := parameters.get("label_words"), Mapping):
+        parameters["label_words"] = of_own_labels(words, labels)
     return GemmaLoraClassifier(settings["preset"], **parameters, **common)
 
 
@@ -417,7 +422,7 @@ def real_comparisons(
     result: Mapping[str, Any],  # of run_real_benchmark, or read from its benchmark.json
 ) -> list[str]:  # one line a peer
     "How many times less ours takes, and how the rows compare that one of the two has right and the other not."
-    from scipy.stats import binomtest
+    from gemma_lora_sentiment.analysis import exact_p
 
     table, lines = real_table(result), []
     if "ours" not in table.index:
@@ -426,14 +431,13 @@ def real_comparisons(
     right = {}
     for system, runs in result["systems"].items():
         if metrics := runs["cold"].get("metrics"):
-            right[system] = np.unpackbits(np.frombuffer(bytes.fromhex(metrics["right"]), np.uint8))[: metrics["n"]]
+            right[system] = rows_right(metrics["right"], metrics["n"])
     for peer in table.index.drop("ours"):
         parts = []
         if peer in right and "ours" in right:
             ours_alone = int((right["ours"] > right[peer]).sum())
             theirs_alone = int((right[peer] > right["ours"]).sum())
-            differing = ours_alone + theirs_alone
-            p = binomtest(ours_alone, differing).pvalue if differing else 1.0  # McNemar's exact test
+            p = exact_p(ours_alone, theirs_alone)
             parts.append(f"right alone {theirs_alone} to {ours_alone} rows (p {p:.2g})")
         ratios = {what: table.loc[peer, name] / table.loc["ours", name] for name, what in named.items()}
         parts += [f"{what} {ratio:.2f}" for what, ratio in ratios.items() if ratio == ratio]

@@ -20,7 +20,7 @@ import pandas as pd
 from .analysis import decision_text
 from .data import whole_file
 from .evaluation import METRICS, OURS, frozen_verdict, share_interval, shown_others, verdict
-from .run import DESCRIPTION, REPORT, RunFolder
+from .run import DESCRIPTION, METRICS_FILE, REPORT, RunFolder
 
 # %% ../nbs/06b_report.ipynb #7510162d
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # no HTML may hold these
@@ -568,7 +568,7 @@ def write_report(
     run = RunFolder(folder)
     metrics, tables = run.metrics(), run.tables()
     description = dict(metrics)
-    if run.metrics_file().name == "metrics.json" and run.file(DESCRIPTION):
+    if run.metrics_file().name == METRICS_FILE and run.file(DESCRIPTION):
         description |= run.description()
     predictions = run.predictions(lambda column: column in ("label", "prediction"))
     page = report_html(

@@ -25,12 +25,13 @@ from .data import Reading, describe_comments, duplicate_groups, fingerprint, who
 from .tables import Dialect
 
 # %% auto #0
-__all__ = ['METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT', 'PREDICTIONS', 'TABLES', 'whole_folder',
-           'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions', 'device', 'settings_of', 'describe_run',
-           'plan_of', 'unfinished_run']
+__all__ = ['METRICS_FILE', 'FOLDS_FILE', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT', 'PREDICTIONS', 'TABLES',
+           'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions', 'device', 'settings_of',
+           'describe_run', 'plan_of', 'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
-METRICS_FILES = ("cv.json", "metrics.json")  # the first that is there
+METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
+FOLDS_FILE = "cv.json"  # of cross-validate; believed first where both are there
 DESCRIPTION = "run.json"  # written last: a folder with it holds a whole run
 REPORT = "report.html"
 HISTORY = "history.csv"  # of training, a row an epoch
@@ -146,9 +147,9 @@ class RunFolder:
 
     def metrics_file(self) -> Path:  # cv.json or metrics.json
         "The file with the metrics. `ValueError` where there is none."
-        found = self.file(*METRICS_FILES)
+        found = self.file(FOLDS_FILE, METRICS_FILE)
         if found is None:
-            problem = f"{self.path} has no metrics.json or cv.json"
+            problem = f"{self.path} has no {METRICS_FILE} or {FOLDS_FILE}"
             raise ValueError(f"{problem}. Give a folder that train or cross-validate wrote.")
         return found
 

@@ -27,7 +27,7 @@ from .adapter import RunError
 from .classifier import GemmaLoraClassifier
 from .data import checked_batches, whole_file, write_table
 from .report import write_report
-from .run import REPORT, RunFolder
+from .run import METRICS_FILE, REPORT, RunFolder
 from gemma_lora_sentiment.service import (
     LOOPBACK,
     Limits,
@@ -430,8 +430,7 @@ from gemma_lora_sentiment.web import demo
 demo("run", block=True)
 '''
 _SOURCE = "git+https://github.com/gemma-lora-sentiment/gemma_lora_sentiment"
-_METRICS = "metrics.json"
-_OF_THE_RUN = ("adapter_config.json", "adapter_model.safetensors", "classifier.json", "SHA256SUMS", _METRICS)
+_OF_THE_RUN = ("adapter_config.json", "adapter_model.safetensors", "classifier.json", "SHA256SUMS", METRICS_FILE)
 
 
 def export_space(
@@ -464,7 +463,7 @@ def export_space(
         for name in _OF_THE_RUN:
             if (run / name).is_file():
                 shutil.copy(run / name, folder / "run" / name)
-        if RunFolder(folder / "run").file(_METRICS):
+        if RunFolder(folder / "run").file(METRICS_FILE):
             write_report(folder / "run", comments=False)
         if to.exists():
             to.rmdir()

@@ -149,7 +149,7 @@ with socket.create_server(("127.0.0.1", 0)) as free:
 params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 256, 1, port
 server = xllamacpp.Server(params)
 print(server.listening_address == f"http://127.0.0.1:{port}", flush=True)
-os._exit(0)  # one that is let go before it has begun to serve waits for itself
+os._exit(0)  # its end is not waited for
 """
 
 

@@ -63,7 +63,7 @@ ROOM_IMPORTS = {
     "analysis": {"data", "evaluation"},
     "run": {"tables", "data", "adapter", "checkpoint"},  # the last two when it writes, so that reading needs no Keras
     "report": {"data", "evaluation", "analysis", "run"},
-    "judge": {"data", "classifier", "features", "evaluation", "analysis", "report", "run", "submission"},
+    "judge": {"data", "classifier", "features", "evaluation", "analysis", "report", "run"},
     "figures": {"data", "evaluation"},
     "labelling": {"tables", "data", "evaluation", "analysis"},
     "submission": {"data", "tables"},
