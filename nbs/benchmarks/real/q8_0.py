@@ -60,7 +60,8 @@ def measured(name: str, model: str | Path, prompts: list, words: list, ours: np.
     odds = np.abs(np.diff(asked, axis=1) - np.diff(np.log(ours), axis=1))[:, 0]
     return {
         "name": name, "rows": len(prompts),
-        "p_max": round(float(apart.max()), 4), "p_mean": round(float(apart.mean()), 5), "over05": int((apart > 0.05).sum()), "lo_max": round(float(odds.max()), 3),
+        "p_max": round(float(apart.max()), 4), "p_mean": round(float(apart.mean()), 5),
+        "over05": int((apart > 0.05).sum()), "lo_max": round(float(odds.max()), 3),
         "lo_rms": round(float(np.sqrt((odds**2).mean())), 4),
         "changed": int((theirs.argmax(axis=1) != ours.argmax(axis=1)).sum()), "size": os.path.getsize(model),
     }  # fmt: skip
