@@ -110,7 +110,7 @@ def unstacked_lora(
                     arrays[f"{at}b"] = np.array(group[name]["b"][i - first, :rank], np.float32)
     return {path: arrays[path] for path in like.arrays}
 
-
+# %% ../nbs/03_adapter.ipynb #6dff8ed9
 def lora_scales(
     adapter: Adapter,
     config: GemmaConfig,  # of the base
@@ -290,7 +290,7 @@ def _read(path: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path.parent} holds no {path.name}; give the folder of a saved run.") from None
 
-
+# %% ../nbs/03_adapter.ipynb #c3514e25
 def check_files(
     folder: str | Path,  # written by save_files
     names: Iterable[str],  # files that `SHA256SUMS` must vouch for
@@ -377,7 +377,7 @@ def _saved_in_order(
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
-
+# %% ../nbs/03_adapter.ipynb #77fc75f1
 def adapter_files(
     adapter: Adapter,
     base_name: str,  # preset of the base, for `base_model_name_or_path`
@@ -411,7 +411,7 @@ def adapter_files(
         "adapter_config.json": json.dumps(config, indent=2) + "\n",
     }
 
-
+# %% ../nbs/03_adapter.ipynb #7dcaf8fc
 def save_adapter(
     folder: str | Path,  # made if it is not there
     adapter: Adapter,
@@ -437,7 +437,7 @@ def _is_rank(value: Any) -> bool:
 def _is_alpha(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
-
+# %% ../nbs/03_adapter.ipynb #c9056c98
 def _check_config(config: Any) -> None:
     "Raise `ValueError` for what is no configuration of a LoRA, `RunError` for one that is not computed here."
     if not isinstance(config, dict):
@@ -502,7 +502,7 @@ def _read_weights(folder: Path) -> bytes:
         )
     return _read(path)
 
-
+# %% ../nbs/03_adapter.ipynb #bd9cc941
 def _read_tensors(
     folder: Path,
 ) -> tuple[dict[str, np.ndarray], str | None]:  # float32, by `layers.0.self_attn.q_proj.lora_A`; our note
@@ -554,7 +554,7 @@ def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) ->
             return number
     return default
 
-
+# %% ../nbs/03_adapter.ipynb #09dc2986
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
     tensor = tensors.pop(name, None)
     if tensor is None:
@@ -624,7 +624,7 @@ def _said(note: str, paths: Iterable[str]) -> tuple[LayerRanks, float, np.ndarra
     bits = zlib.decompress(base64.b85decode(said["last_bits"])) if "last_bits" in said else b""
     return ranks, float(alpha), np.frombuffer(bits, "<i4")
 
-
+# %% ../nbs/03_adapter.ipynb #fb0ec2f1
 def _noted_adapter(config: dict[str, Any], note: str, pairs: Mapping[str, tuple], folder: Path) -> Adapter | None:
     "The adapter that was saved. None when the configuration was changed since, so that PEFT would scale it."
     if config["r"] != config["lora_alpha"] or any(config.get(key) for key in ("alpha_pattern", "use_rslora")):
@@ -683,7 +683,7 @@ def _per_head_adapter(config: dict[str, Any], pairs: Mapping[str, tuple], base: 
         arrays[f"{path}/lora_kernel_a"], arrays[f"{path}/lora_kernel_b"] = map(np.ascontiguousarray, pair)
     return Adapter(arrays, rank, float(alpha), targets)
 
-
+# %% ../nbs/03_adapter.ipynb #3d16a90d
 def _textbook_adapter(config: dict[str, Any], pairs: Mapping[str, tuple]) -> Adapter:
     "The adapter as PEFT trains it: each layer with a rank and a scale of its own."
     arrays, ranks = {}, {}

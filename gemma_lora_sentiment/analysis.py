@@ -133,7 +133,7 @@ def _interval(
     reach /= value * (1 - value)
     return [float(expit(logit(value) - reach)), float(expit(logit(value) + reach))]
 
-
+# %% ../nbs/06a_analysis.ipynb #0ca78be3
 def _log_loss_interval(
     losses: np.ndarray,  # float64 (n,), of each row
     group_numbers: np.ndarray,  # int64 (n,), from 0
@@ -255,7 +255,7 @@ def exact_p(
     "McNemar's exact test ([McNemar 1947](https://doi.org/10.1007/BF02295996), by the binomial)."
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
-
+# %% ../nbs/06a_analysis.ipynb #e4f978de
 def paired_comparison(
     y_true: Sequence | np.ndarray | pd.Series,  # n labels
     ours: np.ndarray,  # float (n, n_classes), or (repeats, n, n_classes)
@@ -506,7 +506,7 @@ def _fitted_rule(
     band = _least_sureness(values.max(axis=1), is_right, accuracy)
     return {"temperature": temperature, "threshold": threshold, "confidence": band["confidence"]}
 
-
+# %% ../nbs/06a_analysis.ipynb #9be9bb04
 def _measured_rule(
     true_positions: np.ndarray,  # int64 (n,)
     probabilities: np.ndarray,  # float64 (n, n_classes)
@@ -575,7 +575,7 @@ def _rule_of_theory(classes: list, cost: Mapping[Any, float] | None) -> dict[str
     threshold = float(costs[0] / costs.sum()) if cost and len(classes) == 2 else None
     return {"temperature": 1.0, "threshold": threshold, "confidence": None}
 
-
+# %% ../nbs/06a_analysis.ipynb #99e89c28
 def _tried_rule(
     true_positions: np.ndarray,  # int64 (n,)
     probabilities: np.ndarray,  # float64 (n, n_classes)
@@ -629,7 +629,7 @@ def _sureness_text(decision: Mapping[str, Any]) -> str:
     before, after = decision["measured"]["log_loss"]
     return f"{text}, log-loss {before:.3f} before it and {after:.3f} after."
 
-
+# %% ../nbs/06a_analysis.ipynb #14816621
 def decision_text(
     decision: Mapping[str, Any],  # from choose_decision
 ) -> str:  # two to four lines

@@ -131,7 +131,7 @@ def benchmark_rows(
             rows[name] = _random_prompts(lengths, vocabulary_size, settings.seed + number)
     return rows
 
-
+# %% ../nbs/10_benchmark.ipynb #29ac9335
 def _token_count(rows: Mapping[str, Any]) -> int:  # of the training rows, label and `<eos>` included
     return sum(len(prompt) + 2 for prompt in rows["train"])
 
@@ -165,7 +165,7 @@ class ProcessLog:
         "Whether the time is, or would be."
         return self.elapsed() + needed > self.time_limit
 
-
+# %% ../nbs/10_benchmark.ipynb #329949c4
 def read_log(
     path: Path,  # of a ProcessLog
 ) -> dict[str, Any]:  # the last of each name, lists whole
@@ -268,7 +268,7 @@ def _base_of(settings: BenchmarkSettings) -> Any:  # Base
     needs = {"rank": settings.lora_rank, "batch_size": settings.batch_size, "length": _LONGEST}
     return random_base(settings.shape, settings.dtype, settings.quantization, **needs)
 
-
+# %% ../nbs/10_benchmark.ipynb #c2ee00bd
 def _scaled_normal(key: Any, shape: tuple[int, ...], dtype: str, fan_in: int) -> Any:  # jax.Array
     import jax
 
@@ -300,7 +300,7 @@ def _count_compilations() -> dict[str, float]:  # updated by JAX from now on
     jax.monitoring.register_event_duration_secs_listener(listen)
     return counted
 
-
+# %% ../nbs/10_benchmark.ipynb #fcbf24e7
 def _stop_in_time(log: ProcessLog, steps: int) -> Any:  # a Keras callback
     "Ends `fit` when the time is over, and writes down each epoch or the part of it that was measured."
     import keras
@@ -339,7 +339,7 @@ def _log_epoch(log: ProcessLog, seconds: float, done: int, steps: int) -> None:
     elif done:
         log(partial={"seconds": seconds, "steps": done, "of": steps})
 
-
+# %% ../nbs/10_benchmark.ipynb #8c1e5877
 def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.cache import use_compile_cache
@@ -388,7 +388,7 @@ def _run_ours(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog)
     _log_scoring(log, rows, lambda part: score(part, scoring_batch_size()))  # the batch that `predict_proba` takes
     log(predict_peak_bytes=device_peak_bytes())
 
-
+# %% ../nbs/10_benchmark.ipynb #bbb6b085
 def _log_scoring(log: ProcessLog, rows: Mapping[str, Any], score: Callable[[str], Any]) -> None:
     started = time.perf_counter()
     score("predict")
@@ -470,7 +470,7 @@ def padded(
     pairs = zip(sequences, fill, strict=True)
     return np.array([[*ids, *more] if side == "right" else [*more, *ids] for ids, more in pairs], np.int64)
 
-
+# %% ../nbs/10_benchmark.ipynb #e7c7ea28
 def sorted_batches(
     sequences: Sequence[Sequence[int]],  # n rows of token ids
     batch_size: int,  # rows
@@ -504,7 +504,7 @@ def _peft_optimizer(torch: Any, model: Any, rate: float, decay: float, steps: in
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
-
+# %% ../nbs/10_benchmark.ipynb #c75d35cf
 def train_peft(
     torch: Any,  # the module
     model: Any,  # of PEFT
@@ -544,7 +544,7 @@ def train_peft(
         if log.is_over():
             return
 
-
+# %% ../nbs/10_benchmark.ipynb #4f288e73
 def _word_scores(torch: Any, model: Any, prompts: Sequence[Sequence[int]], words: Sequence[tuple[int, ...]]) -> Any:
     "float32 (n, labels): a logit, or the sum of log-probabilities where a word has several tokens."
     device = next(model.parameters()).device
@@ -565,7 +565,7 @@ def _word_scores(torch: Any, model: Any, prompts: Sequence[Sequence[int]], words
         scores[:, labels] += logits[:, next_ids].float().cpu().numpy()
     return scores
 
-
+# %% ../nbs/10_benchmark.ipynb #3a21d50f
 def score_peft(
     torch: Any,  # the module
     model: Any,  # of PEFT
@@ -602,7 +602,7 @@ def torch_device(
         torch.cuda.set_per_process_memory_fraction(memory_limit * 1e9 / total)
     return "cuda" if on_gpu else "cpu", dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
 
-
+# %% ../nbs/10_benchmark.ipynb #6e7e89b1
 def import_peft(
     spec: Mapping[str, Any],  # of the task, as all tasks take it
     rows: Mapping[str, Any],  # not looked at
@@ -616,7 +616,7 @@ def import_peft(
     a = torch.ones((64, 64), device="cuda" if torch.cuda.is_available() else "cpu")
     log(total=float((a @ a).sum()))
 
-
+# %% ../nbs/10_benchmark.ipynb #e8bf523b
 def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     import torch
     import transformers
@@ -676,7 +676,7 @@ def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: Proce
     }
     _log_scoring(log, rows, lambda part: clf.predict_proba(texts[part]))
 
-
+# %% ../nbs/10_benchmark.ipynb #ae252eda
 def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     from sklearn.base import clone
     from sklearn.model_selection import StratifiedKFold
@@ -701,7 +701,7 @@ def _run_cross_validation(spec: Mapping[str, Any], rows: Mapping[str, Any], log:
 
 _SHELL = "import sys; from gemma_lora_sentiment.cli import app; app()"
 
-
+# %% ../nbs/10_benchmark.ipynb #186ea741
 def _measure_shell(settings: BenchmarkSettings, environment: Mapping[str, str], log: ProcessLog) -> None:
     def run(*arguments: str, cwd: str | None = None) -> None:
         subprocess.run(
@@ -787,7 +787,7 @@ def run_child() -> None:
 
 _GRACE = 20.0  # seconds between the time limit and the end of a process that does not stop by itself
 
-
+# %% ../nbs/10_benchmark.ipynb #2738fc34
 def process_environment(
     cache: Path,  # folder of its compile cache
     fraction: float | None = None,  # of the GPU's memory that XLA may take
@@ -802,7 +802,7 @@ def process_environment(
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
     return environment
 
-
+# %% ../nbs/10_benchmark.ipynb #4ee6dcff
 def run_process(
     folder: Path,  # with rows.json
     spec: Mapping[str, Any],  # task, settings with a time_limit, and what the task takes
@@ -892,7 +892,7 @@ _AT_LEAST = dict(
     rows=2, predict_rows=1, score_rows=1, batch_size=1, epochs=2, lora_rank=1, length=2, time_limit=1, seed=0
 )
 
-
+# %% ../nbs/10_benchmark.ipynb #7a1c6835
 def _check(settings: BenchmarkSettings, systems: Sequence[str], sweeps: Iterable[str]) -> None:
     if settings.shape not in SHAPES:
         raise ValueError(f"Shape {settings.shape!r} is not one of {', '.join(SHAPES)}. Choose one of these.")
@@ -973,7 +973,7 @@ def _note(cold: Mapping[str, Any], warm: Mapping[str, Any], summary: Mapping[str
     parts += [f"failed: {run['failed']}" for run in (cold, warm) if run.get("failed")]
     return "; ".join(parts)
 
-
+# %% ../nbs/10_benchmark.ipynb #0aef8056
 def benchmark_table(
     result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json
 ) -> Any:  # pandas DataFrame: a row a system; empty cells are NaN
@@ -1046,7 +1046,7 @@ def figures_table(
         found.append((f"10-fold cross-validation, whole process{cut}", process, "s"))
     return pd.DataFrame(found, columns=["figure", "value", "unit"])
 
-
+# %% ../nbs/10_benchmark.ipynb #8c984e9b
 def comparisons(
     result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json
 ) -> list[str]:  # one line a peer and figure
@@ -1092,7 +1092,7 @@ def versions_here() -> dict[str, str]:  # by the name of the package
             found[name] = version(name)
     return found
 
-
+# %% ../nbs/10_benchmark.ipynb #fc6bd2ec
 def _measure(
     system: str,
     settings: BenchmarkSettings,
@@ -1157,7 +1157,7 @@ def run_benchmark(
         say(line)
     return result
 
-
+# %% ../nbs/10_benchmark.ipynb #73cb635d
 def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, progress) -> None:
     environment = process_environment(folder / "cache-device", fraction)
     progress("device: a matrix product")
@@ -1197,7 +1197,7 @@ def _measure_all(result, settings, chosen, sweeps, folder, fraction, out, say, p
         if out is not None:
             save_size_figure(result, out / "figures" / "cost_against_size.png")
 
-
+# %% ../nbs/10_benchmark.ipynb #46cd7a9d
 def _describe(result: Mapping[str, Any]) -> str:
     device, rows, settings = result["device"], result["rows"], result["settings"]
     shown = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
@@ -1248,7 +1248,7 @@ def save_size_figure(
     figure.savefig(path, dpi=100)
     return figure
 
-
+# %% ../nbs/10_benchmark.ipynb #08d6c35c
 def benchmark_markdown(
     name: str,  # of the run: the machine and the shape
     result: Mapping[str, Any],  # of run_benchmark, or read from its benchmark.json

@@ -79,7 +79,7 @@ def _check_comments(
             raise DataError(f"Comment {i} is {comment!r}, not a string. Remove the row, or convert the column to text.")
     return [composed(comment) for comment in comments]
 
-
+# %% ../nbs/05_classifier.ipynb #762ee219
 def _check_labels(
     y: Sequence[Any],
     n: int,  # comments
@@ -254,7 +254,7 @@ def _split_rows(
     kept, held_out = split_comments(table, fraction, seed)
     return kept["id"].to_numpy(), held_out["id"].to_numpy()
 
-
+# %% ../nbs/05_classifier.ipynb #59ff9bcd
 def _best_epoch(history: pd.DataFrame) -> int:  # 1-based; 0 when nothing was trained
     if not len(history):
         return 0
@@ -296,7 +296,7 @@ class _Job:
         shape = (self.recipe.batch_size, max(map(len, self.rows.responses)), self.again, clf.lora_dropout)
         return id(self.base), self.start.rank, self.start.targets, *shape
 
-
+# %% ../nbs/05_classifier.ipynb #8daafa5d
 def _trained_together(
     jobs: Sequence[_Job],
     classifiers: Sequence[GemmaLoraClassifier],  # of each job
@@ -319,7 +319,7 @@ def _trained_together(
                     results[i] = result
     return results
 
-
+# %% ../nbs/05_classifier.ipynb #34da8d72
 class _Fitting:
     "From comments and labels to a trained adapter."
 
@@ -760,7 +760,7 @@ class _Persistence:
         clf.history_, clf.buckets_, clf.best_epoch_ = pd.DataFrame(), (), 0
         return clf
 
-
+# %% ../nbs/05_classifier.ipynb #b9faae23
 def _base_of_peft(folder: str | Path) -> str:
     try:
         name = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]

@@ -69,7 +69,7 @@ def _status_of(
 def _print_warning(message: Any, *_: Any, **__: Any) -> None:
     print(f"warning: {_one_line(message)}", file=sys.stderr)
 
-
+# %% ../nbs/11_cli.ipynb #44a619f9
 def _guarded(
     command: Callable[..., None],
 ) -> Callable[..., None]:  # the command, with errors as one line on standard error
@@ -161,7 +161,7 @@ def _warn_of_comments(out: Path) -> None:
     for path in RunFolder(out).with_comments():
         warnings.warn(f"{path} of an earlier command holds comments; remove it before {out} travels.", stacklevel=2)
 
-
+# %% ../nbs/11_cli.ipynb #df97a767
 def _print_result(metrics: dict[str, Any], out: Path, comments: bool, last: str) -> None:
     from gemma_lora_sentiment.judge import comparison_text
 
@@ -169,7 +169,6 @@ def _print_result(metrics: dict[str, Any], out: Path, comments: bool, last: str)
         _warn_of_comments(out)
     print(comparison_text(metrics))
     print(last)
-
 
 # %% ../nbs/11_cli.ipynb #7a32b8cd
 _READING = {
@@ -211,7 +210,7 @@ def _reads_a_file(
 
     return decorated
 
-
+# %% ../nbs/11_cli.ipynb #b5452664
 def _how(reading: dict[str, Any] | None) -> Any:  # data.Reading
     from gemma_lora_sentiment.run import reading_of
 
@@ -262,7 +261,7 @@ def _quantization(given: str | None) -> str | None:  # as Python wants it: None,
         raise ValueError(f"--quantization {given!r} is not one of auto, none, int8, int4. Choose one of these.")
     return None if given == "none" else given
 
-
+# %% ../nbs/11_cli.ipynb #b3deb7fa
 def _parameters(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
     "Parameters of a classifier by the options that were given, over `defaults` of an earlier run."
     parameters = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
@@ -300,7 +299,7 @@ def _checked_classifier(
     clf.prepare(sorted(labels, key=str))
     return clf
 
-
+# %% ../nbs/11_cli.ipynb #2e8073c7
 def _description_of_run(path: Path) -> dict[str, Any]:
     "What `run.json` says, as far as a run can be repeated from it."
     try:
@@ -346,7 +345,7 @@ def _settings_then(
             settings["quantization"] = run["quantization"]
     return settings
 
-
+# %% ../nbs/11_cli.ipynb #10ee10d4
 def _repeat(
     clf: Any,  # of the earlier run's settings, with this call's options over them
     run: dict[str, Any],  # see `_description_of_run`
@@ -419,7 +418,7 @@ def train(
     last = f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}"
     _print_result(metrics, out, comments, last)
 
-
+# %% ../nbs/11_cli.ipynb #4e3cbbf9
 def _job(
     quiet: bool,
     given: dict[str, Any],  # options of the classifier; None where left out
@@ -444,7 +443,6 @@ def _job(
     if earlier:
         _repeat(clf, earlier, given)
     return file, rows, clf, {"reading": reading, "refit": refit}
-
 
 # %% ../nbs/11_cli.ipynb #89dc319a
 @app.command("cross-validate")
@@ -549,7 +547,7 @@ def decide(
 
     print(decide_run(run, cost or (), accuracy, by))
 
-
+# %% ../nbs/11_cli.ipynb #0dcfa520
 @app.command()
 @_guarded
 @_reads_a_file("label_column", "keep_na")
@@ -615,7 +613,7 @@ def predict(
     rows = predict_file(clf, file, out, decision=decision, reading=how, resume=resume, progress=say, score=score)
     print(f"{rows} rows written to {out}")
 
-
+# %% ../nbs/11_cli.ipynb #daebbade
 def _decision_of_run(run: Path) -> dict[str, Any]:
     from gemma_lora_sentiment.run import RunFolder
 
@@ -651,7 +649,7 @@ def submit(
     path = write_submission(clf.predict(comments), sample, out, reading=of_sample)
     print(f"{len(comments)} rows written to {path}")
 
-
+# %% ../nbs/11_cli.ipynb #ae2b8bed
 def _sample(
     sample: str, text_from: str | None, reading: dict[str, Any] | None, out: Path | None
 ) -> tuple[Any, list[str], list[str]]:  # how the sample is read, its comments, lines to be told
@@ -703,7 +701,7 @@ def _base_and_recipe(clf: Any) -> str:  # lines
         f"memory to train {rows} rows of 64 tokens a step, estimated: {needed}"
     )
 
-
+# %% ../nbs/11_cli.ipynb #9fec6ce1
 def _cache_and_versions() -> str:  # lines
     from gemma_lora_sentiment.cache import use_compile_cache
     from gemma_lora_sentiment.data import cache_dir
@@ -774,7 +772,7 @@ def _import_what_follows() -> None:
     for name in ("gemma_lora_sentiment.judge", "gemma_lora_sentiment.figures", "matplotlib.pyplot"):
         importlib.import_module(name)
 
-
+# %% ../nbs/11_cli.ipynb #3a36a090
 def _rows_of_quickstart(seed: int, say: Callable[[str], None]) -> tuple[Any, Any]:  # for training, for judging
     "Comments that mini_ko has not met in pre-training."
     from sklearn.model_selection import train_test_split
@@ -798,7 +796,6 @@ def _answer(path: Path, test: Any, answers: Any, comments: bool) -> None:  # a D
         write_submission(answers, test[["id", "comment", "label"]], path)
     else:
         write_table(test[["id"]].assign(label=answers), path)
-
 
 # %% ../nbs/11_cli.ipynb #06a65597
 @app.command()
@@ -832,7 +829,7 @@ def pretrain(
         )  # fmt: skip
     print(f"{report['parameters']:,} parameters, held-out accuracy {report['held_out_accuracy']:.3f}; saved in {out}")
 
-
+# %% ../nbs/11_cli.ipynb #4b38408b
 def _comments_of(sources: Iterable[str], reading: dict[str, Any] | None) -> Any | None:  # a table of all of them
     "Labelled comments of several files; None where there is no file."
     import pandas as pd
@@ -855,7 +852,7 @@ def _card(clf: Any) -> str:  # Markdown: how to ask the exported checkpoint
         "before the prompt; the tokenizer adds it."
     )
 
-
+# %% ../nbs/11_cli.ipynb #c770f970
 @app.command()
 @_guarded
 def export(
@@ -884,7 +881,7 @@ def export(
     else:
         _export_gguf(clf, run, to, format, outtype or "f16", quiet)
 
-
+# %% ../nbs/11_cli.ipynb #7560e084
 def _check_export(format: str, outtype: str | None, dtype: str) -> None:
     if format not in ("hf", "gguf", "gguf-lora", "space"):
         raise ValueError(f"--format {format!r} is not one of hf, gguf, gguf-lora, space. Choose one of these.")
@@ -908,7 +905,7 @@ def _float32_base(clf: Any, quiet: bool) -> Any:
     release_bases()
     return load_base(clf.preset, "float32")
 
-
+# %% ../nbs/11_cli.ipynb #fe7c418a
 def _export_checkpoint(clf: Any, to: Path, dtype: str, quiet: bool) -> None:
     from gemma_lora_sentiment.adapter import padded_pairs
     from gemma_lora_sentiment.export import export_checkpoint
@@ -930,7 +927,7 @@ def _export_checkpoint(clf: Any, to: Path, dtype: str, quiet: bool) -> None:
         print(f"rounding to {dtype} moved logits by at most {found['rounding']:.1e}")
     print(f"{dtype} checkpoint saved in {to}")
 
-
+# %% ../nbs/11_cli.ipynb #409e5514
 def _export_gguf(clf: Any, run: Path, to: Path, format: str, outtype: str, quiet: bool) -> None:
     from gemma_lora_sentiment.gguf_export import export_gguf, export_gguf_lora
     from gemma_lora_sentiment.prompt import PromptTemplate
@@ -1040,7 +1037,7 @@ def _label(  # a public name would make the docs link every `label` here
         say=functools.partial(print, flush=True),
     )  # fmt: skip
 
-
+# %% ../nbs/11_cli.ipynb #a91d954f
 def _names_of_labels(labels: str, out: Path) -> list[str]:
     names = [name.strip() for name in labels.split(",") if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
@@ -1054,7 +1051,7 @@ def _shown_labels(names: list[str], words: Any) -> dict[str, str]:  # label -> a
     spoken = dict(zip(map(str, words.labels), words.words, strict=True))
     return {name: name if spoken[name] == name else f"{name} ({spoken[name]})" for name in names}
 
-
+# %% ../nbs/11_cli.ipynb #eb484921
 def _finish_labelling(
     labelled: Path,  # file of labels
     tell: Callable[[str], None],  # what goes on, for the page
@@ -1084,7 +1081,6 @@ def _finish_labelling(
         with whole_file(path) as temporary:
             write_table(table.drop(columns="prediction"), temporary)
     return {"run": str(run), "report": str(run / REPORT), "submission": str(path)}
-
 
 # %% ../nbs/11_cli.ipynb #fcbdba3e
 def _check_kind(
@@ -1120,7 +1116,7 @@ def _random_weights(common: dict[str, Any], given: dict[str, Any], how: dict[str
     sweeps = SWEEPS if kinds == ["all"] else {kind: SWEEPS.get(kind, ()) for kind in kinds}
     return run_benchmark(BenchmarkSettings(**common, **_without_none(**given)), sweeps=sweeps, **how)
 
-
+# %% ../nbs/11_cli.ipynb #58cc2f61
 def _real_rows(
     common: dict[str, Any], given: dict[str, Any], how: dict[str, Any], reading: dict[str, Any]
 ) -> dict[str, Any]:  # the result
@@ -1135,7 +1131,7 @@ def _real_rows(
         seen = seen_before(settings.file, "mini_ko")
     return run_real_benchmark(settings, reading=_how(reading), **how, **seen)
 
-
+# %% ../nbs/11_cli.ipynb #5fdc0d0a
 @app.command()
 @_guarded
 @_reads_a_file()

@@ -163,7 +163,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         error = error.__cause__ or error.__context__
 
-
+# %% ../nbs/02b_credentials.ipynb #3d5742a0
 def _explanation(
     error: BaseException,
     handle: str,  # kaggle://... or hf://...
@@ -287,7 +287,7 @@ def _check_hugging_face(handle: str) -> int:  # bytes of the weights, 0 if they 
     listed = api.model_info(repo, files_metadata=True).siblings or []
     return sum(file.size or 0 for file in listed if file.rfilename.endswith((".safetensors", ".h5")))
 
-
+# %% ../nbs/02b_credentials.ipynb #5c400ad6
 def check_access(
     preset: str | Path,  # bundled name, KerasHub preset, address, or folder
 ) -> str:  # one line: where the preset comes from, and with which credentials

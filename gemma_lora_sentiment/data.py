@@ -196,7 +196,7 @@ def _check_one_role_each(given: Mapping[str, object], source: str) -> None:
             problem = f"column {shown(name)} is asked for as {' and as '.join(roles)}."
             raise DataError(f"{problem} Pass {role}_column=... with another.", source=source, column=role)
 
-
+# %% ../nbs/00_data.ipynb #135be4c6
 def _same_name(name: object, names: list[object]) -> object:
     "The one of `names` that is `name`, or the same in Unicode's composed form."
     if name in names or not isinstance(name, str):
@@ -257,7 +257,7 @@ def _check_names_differ(names: Sequence[object], source: str) -> None:
         problem = f"two columns are named {shown(repeated[0])}. Rename one of them."
         raise DataError(problem, source=source, column=str(repeated[0]))
 
-
+# %% ../nbs/00_data.ipynb #b7ba0bab
 def _opened(path: Path, reading: Reading) -> OpenTable:
     check_is_file(path)
     fields = [name for name in reading.columns.values() if isinstance(name, str)]
@@ -309,7 +309,7 @@ def _no_rows(names: Sequence[object], source: str, advice: str = "") -> DataErro
         return DataError('no rows. Write one object for each, such as {"comment": "...", "label": 1}.', source=source)
     return DataError(f"a header ({listed(names)}) and no rows. Add rows under it. {advice}", source=source)
 
-
+# %% ../nbs/00_data.ipynb #ce6712c7
 def _with_id_of_index(table: pd.DataFrame) -> pd.DataFrame:
     "The table, with its index as a further column where that is named like ids."
     name = table.index.name
@@ -441,7 +441,7 @@ class _Place(NamedTuple):
     def error(self, problem: str, row: object = None, column: str | None = None) -> DataError:
         return DataError(problem, source=self.source, row=row, column=column, unit=self.unit)
 
-
+# %% ../nbs/00_data.ipynb #3518a42d
 def _checked_labels(
     values: list, places: Sequence, at: _Place, labels: Sequence | None, labelled: bool, reading: Reading
 ) -> list:
@@ -481,7 +481,7 @@ def _checked_labels(
         _check_labels_differ(rows, at)
     return checked
 
-
+# %% ../nbs/00_data.ipynb #7fd37aec
 _WIDE = re.compile("[\uff01-\uffee]+")  # full-width and half-width forms
 
 
@@ -533,7 +533,7 @@ def _cleaned(texts: list[str], is_file: bool, counts: Counter) -> _Comments:
         counts["comments composed"] += sum(map(str.__ne__, clean, before))
     return _Comments(folded if clean == folded else clean, folded)
 
-
+# %% ../nbs/00_data.ipynb #77ce9f56
 def _check_are_text(values: list, places: Sequence, at: _Place) -> list[str]:
     "Cells as strings, '' where one is missing; a `DataError` for what is no text."
     if set(map(type, values)) <= {str}:
@@ -568,7 +568,7 @@ def _blank_comments(rows: list, at: _Place) -> DataError:
     problem = f"the comment is empty, as it is in {len(rows)} rows ({where}). Write them, remove the rows, {remedy}"
     return at.error(problem, rows[0], "comment")
 
-
+# %% ../nbs/00_data.ipynb #765bac63
 def _checked_ids(values: list, places: Sequence, at: _Place, is_text: bool) -> list:
     "Every id, which no other of these rows may have."
     names = [value.strip() if isinstance(value, str) else value for value in values]
@@ -605,7 +605,7 @@ class CheckedRows(NamedTuple):
     counts: Counter  # what was done to its rows so far
     rows_before: int  # of the file, those that were left out included
 
-
+# %% ../nbs/00_data.ipynb #78318989
 def _checked_rows(
     batch: Batch, roles: dict, at: _Place, reading: Reading, labels: Sequence | None, labelled: bool,
     is_text: bool, counts: Counter, before: int,
@@ -669,7 +669,7 @@ def checked_batches(
             yield CheckedRows(**found, **dict(zip(CheckedRows._fields[6:], facts, strict=True)))
             before += len(batch.places)
 
-
+# %% ../nbs/00_data.ipynb #810e7ce6
 def _further_blanks(batches: Iterator[Batch], roles: dict[str, object], at: _Place) -> list:
     "Rows without a comment in the rest of a file, as far as it can be read."
     blank = []
@@ -702,7 +702,7 @@ def _roles(
             raise at.error(f"no {role} column among {listed(names)} (wanted: {wanted}). {remedy}", column=role)
     return roles
 
-
+# %% ../nbs/00_data.ipynb #76ef1d2f
 def _remedy_in(table: OpenTable, role: str, remedy: str) -> str:
     "The remedy for a column that is not there, with what the file itself shows."
     inner = table.inner_names
@@ -755,7 +755,7 @@ def read_comments(
         result.attrs["reading"] = {"text": reading_text(path, parts[0].form, parts[0].counts), **parts[0].counts}
     return result
 
-
+# %% ../nbs/00_data.ipynb #e2a0ef5e
 def _comments_of_table(source: pd.DataFrame, reading: Reading, labels: Sequence | None, labelled: bool) -> pd.DataFrame:
     "What Python hands over: nothing in it is changed but the white space of comments."
     table, at = _with_id_of_index(source), _Place("table", "index")
@@ -791,7 +791,7 @@ def _as_table(rows: CheckedRows) -> pd.DataFrame:
         others[name] = _column(cells)
     return pd.concat([result, pd.DataFrame(others, index=result.index)], axis=1) if others else result
 
-
+# %% ../nbs/00_data.ipynb #88ea6cde
 def reading_text(
     path: Path,  # of the file
     form: str,  # in words; "" leaves it out

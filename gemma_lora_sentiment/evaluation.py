@@ -78,7 +78,7 @@ def class_positions(
         positions.append(position_of[label])
     return np.array(positions, dtype=np.int64)
 
-
+# %% ../nbs/06_evaluation.ipynb #bfbc62f1
 def check_probabilities(
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
     n_rows: int,  # rows expected: one for each true label
@@ -113,7 +113,7 @@ def check_probabilities(
         )
     return values / sums[:, None]
 
-
+# %% ../nbs/06_evaluation.ipynb #a0e60190
 def check_inputs(
     y_true: Sequence | np.ndarray | pd.Series,  # n labels
     probabilities: np.ndarray,  # float (n, n_classes)
@@ -214,7 +214,7 @@ def fold_indices(
         raise ValueError(f"{len(labels)} rows in {n_groups} groups do not fill folds={folds}. Use fewer folds.")
     return splits
 
-
+# %% ../nbs/06_evaluation.ipynb #dc59e159
 def _check_foldable(
     labels: list,  # n plain labels
     groups: Sequence | None,  # n group names, or None
@@ -278,7 +278,7 @@ def _fitted(
     else:
         yield from (clone(estimator).fit(*part) for part in parts)
 
-
+# %% ../nbs/06_evaluation.ipynb #8fb3ca29
 def _oof_table(
     fold_of_row: np.ndarray,  # int64 (n,)
     labels: np.ndarray,  # (n,)
@@ -406,7 +406,7 @@ def comparison_table(
     rows = [[metrics[column] for column in METRICS] for metrics in (ours, baseline)]
     return pd.DataFrame(rows, index=[OURS, _BASELINE], columns=list(METRICS), dtype=float)
 
-
+# %% ../nbs/06_evaluation.ipynb #0ae1b491
 def verdict(
     ours: Mapping[str, Any],  # from compute_metrics
     baseline: Mapping[str, Any],  # from compute_metrics, on the same rows
@@ -499,7 +499,7 @@ def _can_draw(
         return False
     return all(font.get_char_index(ord(character)) for character in text)
 
-
+# %% ../nbs/06_evaluation.ipynb #e323efde
 def drawable_names(
     classes: Sequence,  # class values
     what: str = "class",  # what one of them is called where no font has its letters
@@ -588,7 +588,7 @@ def _others(
     named = baseline if isinstance(baseline, Mapping) else {"baseline": baseline}
     return [(name, check_probabilities(values, n, classes)) for name, values in named.items()]
 
-
+# %% ../nbs/06_evaluation.ipynb #41f6dfc7
 def _one_vs_rest(
     true_positions: np.ndarray,  # int64 (n,)
     probabilities: np.ndarray,  # float64 (n, n_classes)
@@ -613,7 +613,7 @@ def _one_vs_rest(
             if 0 < is_positive.sum() < len(is_positive):
                 yield _Curve(is_positive, values[:, column], label, style)
 
-
+# %% ../nbs/06_evaluation.ipynb #e52ca67a
 def _finish_curves(
     ax: Axes,  # axes that the curves are drawn on
     names: DrawableNames,  # class names in them
@@ -747,7 +747,7 @@ def share_interval(
     interval = binomtest(int(right), int(n)).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
-
+# %% ../nbs/06_evaluation.ipynb #04291438
 def plot_reliability(
     y_true: Sequence | np.ndarray | pd.Series,  # n labels
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
@@ -837,7 +837,7 @@ def _save_figure(
         temporary.unlink(missing_ok=True)
     return path
 
-
+# %% ../nbs/06_evaluation.ipynb #9f5e91f4
 def save_figures(
     folder: str | Path,  # where to write; made if it is not there
     y_true: Sequence | np.ndarray | pd.Series,  # n labels

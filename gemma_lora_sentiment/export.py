@@ -58,7 +58,7 @@ def _model_type(base: Base) -> str:
 # %% ../nbs/03b_export.ipynb #ex0007ab
 _CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
-
+# %% ../nbs/03b_export.ipynb #dc87e0e6
 def transformers_config(
     base: Base,
     dtype: str = "float32",  # of the checkpoint
@@ -101,7 +101,7 @@ def transformers_config(
         }
     return config | (_rotary_of_gemma3(base) if model_type == "gemma3_text" else {})
 
-
+# %% ../nbs/03b_export.ipynb #72b9d8ec
 def _rotary_of_gemma3(base: Base) -> dict[str, Any]:
     factor = base.arguments["global_rope_scaling_factor"]
     return {
@@ -143,7 +143,7 @@ def _delta(adapter: Adapter, layer_path: str) -> np.ndarray | None:  # float32, 
     divisor = adapter.rank[layer_path][1] if isinstance(adapter.rank, Mapping) else adapter.rank
     return np.float32(adapter.alpha / divisor) * (a @ adapter.arrays[f"{layer_path}/lora_kernel_b"])
 
-
+# %% ../nbs/03b_export.ipynb #6508cc7b
 class MergedWeights(Mapping[str, np.ndarray]):
     """Weights with the adapter added, float32, by path of the Keras variable; each is made when it is asked for."""
 
@@ -299,7 +299,7 @@ def _rounded_logits(base: Base, adapter: Adapter, prompts: Sequence[np.ndarray],
     rounded = {path: value.astype(jnp.dtype(dtype)).astype(np.float32) for path, value in merged}
     return _logits(base, stacked(rounded, base.config), [{} for _ in base.config.groups], prompts)
 
-
+# %% ../nbs/03b_export.ipynb #58beefad
 def _reloaded_logits(folder: Path, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
     import torch
     import transformers
@@ -386,7 +386,7 @@ def check_room(
     if free < 1.05 * needed:
         raise OSError(f"{folder} has {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f}. Make room.")
 
-
+# %% ../nbs/03b_export.ipynb #298528c9
 def check_mergeable(
     base: Base,
     adapter: Adapter,
@@ -441,7 +441,7 @@ def export_checkpoint(
             (folder / name).write_text(text, encoding="utf-8")
     return differences
 
-
+# %% ../nbs/03b_export.ipynb #8d1b5b1f
 def _write_and_prove(
     folder: Path,
     base: Base,

@@ -64,7 +64,7 @@ class _Remembered:
 
 _remembered = _Remembered()
 
-
+# %% ../nbs/05a_features.ipynb #42d32e53
 def _check_texts(X: Any) -> list[str]:
     one_dimensional = getattr(X, "ndim", 1) == 1 and not isinstance(X, (str, bytes))
     comments = list(X) if one_dimensional else [None]
@@ -187,7 +187,7 @@ def _held_out_loss(
         losses.extend(-np.maximum(scores[np.arange(len(held_out)), index[held_out]], -20.0))
     return float(np.mean(losses))
 
-
+# %% ../nbs/05a_features.ipynb #7f00c432
 def _choose(
     features: np.ndarray,  # float32 (n, layers, d)
     index: np.ndarray,  # int (n,)

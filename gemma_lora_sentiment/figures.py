@@ -67,7 +67,7 @@ def accuracy_by(
         return table.loc[[value for value in [*dtype.categories, "(missing)"] if value in table.index]]
     return table.sort_values("accuracy", kind="stable")
 
-
+# %% ../nbs/06c_figures.ipynb #ebce00bc
 def plot_accuracy_by(
     y_true: Sequence | np.ndarray | pd.Series,  # n labels
     probabilities: np.ndarray,  # float (n, n_classes), rows sum to 1
@@ -226,7 +226,7 @@ def _sorted_values(values: pd.Series) -> list:
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
-
+# %% ../nbs/06c_figures.ipynb #26851378
 def plot_sweep(
     table: pd.DataFrame,  # from sweep
     x: str = "lora_rank",  # a setting, along the axis

@@ -42,7 +42,7 @@ class Layer:
         "What decides the arrays' shapes: blocks of one kind can be stacked."
         return replace(self, window=0, rope_base=1.0, rope_factor=1.0)
 
-
+# %% ../nbs/01d_gemma.ipynb #4284e948
 @dataclass(frozen=True)
 class GemmaConfig:
     """All that the forward pass must know beside its arrays."""
@@ -108,7 +108,7 @@ def _layers_of_gemma4(c: Mapping[str, Any]) -> tuple[Layer, ...]:
         )
     return tuple(layers)
 
-
+# %% ../nbs/01d_gemma.ipynb #fb97063b
 def _layers_of_gemma(family: str, c: Mapping[str, Any]) -> tuple[Layer, ...]:
     layers = []
     for i in range(c["num_layers"]):
@@ -126,7 +126,7 @@ def _layers_of_gemma(family: str, c: Mapping[str, Any]) -> tuple[Layer, ...]:
         )  # fmt: skip
     return tuple(layers)
 
-
+# %% ../nbs/01d_gemma.ipynb #9147872e
 def gemma_config(
     family: str,  # "Gemma" (1 and 2), "Gemma3" or "Gemma4"
     arguments: Mapping[str, Any],  # of KerasHub's backbone, as its `get_config` gives them
@@ -171,7 +171,7 @@ def array_shapes(
         shapes |= {f"decoder_block_{i}/{name}": shape for name, shape in block_shapes(config, layer).items()}
     return shapes | {"final_normalization/scale": (d,)}
 
-
+# %% ../nbs/01d_gemma.ipynb #ceb8c43e
 def block_shapes(
     config: GemmaConfig,  # of the base
     layer: Layer,  # the block
@@ -266,7 +266,7 @@ def unpack(
     rows = padded.reshape(groups, -1, columns) - kernel["zero"].astype(jnp.float32)[:, None]
     return (rows * kernel["scale"][:, None]).reshape(-1, columns)[: len(low)].reshape(shape).astype(dtype)
 
-
+# %% ../nbs/01d_gemma.ipynb #ca6cb4dc
 def project(
     x: jax.Array,  # of any axes that the equation names
     kernel: jax.Array | Mapping[str, jax.Array],  # W
@@ -321,7 +321,7 @@ def attend(
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgpl,blkh->bpkgh", weights, values).reshape(b, p, heads, h)
 
-
+# %% ../nbs/01d_gemma.ipynb #67f1268b
 def soft_cap(
     logits: jax.Array,  # of any shape
     cap: float | None,  # None: no limit
@@ -378,7 +378,7 @@ def _added(x: jax.Array, y: jax.Array, config: GemmaConfig) -> jax.Array:
 def _picked(x: jax.Array, places: jax.Array | None) -> jax.Array:  # (b, l, ...) -> (b, p, ...)
     return x if places is None else jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
-
+# %% ../nbs/01d_gemma.ipynb #690e079d
 def block(
     x: jax.Array,  # (b, l, d)
     arrays: Mapping[str, Any],  # of this block, by name
@@ -465,7 +465,7 @@ def _tables(
         "view": np.array([windows.index(layer.window) for layer in layers], np.int32),
     }
 
-
+# %% ../nbs/01d_gemma.ipynb #61e7884b
 def hidden_at(
     base: Mapping[str, Any],  # arrays as stacked lays them out
     adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
@@ -480,7 +480,7 @@ def hidden_at(
     hidden = rms_norm(x, base["final_norm"], config.norm_epsilon, config.norm_offset)
     return hidden if few or places is None else _picked(hidden, places)
 
-
+# %% ../nbs/01d_gemma.ipynb #29565802
 def through_blocks(
     base: Mapping[str, Any],  # arrays as stacked lays them out
     adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
@@ -522,7 +522,7 @@ def through_blocks(
         seen_of.append(looks)
     return x, None if look is None else jnp.concatenate(seen_of)
 
-
+# %% ../nbs/01d_gemma.ipynb #ba3eedc3
 def row_means(
     base: Mapping[str, Any],  # arrays as stacked lays them out
     adapter: Sequence[Mapping[str, Mapping[str, jax.Array]]],  # for each group: layer -> a, b, scale, stacked
@@ -557,7 +557,7 @@ def embedded(
     by_state = rms_norm(by_state, base["per_layer_norm"], config.norm_epsilon, config.norm_offset)
     return x, jnp.moveaxis((by_state + by_token) * jnp.asarray(2**-0.5, x.dtype), 2, 0)
 
-
+# %% ../nbs/01d_gemma.ipynb #2a026a7f
 def logits_of(
     base: Mapping[str, Any],  # arrays as stacked lays them out
     hidden: jax.Array,  # (b, p, d)
@@ -635,7 +635,7 @@ def stacked(
             base[name] = jax.tree.map(lambda array, name=name: put(name, array), arrays.pop(path))
     return base
 
-
+# %% ../nbs/01d_gemma.ipynb #889c8743
 def block_bytes(
     base: Mapping[str, Any],  # as stacked gives it
 ) -> int:  # bytes

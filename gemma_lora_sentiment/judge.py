@@ -77,7 +77,7 @@ def fitted_baselines(
         warnings.simplefilter("ignore")  # ours has said already which comments were too long
         return {name: other.fit(list(rows.comment), rows.label) for name, other in unfitted_baselines(clf).items()}
 
-
+# %% ../nbs/06e_judge.ipynb #51119946
 def zero_shot(
     clf: Any,  # ours, fitted or not
     classes: Sequence[Any],  # in the order of the columns
@@ -198,7 +198,7 @@ def _write_mistakes(folder: Path, rows: pd.DataFrame, values: np.ndarray, classe
     wrong = evaluation.wrong_rows(rows.comment, rows.label, values, classes, rows["id"])
     write_rows(folder / "wrong.tsv", wrong, comments)
 
-
+# %% ../nbs/06e_judge.ipynb #3c646847
 def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bool) -> None:
     "`conflicts.tsv`, where copies of a comment have different labels."
     conflicts = analysis.conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
@@ -278,7 +278,7 @@ def baselines_of_run(
         return None, f"no baseline: {data['source']} has changed since the run"
     return fitted_baselines(rows, clf), ""
 
-
+# %% ../nbs/06e_judge.ipynb #ee3d3c54
 def evaluate_run(
     run: Path,  # folder of a saved run
     source: str,  # file or name of labelled comments
@@ -335,7 +335,7 @@ def _write_folds(
     suspects = analysis.likely_label_errors(rows.comment, rows.label, both, classes, rows["id"])
     write_rows(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4), comments)
 
-
+# %% ../nbs/06e_judge.ipynb #a82134ed
 def cross_validate_run(
     out: Path,  # folder to write
     source: str,  # file or name of the rows, for the description
@@ -431,7 +431,7 @@ def _copies_as_comments(tables: list[pd.DataFrame], runs: Sequence[Path]) -> lis
     groups = [table.group if "group" in table else duplicate_groups(table.comment) for table in tables]
     return [table.assign(comment=[str(each) for each in group]) for table, group in zip(tables, groups, strict=True)]
 
-
+# %% ../nbs/06e_judge.ipynb #2a0647e1
 def compare_runs(
     first: Path,  # folder of a run or a cross-validation
     second: Path,  # another one
@@ -468,7 +468,7 @@ def _check_same_job(run: Path, by: Path) -> None:
             what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
             raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
 
-
+# %% ../nbs/06e_judge.ipynb #f109fafe
 def decide_run(
     run: Path,  # folder of a run or a cross-validation
     cost: Sequence[str] = (),  # LABEL=COST of a mistake on such a comment; else 1

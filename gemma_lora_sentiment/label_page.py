@@ -156,7 +156,7 @@ class LabelDesk:
             self._wake.notify_all()
         self._thread.join()
 
-
+# %% ../nbs/12a_label_page.ipynb #a5afa4d0
 def _shown(job: Labelling, task: Any) -> dict[str, Any]:
     "A comment to label; of one that judges, the classifier's answer is not told before its label is there."
     answer = None if task.judged else job.answer(task.row)
@@ -282,7 +282,7 @@ setInterval(() => { if (!busy && !document.hidden) ask("state"); }, 2000);
 ask("state");
 """
 
-
+# %% ../nbs/12a_label_page.ipynb #96ae3cf8
 def label_html(
     language: str,  # "ko" or "en"
     nonce: str,  # of this answer, by which the page's own script and style are known
@@ -363,7 +363,7 @@ def label_app(
         app.add_route(f"/{name}", file(name), methods=["GET"])
     return guarded(app, hosts, 10_000)
 
-
+# %% ../nbs/12a_label_page.ipynb #f9a04fc8
 _ACT = ("what", "version", "label")
 
 # %% ../nbs/12a_label_page.ipynb #cc43fa69

@@ -58,7 +58,7 @@ def _check_size(path: Path, now: int, then: int) -> None:
         problem = "was changed by another program since it was read. Start again to go on with what it holds now."
         raise DataError(problem, source=str(path))
 
-
+# %% ../nbs/06d_labelling.ipynb #10a79943
 def _whole_lines(
     path: Path,
     is_whole: Callable[[bytes], bool] = lambda line: False,  # whether a last line without its end is one
@@ -96,7 +96,7 @@ def _begun(path: Path, header: str) -> int:  # bytes of the header
 # %% ../nbs/06d_labelling.ipynb #00f0f357
 _HEADER = "id\tcomment\tlabel\n"
 
-
+# %% ../nbs/06d_labelling.ipynb #563ebd98
 class LabelTable:
     "A file of labels of known comments: what it holds, one more, one less. Raises `DataError` for a file of others."
 
@@ -158,7 +158,7 @@ class LabelTable:
         self._ends.pop()
         return self.rows.pop()
 
-
+# %% ../nbs/06d_labelling.ipynb #d6030980
 def _field(value: Any) -> str:
     return tab_field(" ".join(str(value).split()))
 
@@ -205,7 +205,7 @@ class _Events:
 class StaleError(RuntimeError):
     "Somebody else was faster: what is to be changed is no longer as it was seen."
 
-
+# %% ../nbs/06d_labelling.ipynb #17e04bc7
 class Labelling:
     """One pile of comments on its way to labels: the next comment, the answers, the estimate. Safe to call in threads.
 
@@ -406,7 +406,7 @@ class Labelling:
             found |= {"baseline": _share_right(labels, theirs, self.labels), "sentence": compared["sentence"]}
         return found
 
-
+# %% ../nbs/06d_labelling.ipynb #389448a8
 def _checked_names(labels: Sequence[str]) -> list[str]:
     if len(set(labels)) < 2 or len(set(labels)) < len(labels):
         raise DataError(f"labels are {', '.join(map(str, labels))}: at least two, all different, are needed.")

@@ -87,7 +87,7 @@ def _peak_memory() -> int:  # bytes of this process; 0 where the system does not
     except (OSError, ValueError):
         return 0
 
-
+# %% ../nbs/01f_llamacpp.ipynb #22c85088
 def answer_questions() -> None:
     "What the other process runs."
     asked = json.load(sys.stdin)
@@ -129,7 +129,7 @@ def has_llamacpp() -> bool:
     "Whether the extra `[llamacpp]` is installed."
     return importlib.util.find_spec("xllamacpp") is not None
 
-
+# %% ../nbs/01f_llamacpp.ipynb #8e32d313
 def ask_llamacpp(
     model: str | Path,  # a .gguf file
     prompts: Sequence[Sequence[int]],  # token ids of each, `<bos>` with them

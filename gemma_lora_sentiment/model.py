@@ -91,7 +91,7 @@ _TINY_FAMILIES = {
     ),
 }  # fmt: skip
 
-
+# %% ../nbs/02_model.ipynb #c98d4a35
 def tiny_gemma(
     folder: str | Path,  # where to write the preset; made if it is not there
     family: str = "gemma",  # "gemma", "gemma2", "gemma3" or "gemma4"
@@ -227,7 +227,7 @@ GEMMA_2B_CONFIG = dict(
     intermediate_dim=32_768, head_dim=256,
 )  # fmt: skip
 
-
+# %% ../nbs/02_model.ipynb #81153f4f
 def complete_arguments(
     family: str,  # "Gemma" (1 and 2), "Gemma3" or "Gemma4"
     arguments: Mapping[str, Any],  # of KerasHub's backbone, some of them
@@ -287,7 +287,7 @@ def _devices_and_strategy(
 def _devices() -> dict[str, jax.Device]:  # by the names that Keras gives them, "cpu:0" or "gpu:1"
     return {f"{'gpu' if d.platform in ('cuda', 'rocm') else d.platform}:{d.id}": d for d in jax.devices()}
 
-
+# %% ../nbs/02_model.ipynb #d86d354c
 def _parameters(config: GemmaConfig) -> int:
     return sum(int(np.prod(shape)) for shape in array_shapes(config).values())
 
@@ -413,7 +413,7 @@ class Base:
                     group[name] = jax.tree.map(lambda array, name=name: _lay(array, name, self.mesh), whole)
         self.config, self.arrays["groups"] = config, new
 
-
+# %% ../nbs/02_model.ipynb #bf462874
 def on_every_process(
     array: jax.Array,  # parts of which may lie in other processes
 ) -> jax.Array:
@@ -437,7 +437,7 @@ def _rotary_bases(settings: Mapping[str, Any]) -> dict[str, float]:  # by kind o
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _ACTIVATIONS = (None, "gelu", "gelu_pytorch_tanh")  # Transformers takes the first two of a Gemma for the third
 
-
+# %% ../nbs/02_model.ipynb #f784659e
 def check_conversion(
     settings: Mapping[str, Any],  # config.json of a folder of Transformers
     config: GemmaConfig,  # what KerasHub made of it
@@ -487,7 +487,7 @@ def _fingerprint(
         digest.update(path.encode() + str(tuple(array.shape)).encode() + sample.tobytes())
     return digest.hexdigest()
 
-
+# %% ../nbs/02_model.ipynb #41e64509
 def _read(
     preset: str,  # as the user named it
     path: str,  # as KerasHub takes it
@@ -545,7 +545,7 @@ def quantized_kernel(
            f"{path.removesuffix('kernel')}g_idx": of_rows.astype(np.float32)}  # fmt: skip
     return {"packed": packed, "scale": scale.astype(np.float32), "zero": zero.astype(np.int8)}, own
 
-
+# %% ../nbs/02_model.ipynb #473123dc
 def _quantized(
     arrays: dict[str, Any],  # by KerasHub's path, in a float format; it is changed
     arguments: Mapping[str, Any],  # of KerasHub's backbone
@@ -609,7 +609,7 @@ def load_base(
                 _BASES[key] = _load(str(preset), path, dtype, quantization, mesh_for(names, strategy))
         return _BASES[key]
 
-
+# %% ../nbs/02_model.ipynb #35aa5326
 def _load(
     preset: str,
     path: str,
@@ -649,7 +649,7 @@ def _from_keras_hub(preset: str, path: str, dtype: str) -> _ReadBase:
     gc.collect()  # Keras's layers hold their arrays in cycles
     return family, arguments, arrays, proto, _fingerprint(arguments, arrays)
 
-
+# %% ../nbs/02_model.ipynb #d4dbbc27
 def _tokenizer_proto(preset: str, path: str, vocabulary_size: int) -> bytes:  # SentencePiece model
     alone = Path(path) / "tokenizer.json"
     has_model = any((Path(path) / name).is_file() for name in ("tokenizer.model", "assets/tokenizer/vocabulary.spm"))

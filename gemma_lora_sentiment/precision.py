@@ -135,7 +135,7 @@ def preset_config(
     config = {name: value for name, value in found["config"].items() if name not in without}
     return family, config | ({"vision_encoder": None} if family == "Gemma3" else {})
 
-
+# %% ../nbs/02c_precision.ipynb #a3c9f57d
 def choose_quantization(
     preset: str | Path,  # bundled name, KerasHub preset, address at Kaggle, or folder
     dtype: str = "auto",  # of what is not quantized, see choose_dtype

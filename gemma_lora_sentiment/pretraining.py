@@ -231,7 +231,7 @@ def _as_ratings(comments: pd.DataFrame, rng: random.Random) -> list[tuple[int, s
     pairs = [(rating[str(label)], text) for text, label in zip(comments.comment, comments.label, strict=True)]
     return rng.sample(pairs, len(pairs))
 
-
+# %% ../nbs/09_pretraining.ipynb #c529e7a0
 def _encoded(texts: list[str], tokenizer: TextTokenizer, settings: PretrainingSettings, rng: random.Random) -> list:
     if not settings.piece_dropout:
         return tokenizer.encode(texts)
@@ -252,7 +252,7 @@ class _PretrainingModel(keras.Model):
         hidden = keras.ops.take_along_axis(hidden, inputs["positions"][..., None], axis=1)
         return self.backbone.token_embedding(hidden, reverse=True)
 
-
+# %% ../nbs/09_pretraining.ipynb #e52c057f
 class _Batches(keras.utils.PyDataset):
     "One pass: rows of like length together within windows of 80 batches, padded to one of a few lengths."
 
@@ -332,7 +332,7 @@ def _model(
     model.compile(optimizer=optimizer, loss=loss)
     return model
 
-
+# %% ../nbs/09_pretraining.ipynb #97ff6b06
 def _ahead(passes: Iterator[list]) -> Iterator[list]:
     "The same, each drawn in a thread while the one before it is used."
     with ThreadPoolExecutor(1) as pool:
@@ -388,7 +388,7 @@ def save_base(
         keras_nlp.models.GemmaCausalLM(backbone=half, preprocessor=preprocessor).save_to_preset(str(folder))
     return Path(folder)
 
-
+# %% ../nbs/09_pretraining.ipynb #d8051223
 def pretrain_base(
     reviews: pd.DataFrame,  # rating 1 to 10, review
     folder: str | Path,  # of the preset
@@ -441,4 +441,3 @@ def pretrain_base(
     }
     (Path(folder) / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
-

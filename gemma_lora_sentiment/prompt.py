@@ -177,7 +177,7 @@ def _encode_without(
     banned = {tokenizer.processor.piece_to_id(piece) for piece in forbidden}
     return [token_id for ids in tokenizer.encode(parts) for token_id in ids if token_id not in banned]
 
-
+# %% ../nbs/01_prompt.ipynb #313691f5
 def encode_comments(
     comments: Sequence[str],  # texts; white space is folded here
     tokenizer: TextTokenizer,
@@ -424,7 +424,7 @@ def spread_rows(
             heapq.heappush(open_lines, (tokens + int(lengths[row]), line))
     return lines
 
-
+# %% ../nbs/01_prompt.ipynb #b4768314
 def fill_lines(
     lengths: np.ndarray,  # int (n,), tokens of each row
     length: int,  # tokens of a line; longer rows than this are not allowed
@@ -456,7 +456,7 @@ def fill_lines(
             with_room[room - tokens].append(line)
     return lines + [[] for _ in range(-len(lines) % multiple)], np.array(sorted(left_over), dtype=int)
 
-
+# %% ../nbs/01_prompt.ipynb #f53676b5
 def pack_arrays(
     arrays: Mapping[str, np.ndarray],  # one row a line, as training_arrays or scoring_arrays make them
     lines: Sequence[Sequence[int]],  # rows that share a line

@@ -164,7 +164,7 @@ def _settings_of(clf: Any) -> dict[str, Any]:  # what a fit of ours arrived at, 
     found |= {"targets": list(clf.adapter_.targets), "choices": clf.choices_}
     return found | {"fingerprint": clf.base_fingerprint_}
 
-
+# %% ../nbs/10b_real_rows.ipynb #11c8345c
 def _run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     system, (train, test) = spec["system"], (rows["train"], rows["test"])
     clf = _classifier(system, spec, train["label"])
@@ -278,7 +278,7 @@ def _run_export(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLo
     given = prepare_peft(spec["settings"]["preset"], spec["ours"], rows, folder / "base")
     (folder / "peft.json").write_text(json.dumps(given), encoding="utf-8")
 
-
+# %% ../nbs/10b_real_rows.ipynb #f1bb699c
 def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     import torch
     import transformers
@@ -384,7 +384,7 @@ def _note(record: Mapping[str, Any]) -> str:
     parts += ["ended at the time limit"] if record.get("ended") else []
     return "; ".join([*parts, *([f"failed: {record['failed']}"] if record.get("failed") else [])])
 
-
+# %% ../nbs/10b_real_rows.ipynb #3a0eb969
 def real_table(
     result: Mapping[str, Any],  # of run_real_benchmark, or read from its benchmark.json
 ) -> Any:  # DataFrame: a row a system; empty cells are NaN
@@ -461,7 +461,7 @@ def _describe(result: Mapping[str, Any]) -> str:
         f"{device['kind']} ({device['platform']}), {device['cpus']} CPU cores\n{shown}"
     )
 
-
+# %% ../nbs/10b_real_rows.ipynb #2c5a2549
 class _Run:
     "One run: its settings, its folder, what it has found."
 
@@ -544,7 +544,7 @@ def run_real_benchmark(
         say(line)
     return result
 
-
+# %% ../nbs/10b_real_rows.ipynb #01b33926
 def _beginning(settings: RealSettings, train: Any, test: Any, caution: str | None) -> dict[str, Any]:  # the result
     from gemma_lora_sentiment.data import fingerprint, leaked_comments
 

@@ -399,7 +399,7 @@ def _origin(description: Mapping[str, Any]) -> list[tuple[str, str, list[Element
         sections.append(("settings", "Settings and versions", [_tag("div", *tables, class_="columns")]))
     return sections
 
-
+# %% ../nbs/06b_report.ipynb #ae66b235
 def _training(history: pd.DataFrame, limit: int = 40) -> list[ElementTree.Element]:
     "The table of training, its last epochs."
     names = [name for name in history if name != "epoch"]

@@ -25,13 +25,14 @@ from .data import Reading, describe_comments, duplicate_groups, fingerprint, who
 from .tables import Dialect
 
 # %% auto #0
-__all__ = ['METRICS_FILE', 'FOLDS_FILE', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT', 'PREDICTIONS', 'TABLES',
-           'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions', 'device', 'settings_of',
-           'describe_run', 'plan_of', 'unfinished_run']
+__all__ = ['METRICS_FILE', 'FOLDS_FILE', 'METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT',
+           'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions',
+           'device', 'settings_of', 'describe_run', 'plan_of', 'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
 METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
-FOLDS_FILE = "cv.json"  # of cross-validate; believed first where both are there
+FOLDS_FILE = "cv.json"  # of cross-validate
+METRICS_FILES = (FOLDS_FILE, METRICS_FILE)  # the first that is there is believed
 DESCRIPTION = "run.json"  # written last: a folder with it holds a whole run
 REPORT = "report.html"
 HISTORY = "history.csv"  # of training, a row an epoch
@@ -82,7 +83,7 @@ def whole_folder(
             made.rmdir()
         raise
 
-
+# %% ../nbs/05b_run.ipynb #fc3df1a1
 def _move_into(temporary: Path, out: Path) -> None:
     "Move what was written. `run.json` goes last, and an old one goes first: with it a run is whole, without it not."
     if not out.exists():
@@ -147,7 +148,7 @@ class RunFolder:
 
     def metrics_file(self) -> Path:  # cv.json or metrics.json
         "The file with the metrics. `ValueError` where there is none."
-        found = self.file(FOLDS_FILE, METRICS_FILE)
+        found = self.file(*METRICS_FILES)
         if found is None:
             problem = f"{self.path} has no {METRICS_FILE} or {FOLDS_FILE}"
             raise ValueError(f"{problem}. Give a folder that train or cross-validate wrote.")
@@ -311,7 +312,7 @@ def _planned(folder: Path, plan: dict[str, Any], resume: bool) -> bool:  # wheth
         raise RunError(f"{folder} is of another run: {differs}. {what}")
     return True
 
-
+# %% ../nbs/05b_run.ipynb #c0325eca
 @contextmanager
 def unfinished_run(
     out: Path,  # folder of the run, held by this process

@@ -64,7 +64,7 @@ class Chunk(NamedTuple):
     form: str  # of the file, in words: "';'-separated CP949"
     counts: Counter  # what was done to its rows so far, such as "empty rows"
 
-
+# %% ../nbs/08_scale.ipynb #150f8073
 def read_chunks(
     source: str | os.PathLike,  # a file, a folder of files, or a name that read_comments knows
     rows: int = 8192,  # in a chunk, blank lines counted; a chunk ends where its file does
@@ -103,7 +103,7 @@ def _ids(ids: list) -> pd.Series:
     "Ids of one simple type, else as Python objects."
     return pd.Series(ids) if {type(name) for name in ids} in ({int}, {float}) else pd.Series(ids, dtype=object)
 
-
+# %% ../nbs/08_scale.ipynb #d3d21a12
 def _files_of(path: Path, format: str | None) -> list[Path]:  # by name
     "The files of a folder, all of one format, or the file itself."
     if not path.is_dir():
@@ -284,7 +284,7 @@ def _are_ascii(parts: Sequence[Path]) -> bool:
                     return False
     return True
 
-
+# %% ../nbs/08_scale.ipynb #993f0980
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -324,7 +324,7 @@ def _opened_journal(folder: Path, settings: dict[str, Any], resume: bool) -> _Jo
     folder.mkdir()
     return _Journal(folder)
 
-
+# %% ../nbs/08_scale.ipynb #532b9695
 @contextmanager
 def _parts(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[_Journal]:
     "Inside, parts can be written; afterwards those that are finished are there, or none and no folder."
@@ -410,7 +410,7 @@ def _scored(scorer: _ChunkScorer, chunks: Iterator[Chunk]) -> Iterator[_Scored]:
     for chunk in chunks:
         yield chunk, scorer(chunk.table["comment"].tolist())
 
-
+# %% ../nbs/08_scale.ipynb #d58c5395
 def _predict_parts(
     clf: GemmaLoraClassifier,
     chunks: Iterator[Chunk],
@@ -495,7 +495,7 @@ def _warn_of_truncated(scorer: _ChunkScorer, rows: int) -> None:
             "was left out.", stacklevel=4,
         )  # fmt: skip
 
-
+# %% ../nbs/08_scale.ipynb #e631def5
 class _Clock:
     "Rows a second, and the time left by the share of the input that has been read."
 
@@ -558,7 +558,7 @@ def ray_workers(
 
     return scored
 
-
+# %% ../nbs/08_scale.ipynb #e3b04d96
 def _scored_by_ray(ray: Any, workers: int | None, scorer: _ChunkScorer, chunks: Iterator[Chunk]) -> Iterator[_Scored]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))

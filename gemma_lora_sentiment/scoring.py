@@ -128,7 +128,7 @@ def score_labels(
         collect(0)
     return values.reshape(n, n_labels)
 
-
+# %% ../nbs/03d_scoring.ipynb #f7993a9a
 def _score(
     base: Base,
     adapter: Any,  # as lend gives it
@@ -160,7 +160,7 @@ def line_lengths(
         sizes.append(sizes[-1] * 4 // 3 if bin(sizes[-1]).count("1") == 2 else sizes[-1] * 3 // 2)
     return sizes
 
-
+# %% ../nbs/03d_scoring.ipynb #ddd834e8
 def _scoring_steps(
     lengths: np.ndarray,  # int (n,), tokens of each row
     buckets: Sequence[int] = (),  # tokens of a line; longer ones follow where they are needed

@@ -98,7 +98,7 @@ class _Job:
 _TOGETHER = 1024  # comments scored together at most, unless one request has more
 _MOMENT = 0.004  # seconds: who has just been answered may ask again
 
-
+# %% ../nbs/08a_service.ipynb #d527567e
 class ScoringService:
     "A fitted classifier behind one thread. Raises `RunError` where the decision is for other labels."
 
@@ -204,7 +204,7 @@ class ScoringService:
         self._jobs.put(None)
         self._thread.join()
 
-
+# %% ../nbs/08a_service.ipynb #497ed41a
 def _check_decision(decision: Mapping[str, Any] | None, classes: list) -> None:
     if decision is not None and list(map(str, decision["classes"])) != list(map(str, classes)):
         raise RunError("The decision of the run is for other labels. Train again.")
@@ -250,7 +250,7 @@ def _is_unicode(text: str) -> bool:
         return False
     return True
 
-
+# %% ../nbs/08a_service.ipynb #34699f36
 async def read_json(
     request: Any,  # of Starlette
     limit: int,  # bytes
@@ -272,7 +272,7 @@ async def read_json(
 _PRIVATE = ("/gradio_api/file=http", "/gradio_api/proxy=", "/monitoring")  # would fetch from elsewhere, or tell
 _HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
-
+# %% ../nbs/08a_service.ipynb #b9d930a2
 class _Guard:
     "What holds for every request: known hosts, nothing fetched from elsewhere, no sniffing."
 
@@ -311,7 +311,7 @@ class _Guard:
             (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]})  # fmt: skip
         await sent({"type": "http.response.body", "body": body})
 
-
+# %% ../nbs/08a_service.ipynb #ebed639a
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -350,7 +350,7 @@ _FORM = {
                           "content": {"application/json": {"schema": _ANSWER}}}},
 }  # fmt: skip
 
-
+# %% ../nbs/08a_service.ipynb #86e078bd
 def api(
     service: ScoringService,  # which answers
     report: Path | None = None,  # the run's report.html
@@ -468,7 +468,7 @@ def run_app(
     except KeyboardInterrupt:  # asked for
         pass
 
-
+# %% ../nbs/08a_service.ipynb #37e0e394
 def address_of(
     taken: socket.socket,  # bound
 ) -> str:  # http://127.0.0.1:8000

@@ -100,7 +100,7 @@ _RUN = {  # how the command was tried
     "vLLM, adapter": "not run",
 }
 
-
+# %% ../nbs/03c_serving_files.ipynb #b448aa69
 def serving_readme(
     name: str,  # of the model
     kind: str,  # "gguf", "gguf-lora" or "hf": what lies beside it
@@ -134,4 +134,3 @@ _NOTES = {
     "gguf-lora": f"BASE.gguf is the base that was trained on, in GGUF, of any quantization. {_CACHED}",
     "hf": "BASE is the base in Hugging Face's layout, a folder or a name; RUN the folder of the run.",
 }
-

@@ -72,7 +72,7 @@ def shape_of_fits(
     packing = _shared_packing(rows, recipes, seeds)
     return packing.lines, packing.length, packing.rows * max(map(len, rows[0].responses))
 
-
+# %% ../nbs/04c_side_by_side.ipynb #30bc55ab
 def fits_together(
     base: Base,
     rank: int,  # of LoRA
@@ -172,7 +172,7 @@ def train_side_by_side(
         for i, (start, each, history) in enumerate(zip(starts, arrays, histories, strict=True))
     ]
 
-
+# %% ../nbs/04c_side_by_side.ipynb #286a594e
 def _stack(trees: Any) -> Any:  # arrays with an axis of fits before the others
     return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
 

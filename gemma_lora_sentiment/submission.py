@@ -86,7 +86,7 @@ def _as_cell(value: object) -> str:
         return value
     return "" if not pd.api.types.is_scalar(value) or pd.isna(value) else str(value)
 
-
+# %% ../nbs/07_submission.ipynb #e58977ff
 def _read_sample(sample: str | os.PathLike | pd.DataFrame, reading: Reading | None = None) -> _Sample:
     "The rows to fill in; a `DataError` for a sample that is not sound itself."
     reading = reading or Reading()
@@ -125,7 +125,7 @@ def _check_can_be_written(table: pd.DataFrame, name: str) -> None:
                 unit = table.index.name or "index"
                 raise DataError(fault, source=name, row=place, column=str(column), unit=unit)
 
-
+# %% ../nbs/07_submission.ipynb #bd49615a
 def _answer_column(
     table: pd.DataFrame,
     columns: dict[str, object],  # of ids and comments, or None
@@ -320,7 +320,7 @@ def check_submission(
     facts = {"rows": len(found)} | {f"rows of label {label}": int(counts[label]) for label in sorted(counts.index)}
     return pd.DataFrame({"value": pd.Series(facts, dtype=object)})
 
-
+# %% ../nbs/07_submission.ipynb #1e5ce541
 def _is_as_known(label: str, known: list[str], form: Dialect) -> bool:
     "Whether a label is there and of the sample's kind; in text it is spelled as there, else 1 and 1.0 are one number."
     spelled = _spell(label, known)
@@ -385,7 +385,7 @@ def _text_of(sample: _Sample, labels: list[_Label]) -> bytes:
     text = [sample.form.separator_line] * bool(sample.form.separator_line) + [delimiter.join(line) for line in lines]
     return _encoded("\n".join(text) + "\n", sample)
 
-
+# %% ../nbs/07_submission.ipynb #43a5f57b
 def _encoded(text: str, sample: _Sample) -> bytes:
     "Text in the sample's encoding, with its byte order mark."
     encoding = sample.form.encoding
@@ -438,7 +438,7 @@ def _json_of(sample: _Sample, labels: list[_Label]) -> bytes:
     except DataError:  # what its encoding does not have was written as an escape there
         return _encoded(text(True), sample)
 
-
+# %% ../nbs/07_submission.ipynb #1b2a037f
 def _excel_of(sample: _Sample, labels: list[_Label], has_macros: bool) -> bytes:
     "The sample's workbook with these labels in it, the results of formulas in their place."
     import openpyxl
@@ -477,7 +477,7 @@ def _keep_formulas(book: Any, source: io.BytesIO, column: int, sheet: str) -> No
             if cell.data_type == "f" and not is_answer and book[of_formulas.title][cell.coordinate].value is None:
                 book[of_formulas.title][cell.coordinate].value = cell.value
 
-
+# %% ../nbs/07_submission.ipynb #34b00da2
 def _fill(cell: Any, value: object) -> None:
     "A value in a cell of Excel; text that begins with `=` is text."
     cell.value = excel_text(value) if isinstance(value, str) else value
@@ -509,7 +509,7 @@ def _parquet_of(sample: _Sample, labels: list[_Label]) -> bytes:
     pyarrow.parquet.write_table(table, content)
     return content.getvalue()
 
-
+# %% ../nbs/07_submission.ipynb #b5dc6231
 def _kinds_of_arrow(kind: Any) -> set[type]:
     "The type of Python that a column of Arrow holds; none where it holds nothing."
     from pyarrow import types
@@ -557,7 +557,7 @@ def _workbook(table: pd.DataFrame) -> bytes:
     book.save(content)
     return content.getvalue()
 
-
+# %% ../nbs/07_submission.ipynb #202dbf5f
 def _write(partial: Path, sample: _Sample, labels: list[_Label], out: Path) -> None:
     "Write the file in its form, packed as the name `out` says."
     suffix, packing = _suffix_of(out), packing_of(out)
@@ -593,7 +593,7 @@ def _check_suffix(out: Path, sample: _Sample) -> None:
         problem = f"the sample is {form.text.rstrip(',')}. Give the file the sample's suffix, or {usual}."
         raise DataError(problem, source=str(out))
 
-
+# %% ../nbs/07_submission.ipynb #75e21411
 def _usual_suffix(sample: _Sample) -> str:
     "The sample's own suffix, that of a packing left out; .txt for tabs."
     suffix = _suffix_of(sample.path) if sample.path else ".txt"
@@ -639,7 +639,7 @@ def check_output(
     "Raise `DataError` where `write_submission` would refuse the name `out`, before there are predictions."
     _check_suffix(Path(out), _read_sample(sample, reading))
 
-
+# %% ../nbs/07_submission.ipynb #1dcb2959
 def _labels(predictions: object, rows: _Sample) -> list[_Label]:
     "A label for each row, spelled as the sample does."
     known, labels = _known_labels(rows), []
@@ -712,7 +712,7 @@ def _readings(sample: object, text_from: str | os.PathLike, reading: Reading) ->
 def _names(source: str | os.PathLike | pd.DataFrame, reading: Reading) -> set[str]:
     return {composed(str(name)) for name in read_table(source, reading=reading).columns}
 
-
+# %% ../nbs/07_submission.ipynb #c7f54182
 def _fitting(path: Path, reading: Reading) -> Reading:
     "Of two files one may have another delimiter or encoding, or no sheets: what does for this one."
     kind, given = FORMATS.get(_suffix_of(path)), reading.dialect
@@ -749,7 +749,7 @@ def _comments_by_id(rows: _Sample, found: CheckedRows, name: str) -> list[str]:
         raise DataError(problem, source=name, column="id")
     return [by_id[each] for each in rows.ids]
 
-
+# %% ../nbs/07_submission.ipynb #5eb377a6
 def _check_pairs(rows: _Sample, found: CheckedRows | None, name: str) -> None:
     "`DataError` for files that are not to be paired row by row."
     number = len(found.comments) if found else 0

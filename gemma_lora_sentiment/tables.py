@@ -66,7 +66,7 @@ def is_blank(
     "Whether nothing of a text can be seen: white space, zero-width characters and fillers."
     return not text.strip(_UNSEEN)
 
-
+# %% ../nbs/00a_tables.ipynb #4ad9f6cb
 def blank_texts(
     texts: Sequence[str],  # any number of them
 ) -> list[int]:  # their places, from 0
@@ -149,7 +149,7 @@ def half_a_character(
         return None
     return f"the {role} {shown(fold_whitespace(text))} holds half a character (a lone surrogate). Write it again."
 
-
+# %% ../nbs/00a_tables.ipynb #436fe232
 def listed(
     values: Iterable[object],  # any number of them
 ) -> str:  # the first eight values, and how many more there are
@@ -192,7 +192,7 @@ def _only_name(archive: zipfile.ZipFile, name: str) -> str:
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard, ".zip": _open_zip}
 
-
+# %% ../nbs/00a_tables.ipynb #3351f4a8
 def packing_of(
     path: Path,  # of a file that need not be there
 ) -> str:  # ".gz", ".xz", ".bz2", ".zst" or ".zip"; "" for a file that is not packed
@@ -222,7 +222,7 @@ def packed(
         return gzip.compress(content, mtime=0)  # the same bytes each time
     return {".xz": lzma.compress, ".bz2": bz2.compress, "": bytes}[packing](content)
 
-
+# %% ../nbs/00a_tables.ipynb #3950de22
 class _Bytes:
     "The bytes of a file, unpacked, and how much of it has been read."
 
@@ -285,7 +285,7 @@ class _Bytes:
         self.stream.close()
         self.file.close()
 
-
+# %% ../nbs/00a_tables.ipynb #dddaffb4
 def unpacked(
     path: Path,  # of a file
 ) -> bytes:
@@ -325,7 +325,7 @@ class Dialect(NamedTuple):
             kind = "a JSON array," if self.is_array else "JSON lines,"
         return f"{kind} {_ENCODINGS.get(self.encoding, self.encoding)}"
 
-
+# %% ../nbs/00a_tables.ipynb #17e66c65
 _ENCODINGS = {
     "utf-8": "UTF-8", "utf-16": "UTF-16", "utf-32": "UTF-32", "cp949": "CP949",
     "utf-16-le": "UTF-16 (little-endian)", "utf-16-be": "UTF-16 (big-endian)",
@@ -352,7 +352,7 @@ def _format_by_name(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _OPENERS]
     return FORMATS.get(suffixes[-1] if suffixes else "")
 
-
+# %% ../nbs/00a_tables.ipynb #6b3c475e
 def format_of(
     path: Path,  # of a file that need not be there
     format: str | None = None,  # asked for
@@ -435,7 +435,7 @@ _OF_ASIA = {  # encodings whose bytes are often sound CP949, and letters that ev
 _LETTER = re.compile(r"[^\W\d_\x00-\x7f]")
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff\uf900-\ufaff]")
 
-
+# %% ../nbs/00a_tables.ipynb #3e50f20e
 def _letters(start: bytes, encoding: str) -> list[str] | None:  # those beyond ASCII; None where it does not decode
     try:
         return _LETTER.findall(codecs.getincrementaldecoder(encoding)().decode(start))
@@ -475,7 +475,7 @@ def _wide(start: bytes) -> str | None:  # "utf-16-le", "utf-16-be" or None
     low, high = sorted(plain, key=plain.get)
     return high if plain[high] > max(4 * plain[low], len(start) / 100) else None
 
-
+# %% ../nbs/00a_tables.ipynb #d90ae29e
 def find_encoding(
     head: bytes,  # the beginning of a file, or all of it
     name: str,  # for messages
@@ -539,7 +539,7 @@ def _check_is_table(
         problem = "is JSON, not a table of text. Name it .json or .jsonl, or pass delimiter=... with none where each"
         raise DataError(f"{problem} line is a comment.", source=name)
 
-
+# %% ../nbs/00a_tables.ipynb #fee552ac
 def _is_json(text: str) -> bool:
     "Whether it is an array of objects, one value, or an object or array in each of its first lines."
     if text[:1] not in ("{", "["):
@@ -595,7 +595,7 @@ def _decoded(
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
-
+# %% ../nbs/00a_tables.ipynb #55460285
 def _has_line_feeds(text: str) -> bool:
     "Whether line feeds end the lines; of an old Mac, a carriage return does, and a line feed may stand in quotes."
     feeds, first = text.count("\n"), _LINE_END.search(text)
@@ -685,7 +685,7 @@ def tab_records(
         yield number, fields
         number += used
 
-
+# %% ../nbs/00a_tables.ipynb #1a53f814
 def _with_quotes(
     line: str,
     raw: list[str],  # its fields as they stand
@@ -724,7 +724,7 @@ def tab_field(
     "The text as it is, or in quotes where `tab_records` would take its own quotation marks for quoting."
     return text if _plain_field(text) == text else '"' + text.replace('"', '""') + '"'
 
-
+# %% ../nbs/00a_tables.ipynb #a7175155
 def _unquoted(text: str) -> list[str] | None:
     "The fields of one row by the rules of quoting, or None where it breaks them."
     try:
@@ -779,7 +779,7 @@ def _has_spaced_quotes(lines: Sequence[str], delimiter: str) -> bool:
         return any(field[:1] == " " and field.lstrip(" ")[:1] == '"' for field in fields)
     return True
 
-
+# %% ../nbs/00a_tables.ipynb #d20ad107
 def _parted(lines: Sequence[str], delimiter: str, is_header: Callable[[list[str]], bool]) -> _Parted:
     records, rows, names, fits = _records(iter(lines), delimiter, "", _skips_spaces(lines, delimiter)), 0, [], True
     try:
@@ -792,7 +792,7 @@ def _parted(lines: Sequence[str], delimiter: str, is_header: Callable[[list[str]
         fits = fits and rows > 1 and len(lines) == _SAMPLE
     return _Parted(delimiter, names, fits and rows > 1, is_header(clean_names(names)))
 
-
+# %% ../nbs/00a_tables.ipynb #95a72afb
 def find_delimiter(
     lines: Sequence[str],  # the first of a file, blank ones at the end left out
     kind: str,  # "tsv" and "csv" have a usual one, "txt" has none
@@ -828,7 +828,7 @@ def find_delimiter(
 
 _LONG_MARKS = ("::", "##", "@@", "$$", "^^", "~~", "<>")
 
-
+# %% ../nbs/00a_tables.ipynb #90b76893
 def _long_mark(lines: Sequence[str], is_header: Callable[[list[str]], bool]) -> str | None:
     "What parts the fields where it is more than one character: by the header, or `::` in each line as often."
     header, *rows = [line for line in lines if line.strip()]
@@ -882,7 +882,7 @@ def _as_wide(
             raise DataError(_misfit(fields, width, separator), source=name, row=place)
     return rows, empty
 
-
+# %% ../nbs/00a_tables.ipynb #d2553da2
 def _check_no_second_header(
     names: list[str],  # of the columns
     places: Sequence[int],  # of the rows
@@ -957,7 +957,7 @@ def json_rows(
 
 _ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # of half a character, or of a half of one
 
-
+# %% ../nbs/00a_tables.ipynb #b4668323
 def _watched(lines: Iterable[str], escaped: list[bool]) -> Iterator[str]:
     "The lines; from the first on that has such an escape, `escaped` is no longer empty."
     for line in lines:
@@ -976,7 +976,7 @@ def _half_characters(value: Any, key: str) -> Iterator[tuple[str, str]]:  # the 
     for inner in value if isinstance(value, list) else ():
         yield from _half_characters(inner, key)
 
-
+# %% ../nbs/00a_tables.ipynb #3d8e8b7b
 def _array_values(lines: Iterable[str], decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
     "The values of an array, one at a time, with their numbers; a `ValueError` where it is none."
     lines, text, number = iter(lines), "", 0
@@ -1005,7 +1005,7 @@ def _array_values(lines: Iterable[str], decoder: json.JSONDecoder) -> Iterator[t
     if text.strip() or any(line.strip() for line in lines):
         raise ValueError("something stands after the array")
 
-
+# %% ../nbs/00a_tables.ipynb #b9388491
 def _next_value(text: str, lines: Iterator[str], decoder: json.JSONDecoder) -> tuple[Any, str]:  # and what follows it
     "The value that begins in `text` and may go on in the next lines."
     wanted = 1
@@ -1040,7 +1040,7 @@ def _json_or_none(text: str) -> Any:
         return json.loads(text)
     return None
 
-
+# %% ../nbs/00a_tables.ipynb #3eb76ec9
 def _not_a_row(
     value: dict[str, Any],  # the only value of a file
     is_header: Callable[[list[str]], bool],
@@ -1075,7 +1075,7 @@ def _arrays_of_rows(value: dict[str, Any], before: str = "") -> list[str]:
             places.append(before + key)
     return places
 
-
+# %% ../nbs/00a_tables.ipynb #8a4c8916
 def nested_names(
     row: dict[str, Any],  # a JSON object
     before: str = "",  # where it stands in another, "data."
@@ -1108,7 +1108,7 @@ def _own_key(row: dict[str, Any], name: str) -> str | None:
         return name if name in row else None
     return next((key for key in row if composed(key) == composed(name)), None)
 
-
+# %% ../nbs/00a_tables.ipynb #37d46463
 def with_nested(
     row: dict[str, Any],  # a JSON object
     name: str,  # as nested takes it
@@ -1162,7 +1162,7 @@ def _excel_cells(sheet: Any) -> Iterator[tuple[int, tuple]]:
     sheet.reset_dimensions()  # what a file says of its own size may be wrong
     return enumerate(map(_without_escapes, sheet.iter_rows(values_only=True)), start=1)
 
-
+# %% ../nbs/00a_tables.ipynb #b95c6067
 def _excel_book(file: BinaryIO, name: str) -> Any:  # of openpyxl, which it needs
     try:
         import openpyxl
@@ -1198,7 +1198,7 @@ def excel_text(
     "The text, with an underscore escaped where what follows would be read as an escape of Excel."
     return re.sub("_(?=x[0-9a-fA-F]{4}_)", "_x005F_", text)
 
-
+# %% ../nbs/00a_tables.ipynb #f07e4f9e
 def _excel_header(rows: Iterator[tuple[int, tuple]]) -> tuple[int, list]:  # its row; 0 where there is none
     "The first row with something in it, without empty cells at its end."
     for number, row in rows:
@@ -1233,7 +1233,7 @@ def _excel_advice(
     read = f"Sheet {shown(dialect.sheet)} was read, of {listed(dialect.sheets)}."
     return f"{read} Pass sheet=... with {shown(likely[0])}."
 
-
+# %% ../nbs/00a_tables.ipynb #d4dd1d8c
 def _parquet_file(file: BinaryIO, name: str) -> tuple[Any, list[str], list[dict]]:
     "An open Parquet file, columns that are pandas' index, and ranges that are its index; needs pyarrow."
     try:
@@ -1274,7 +1274,7 @@ class _Opened(NamedTuple):
 def _is_empty(name: str) -> DataError:
     return DataError("is empty. Give a file with a header and rows.", source=name)
 
-
+# %% ../nbs/00a_tables.ipynb #1ff6e8cc
 def _open_text(
     source: _Bytes,
     given: Dialect,
@@ -1302,7 +1302,7 @@ def _open_text(
         raise _is_empty(name)
     return _Opened(dialect, header, lambda n, _: _text_batches(records, header, dialect.delimiter, name, n, dropped))
 
-
+# %% ../nbs/00a_tables.ipynb #8b2f64cb
 def _open_json(
     source: _Bytes,
     dialect: Dialect,
@@ -1332,7 +1332,7 @@ def _noting_inner(rows: Iterator[tuple[int, dict]], inner: list[str]) -> Iterato
             inner += nested_names(row)
         yield place, row
 
-
+# %% ../nbs/00a_tables.ipynb #dec9707b
 def _text_lines(source: _Bytes, given: Dialect) -> tuple[Dialect, Iterator[str]]:
     "The encoding, and the lines of a file of text."
     name, head = str(source.path), b"".join(islice(source.blocks(), _HEAD // _BLOCK))
@@ -1365,7 +1365,7 @@ def _without_separator_line(dialect: Dialect, lines: Iterator[str]) -> tuple[Dia
         first = ""
     return dialect, chain([first], lines)
 
-
+# %% ../nbs/00a_tables.ipynb #783935db
 def _text_batches(
     records: _Records, header: list[str], delimiter: str, name: str, rows: int | None, dropped: Counter
 ) -> Iterator[Batch]:
@@ -1401,7 +1401,7 @@ def _json_batches(
 def _is_filled(row: dict[str, Any]) -> bool:
     return len(row) == 1 or any(value not in (None, "") for value in row.values())
 
-
+# %% ../nbs/00a_tables.ipynb #f319bd05
 def _open_excel(
     source: _Bytes, given: Dialect, is_header: Callable[[list[str]], bool], dropped: Counter
 ) -> _Opened:
@@ -1435,7 +1435,7 @@ def _open_excel(
 
     return _Opened(dialect, header, batches, advice)
 
-
+# %% ../nbs/00a_tables.ipynb #303f1ba8
 def _open_parquet(source: _Bytes, given: Dialect, is_id: Callable[[str], bool]) -> _Opened:
     name = str(source.path)
     parquet, of_index, ranges = _parquet_file(source.seekable(), name)
@@ -1468,7 +1468,7 @@ def _struct_fields(schema: Any) -> list[str]:  # of pyarrow
     columns = [(field.name, field.type) for field in schema if is_struct(field.type)]
     return [f"{column}.{kind.field(place).name}" for column, kind in columns for place in range(kind.num_fields)]
 
-
+# %% ../nbs/00a_tables.ipynb #66180241
 def _parquet_parts(parquet: Any, rows: int, columns: list[str], name: str) -> Iterator[Any]:  # tables of pyarrow
     "Tables of `rows` rows, but for the last: a batch of Parquet may end where a row group does."
     import pyarrow
@@ -1590,7 +1590,7 @@ def raw_objects(
     rows = [row for _, row in json_rows(lines, dialect.is_array, str(path)) if _is_filled(row)]
     return rows, len(lines) > 1
 
-
+# %% ../nbs/00a_tables.ipynb #eabc06f8
 def _raw_fields(text: str, fields: list[str], delimiter: str, before: str) -> list[str]:
     "The fields of one row as they stand in its text."
     raw = text.split(delimiter)

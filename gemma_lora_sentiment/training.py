@@ -88,7 +88,7 @@ RECIPES = {
     "mini_ko": Recipe(lora_rank=8, learning_rate=2.5e-3, epochs=3, target_layers="all"),
 }  # fmt: skip
 
-
+# %% ../nbs/04_training.ipynb #219ef142
 def recipe_for(
     preset: str,  # preset of the base
     recipe: str = "auto",  # a name in RECIPES, or "auto": the preset's own
@@ -187,7 +187,7 @@ def _compile_tokens() -> int:
 def _padded(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:  # tokens
     return int(np.asarray(buckets)[assign_buckets(lengths, buckets)].sum())
 
-
+# %% ../nbs/04_training.ipynb #a152dc4a
 @dataclass(frozen=True)
 class Packing:
     """Lines into which the rows of a step are packed."""
@@ -228,7 +228,7 @@ class Packing:
                 longest = max(longest, *(int(lengths[batch[line]].sum()) for line in spread))
         return cls(lines, -(-longest // 16) * 16, rows)
 
-
+# %% ../nbs/04_training.ipynb #1e0160a2
 def balanced_batches(
     lengths: np.ndarray,  # int (n,), tokens of each row
     batch_size: int,  # rows a batch at most
@@ -390,7 +390,7 @@ class LoraLayout:
         pieces = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return jax.tree.unflatten(self.structure, pieces)
 
-
+# %% ../nbs/04_training.ipynb #55339c6f
 def first_state(
     lora: Sequence[Mapping[str, Any]],  # as stacked_lora gives it
 ) -> dict[str, Any]:  # adapter, adam, step, loss_scale, steps_unscaled, metrics
@@ -446,7 +446,7 @@ def train_step(
     means = {"loss": metrics["loss"] / metrics["batches"], "accuracy": accuracy}
     return new, {"step_loss": loss, **means}
 
-
+# %% ../nbs/04_training.ipynb #0e191fd8
 def _unless_overflown(new: dict[str, Any], old: Mapping[str, Any], gradient: jax.Array) -> dict[str, Any]:
     "The new state, or the old one with a smaller scale where gradients are not finite."
     finite = jnp.isfinite(gradient).all()
@@ -549,7 +549,7 @@ def not_finite(
     wider = "" if dtype == "float32" else ", or use dtype='float32'"
     return RunError(f"{what} is not finite ({value}), computed in {dtype}. Lower learning_rate{wider}.")
 
-
+# %% ../nbs/04_training.ipynb #3e0a605a
 class _Guard:
     "Ends a fit whose loss is not finite, or whose adapter does not move."
 
@@ -634,7 +634,7 @@ def validation_numbers(
 
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints within an epoch
 
-
+# %% ../nbs/04_training.ipynb #f795f46f
 @dataclass
 class _Fit:
     "One fit under way."
@@ -772,7 +772,7 @@ def _state_of(
         "best": None if fit.best is None else {"val_loss": float(fit.best[0]), "epoch": fit.best[1]},
     }  # fmt: skip
 
-
+# %% ../nbs/04_training.ipynb #bf839208
 def part_of_checkpoint(
     arrays: Mapping[str, np.ndarray],  # of a whole checkpoint, by name
     part: str,  # "adapter", "optimizer", "metric" or "best"
@@ -963,7 +963,7 @@ def train_adapter(
             on_first_process(take, base.processes > 1)
             return _train(fit, (folder, identity), lengths)
 
-
+# %% ../nbs/04_training.ipynb #1dc4ec45
 def step_numbers(
     base: Base,
     start: Adapter,  # its alpha and rank count

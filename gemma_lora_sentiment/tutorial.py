@@ -73,7 +73,7 @@ def lora_layers(
     dense = (keras.layers.Dense, keras.layers.EinsumDense)
     return [layer for layer in found if isinstance(layer, dense) and layer.lora_enabled]
 
-
+# %% ../nbs/04a_tutorial.ipynb #d257a0c5
 def read_lora(
     model: keras.Model,  # with Keras's LoRA on it
 ) -> dict[str, np.ndarray]:  # float32, by path
@@ -109,7 +109,7 @@ class _Texts(keras.utils.PyDataset):
             inputs["position_ids"] = np.broadcast_to(np.arange(labels.shape[1], dtype=np.int32), labels.shape)
         return inputs, labels, loss_weights
 
-
+# %% ../nbs/04a_tutorial.ipynb #26bf493a
 class _Around(keras.callbacks.Callback):
     "Validation, early stopping, history and checkpoints of one fit by Keras."
 
@@ -207,7 +207,7 @@ def train_tutorial(
             save(result, {"finished": True, "history": around.history})
     return replace(start, arrays=arrays), pd.DataFrame(around.history), lengths
 
-
+# %% ../nbs/04a_tutorial.ipynb #1a62d28e
 def _fitted(
     model: keras.Model,
     around: _Around,

@@ -110,7 +110,7 @@ def _spans(
 
 _OPAQUE = re.compile(r"<unk>|<0x[0-9A-F]{2}>")
 
-
+# %% ../nbs/12_web.ipynb #9df978b5
 def _coloured(comment: str, influence: pd.DataFrame | None) -> str:  # HTML
     if influence is None or not len(influence):
         return html.escape(comment)
@@ -141,7 +141,7 @@ def _answer_html(comment: str, row: Any, classes: Sequence[Any], influence: Any,
 def _error_html(text: str) -> str:
     return f'<div class="gls"><article class="error" role="alert">{html.escape(text)}</article></div>'
 
-
+# %% ../nbs/12_web.ipynb #f824502a
 def answers_html(
     service: ScoringService,  # which answers
     written: str,  # comments, one a line
@@ -196,7 +196,7 @@ def label_table(
 
 _OURS = ("id", "comment", "label", "abstains", "given_label")
 
-
+# %% ../nbs/12_web.ipynb #a237710d
 def write_like(
     table: pd.DataFrame,  # of any columns
     source: Path,  # whose form it gets: Excel, Parquet, JSON lines, CSV, or with tabs
@@ -244,7 +244,7 @@ def _uploaded(
     place, folder = Path(path).resolve(), Path(get_upload_folder()).resolve()
     return place if folder in place.parents and place.is_file() else None
 
-
+# %% ../nbs/12_web.ipynb #ca282acd
 def _handle_file(
     service: ScoringService,
     source: Path | None,  # what was uploaded, which is removed
@@ -268,7 +268,7 @@ def _handle_file(
         said += " " + texts["asked"].format(n=n)
     return str(made), f'<div class="gls"><p>{html.escape(said)}</p></div>'
 
-
+# %% ../nbs/12_web.ipynb #c677ac04
 def page(
     service: ScoringService,  # which answers
     links: Sequence[tuple[str, str]] = (),  # key of a text, address
@@ -321,7 +321,7 @@ def page(
                     "max_file_size": service.limits.file, "show_error": False, "ssr_mode": False,
                     "mcp_server": False, "pwa": False, "enable_monitoring": False}  # fmt: skip
 
-
+# %% ../nbs/12_web.ipynb #3bb81556
 @contextmanager
 def _own_uploads() -> Iterator[Path]:
     "A folder for what is uploaded and made, removed in the end."
@@ -360,7 +360,7 @@ def _shared_address(taken: socket.socket) -> str:
         problem = f"Gradio's service of shared addresses cannot be reached ({reason})"
         raise RunError(f"{problem}. Leave out --share.") from None
 
-
+# %% ../nbs/12_web.ipynb #56c32030
 def serve(
     run: str | Path,  # folder of a saved run
     host: str = "127.0.0.1",  # this machine alone; 0.0.0.0: whoever can reach it
@@ -432,7 +432,7 @@ demo("run", block=True)
 _SOURCE = "git+https://github.com/gemma-lora-sentiment/gemma_lora_sentiment"
 _OF_THE_RUN = ("adapter_config.json", "adapter_model.safetensors", "classifier.json", "SHA256SUMS", METRICS_FILE)
 
-
+# %% ../nbs/12_web.ipynb #7ac4209b
 def export_space(
     run: str | Path,  # folder of a saved run
     to: str | Path,  # folder to write; it must not exist, or be empty
