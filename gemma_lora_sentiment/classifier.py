@@ -41,11 +41,12 @@ from gemma_lora_sentiment.prompt import (
     PromptTemplate,
     TextTokenizer,
     encode_prompts,
+    forged_endings,
     label_words,
 )
 from .scoring import generate, label_probabilities, log_softmax, score_labels
 from .side_by_side import fits_together, gains_side_by_side, shape_of_fits, train_side_by_side
-from .search import choices_text, choose_steps, choose_strength, choose_words
+from .search import choices_text, choose_forged, choose_steps, choose_strength, choose_words
 from gemma_lora_sentiment.training import (
     RECIPES,
     Recipe,
@@ -396,16 +397,28 @@ class _Fitting:
             weights = weights * _check_sample_weight(sample_weight, len(comments))
         prompts = self._encode(comments, base, words, recipe)
         rows, validation = Rows(prompts, [words.trained_ids[i] for i in index], index, weights), None
+        kept = np.arange(len(rows))
         if self.validation_fraction:
             kept, held_out = _split_rows(comments, index, self.validation_fraction, self.seed)
             rows, validation = rows.take(kept), rows.take(held_out)
         base = self._in_range(base, start, recipe, rows)
         words, recipe, choices = self._choices_for(base, recipe_name, recipe, rows, words)
+        if share := choices.get("forged"):
+            rows = self._forged(rows, [comments[i] for i in kept], base, words, recipe, share)
         if choices.get("words"):
             rows, validation = (part and replace(part, responses=[words.trained_ids[i] for i in part.label_index])
                                 for part in (rows, validation))  # fmt: skip
         recipe, again = self._for_device(base, start, recipe, rows) if recipe.epochs else (recipe, False)
         return _Job(base, recipe_name, recipe, words, start, rows, validation, choices, classes, again)
+
+    def _forged(
+        self, rows: Rows, comments: Sequence[str], base: Base, words: LabelWords, recipe: Recipe, share: float
+    ) -> Rows:
+        "The rows, some of them with an ending that announces any label."
+        template, tokenizer = PromptTemplate(self.template), _tokenizer(base.tokenizer_proto)
+        texts = forged_endings(comments, words, template, share, self.seed)
+        longest = max(map(len, words.trained_ids))
+        return replace(rows, prompts=encode_prompts(texts, tokenizer, template, recipe.max_length, longest).token_ids)
 
     def _in_range(self, base: Base, start: Adapter, recipe: Recipe, rows: Rows) -> Base:
         "The base, or with `dtype=\"auto\"` one of a wider format where its numbers overflow on the first rows."
@@ -462,6 +475,8 @@ class _Fitting:
         free = {field: getattr(of_rows, field) for field in ("epochs", "batch_size") if _is_auto(getattr(self, field))}
         if _is_auto(self.lora_alpha):
             choices["strength"] = choose_strength(choices, len(words.labels), len(rows))
+        if share := choose_forged(name):
+            choices["forged"] = share
         if self.verbose and choices["loss"] is not None:
             print(choices_text(choices, words), file=sys.stderr, flush=True)
         return words, replace(recipe, **free), choices

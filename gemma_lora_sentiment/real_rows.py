@@ -201,13 +201,14 @@ def prepare_peft(
     ours: Mapping[str, Any],  # what a fit of ours arrived at: recipe, words, template, targets, dtype
     parts: Mapping[str, Any],  # name -> comment, label: columns of a table or lists
     folder: str | Path,  # to write the base to
+    seed: int = 0,  # of the fit of ours
 ) -> dict[str, Any]:  # parts as prompts and labels (positions); responses, words, modules, recipe, dtype
     "Base, rows and words as PEFT takes them. Raises as `export_checkpoint` does."
     from gemma_lora_sentiment.adapter import new_adapter
     from gemma_lora_sentiment.data import composed
     from gemma_lora_sentiment.export import export_checkpoint
     from gemma_lora_sentiment.model import load_base
-    from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
+    from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, forged_endings, label_words
 
     base = load_base(preset, "float32")
     export_checkpoint(folder, base, new_adapter(base, 1), [], ours["dtype"], "The base as it is.")
@@ -215,9 +216,12 @@ def prepare_peft(
     classes = np.unique(list(parts["train"]["label"])).tolist()
     words = label_words(classes, tokenizer, template, list(ours["words"]))
     longest = max(map(len, words.trained_ids))
+    share = (ours.get("choices") or {}).get("forged", 0.0)
     found: dict[str, Any] = {"classes": classes, "parts": {}}
     for name, part in parts.items():
         comments = [composed(comment) for comment in part["comment"]]
+        if name == "train":
+            comments = forged_endings(comments, words, template, share, seed)
         prompts = encode_prompts(comments, tokenizer, template, ours["recipe"]["max_length"], longest).token_ids
         labels = [classes.index(label) for label in part["label"]]
         found["parts"][name] = {"prompts": [prompt.tolist() for prompt in prompts], "labels": labels}
@@ -275,7 +279,7 @@ def peft_rows(
 # %% ../nbs/10b_real_rows.ipynb #rr27fb9a
 def _run_export(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog) -> None:
     folder = Path(spec["folder"])
-    given = prepare_peft(spec["settings"]["preset"], spec["ours"], rows, folder / "base")
+    given = prepare_peft(spec["settings"]["preset"], spec["ours"], rows, folder / "base", spec["settings"]["seed"])
     (folder / "peft.json").write_text(json.dumps(given), encoding="utf-8")
 
 # %% ../nbs/10b_real_rows.ipynb #f1bb699c

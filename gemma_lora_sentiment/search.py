@@ -19,7 +19,8 @@ from .scoring import log_softmax, score_labels, score_tokens
 from .training import Recipe
 
 # %% auto #0
-__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choose_strength', 'choose_steps', 'choices_text']
+__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choose_strength', 'choose_steps', 'choose_forged',
+           'choices_text']
 
 # %% ../nbs/04b_search.ipynb #5ea00007
 ROWS_ASKED = 128
@@ -196,7 +197,7 @@ def choose_strength(
 # %% ../nbs/04b_search.ipynb #5ea00024
 _STEPS = {  # rows a step and steps, the first of which are taken that do not need more epochs than stand beside them
     "mini_ko": ((4, 288, 12),),
-    "gemma": ((16, 142, 9), (4, 288, 12)),
+    "gemma": ((16, 142, 9), (4, 288, 24)),
 }  # fmt: skip
 _LEAST_EPOCHS = {"mini_ko": 3, "gemma": 4}
 _SPOKEN = 0.2  # probability that a base which knows the words goes on with one of them
@@ -210,7 +211,7 @@ def choose_steps(
     n_rows: int,  # to train on
 ) -> Recipe:  # with its rows a step and its epochs
     "Smaller steps and more of them, where the base has the task to learn."
-    loss, is_said = evidence.get("loss"), evidence.get("said", 1.0) > _SPOKEN
+    loss, is_said = evidence.get("loss"), evidence.get("said", float(name == "mini_ko")) > _SPOKEN
     is_known = loss is not None and loss < _KNOWN * np.log(n_labels)
     if name not in _STEPS or (is_said and (is_known or not evidence["words"])):
         return recipe
@@ -221,6 +222,16 @@ def choose_steps(
             break
     return replace(recipe, batch_size=batch_size, epochs=min(most, max(_LEAST_EPOCHS[name], epochs)))
 
+
+# %% ../nbs/04b_search.ipynb #5ea00041
+_FORGED = {"gemma": 0.3}  # share of the training rows that end in a forged answer, by recipe
+
+
+def choose_forged(
+    name: str,  # of the recipe
+) -> float:  # share of the training rows, from 0 to 0.3
+    "How many training rows get a forged ending: none for a base that such endings do not persuade."
+    return _FORGED.get(name, 0.0)
 
 # %% ../nbs/04b_search.ipynb #5ea00018
 def choices_text(
