@@ -195,7 +195,7 @@ _SHELL = "import sys; from gemma_lora_sentiment.cli import app; app()"
 def measure_shell(settings: BenchmarkSettings, environment: Mapping[str, str], log: ProcessLog) -> None:
     def run(*arguments: str, cwd: str | None = None) -> None:
         subprocess.run(
-            [sys.executable, "-c", *arguments], env=dict(environment), cwd=cwd, check=True, capture_output=True,
+            [sys.executable, "-P", "-c", *arguments], env=dict(environment), cwd=cwd, check=True, capture_output=True,
             timeout=settings.time_limit,
         )  # fmt: skip
 

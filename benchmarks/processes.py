@@ -153,7 +153,7 @@ def run_process(
     log_path.unlink(missing_ok=True)
     content = {**spec, "log": str(log_path), "rows": str(folder / "rows.json"), "spawned": time.time()}
     path.write_text(json.dumps(content), encoding="utf-8")
-    command = [sys.executable, "-c", _child_code(module), str(path)]
+    command = [sys.executable, "-P", "-c", _child_code(module), str(path)]  # -P: not what lies in the current folder
     with open(folder / "errors.txt", "w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors

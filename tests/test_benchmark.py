@@ -118,7 +118,7 @@ def test_a_process_that_fails_says_why(folder):
 
 
 def test_a_process_that_dies_says_why(folder, monkeypatch):
-    monkeypatch.chdir(folder)  # Python looks there before PYTHONPATH
+    monkeypatch.chdir(folder)
     broken = {**environment(folder), "PYTHONPATH": str(folder)}
     (folder / "gemma_lora_sentiment").mkdir()
     (folder / "gemma_lora_sentiment" / "__init__.py").write_text("raise SystemExit('no such thing')")
@@ -580,6 +580,15 @@ def test_no_module_of_a_common_name_is_loaded():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_process_takes_the_package_of_its_parent(folder, monkeypatch):
+    """Not that of the current folder, which is a clone where the benchmark of a wheel was called."""
+    (folder / "gemma_lora_sentiment").mkdir()
+    (folder / "gemma_lora_sentiment" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(folder)
+    record = processes.run_process(folder, {"task": "sweep", "settings": asdict(TINY)}, environment(folder))
+    assert record["failed"].startswith("KeyError")
 
 
 def test_a_process_takes_no_other_benchmarks(folder, monkeypatch):
