@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -1082,6 +1082,36 @@ def _finish_labelling(
             write_table(table.drop(columns="prediction"), temporary)
     return {"run": str(run), "report": str(run / REPORT), "submission": str(path)}
 
+# %% ../nbs/11_cli.ipynb #bench001
+_BENCHMARKS = "gemma_lora_sentiment_benchmarks"  # what the folder is called when it is loaded
+_MARK = 'BENCHMARKS_OF = "gemma_lora_sentiment"'  # how a line of its __init__.py begins
+_REPOSITORY = "https://github.com/gemma-lora-sentiment/gemma_lora_sentiment"
+
+
+def _find_benchmarks(
+    *places: Path,  # folders that may hold it
+) -> Path:  # the folder of the benchmark
+    "The first that is there and ours. Raises `ValueError` where none is."
+    for folder in (place / "benchmarks" for place in places):
+        begin = folder / "__init__.py"
+        lines = begin.read_text(encoding="utf-8", errors="replace").splitlines() if begin.is_file() else []
+        if any(line.startswith(_MARK) for line in lines):
+            return folder
+    raise ValueError(
+        "The benchmark is not in the wheel, and its folder benchmarks is not here. "
+        f"Run `git clone {_REPOSITORY}`, change to its folder, and give this command there."
+    )
+
+
+def _benchmarks(name: str) -> Any:  # a module of the folder, such as "random_weights"
+    if _BENCHMARKS not in sys.modules:
+        package = Path(importlib.util.find_spec("gemma_lora_sentiment").origin).parent
+        folder = _find_benchmarks(package.parent, Path.cwd())
+        spec = importlib.util.spec_from_file_location(_BENCHMARKS, folder / "__init__.py")
+        sys.modules[_BENCHMARKS] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[_BENCHMARKS])
+    return importlib.import_module(f"{_BENCHMARKS}.{name}")
+
 # %% ../nbs/11_cli.ipynb #fcbdba3e
 def _check_kind(
     preset: str | None, file: str | None, of_random: dict[str, Any], of_real: dict[str, Any]
@@ -1110,26 +1140,25 @@ def _how_to_run(out: Path | None, systems: str | None, quiet: bool) -> dict[str,
 
 
 def _random_weights(common: dict[str, Any], given: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:  # result
-    from gemma_lora_sentiment.benchmark import SWEEPS, BenchmarkSettings, run_benchmark
-
+    room = _benchmarks("random_weights")
     kinds = [kind for kind in (given.pop("sweep") or "").split(",") if kind]
-    sweeps = SWEEPS if kinds == ["all"] else {kind: SWEEPS.get(kind, ()) for kind in kinds}
-    return run_benchmark(BenchmarkSettings(**common, **_without_none(**given)), sweeps=sweeps, **how)
+    sweeps = room.SWEEPS if kinds == ["all"] else {kind: room.SWEEPS.get(kind, ()) for kind in kinds}
+    return room.run_benchmark(room.BenchmarkSettings(**common, **_without_none(**given)), sweeps=sweeps, **how)
 
 # %% ../nbs/11_cli.ipynb #58cc2f61
 def _real_rows(
     common: dict[str, Any], given: dict[str, Any], how: dict[str, Any], reading: dict[str, Any]
 ) -> dict[str, Any]:  # the result
     from gemma_lora_sentiment.judge import seen_before
-    from gemma_lora_sentiment.real_rows import RealSettings, run_real_benchmark
 
+    room = _benchmarks("real_rows")
     rows = _without_none(**{name: given.pop(name) for name in ("preset", "test_file", "test_fraction")})
     given |= {"lora_rank": given.pop("rank"), "label_words": given.pop("label_word")}
-    settings = RealSettings(**common, **rows, parameters=_parameters(given))
+    settings = room.RealSettings(**common, **rows, parameters=_parameters(given))
     seen = {}
     if settings.test_file is None and (how["systems"] is None or {"mini_ko"} & {settings.preset, *how["systems"]}):
         seen = seen_before(settings.file, "mini_ko")
-    return run_real_benchmark(settings, reading=_how(reading), **how, **seen)
+    return room.run_real_benchmark(settings, reading=_how(reading), **how, **seen)
 
 # %% ../nbs/11_cli.ipynb #5fdc0d0a
 @app.command()
@@ -1163,6 +1192,7 @@ def benchmark(
     reading: dict[str, Any],
 ) -> None:
     """Time this package, the tutorial's recipe and PEFT on the same rows; with --preset, judge them too."""
+    _benchmarks("processes")  # is it there? Better to say so before anything else
     how = _how_to_run(out, systems, quiet)
     common = _without_none(file=file, dtype=dtype, quantization=_quantization(quantization), seed=seed,
                     memory_limit=memory_limit, time_limit=time_limit)  # fmt: skip

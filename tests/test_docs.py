@@ -321,7 +321,7 @@ def test_badges_of_readme_are_true():
 
 
 OUR_TYPES = {"Adapter", "Base", "LabelScorer", "LabelWords", "PromptTemplate", "Recipe", "Rows", "TextTokenizer"}
-OUR_TYPES |= {"PretrainingSettings", "BenchmarkSettings", "Settings"}
+OUR_TYPES |= {"PretrainingSettings", "Settings"}
 
 
 def comment_lines(source: str) -> set[int]:

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 from gemma_lora_sentiment import backend, model, precision
 from gemma_lora_sentiment.adapter import RunError
 from gemma_lora_sentiment.backend import ModelError, choose_dtype, without_tensorflow
-from gemma_lora_sentiment.benchmark import SHAPES, BenchmarkSettings, _base_of
 from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-from gemma_lora_sentiment.cli import app
+from gemma_lora_sentiment.cli import _benchmarks, app
 from gemma_lora_sentiment.memory import memory_estimate
 from gemma_lora_sentiment.model import keras_nlp, load_base, lora_targets, release_bases, tiny_gemma
 from gemma_lora_sentiment.precision import choose_quantization, fall_back, overflows, planned_base
@@ -295,9 +294,10 @@ def test_quickstart_takes_the_option(tmp_path):
 
 
 def test_benchmark_resolves_auto(monkeypatch):
-    settings = BenchmarkSettings(shape="tiny", dtype="float32", quantization="auto")
+    shapes = _benchmarks("shapes")
+    settings = shapes.BenchmarkSettings(shape="tiny", dtype="float32", quantization="auto")
     for how in (None, "int8"):
-        limit = needed(SHAPES["tiny"], how, rank=4, batch_size=16, length=85)
+        limit = needed(shapes.SHAPES["tiny"], how, rank=4, batch_size=16, length=85)
         monkeypatch.setattr(precision, "device_bytes", lambda limit=limit: int(limit / 0.9) + 2)
-        assert _base_of(settings).quantization == how
-    assert _base_of(replace(settings, quantization=None)).quantization is None
+        assert shapes.base_of(settings).quantization == how
+    assert shapes.base_of(replace(settings, quantization=None)).quantization is None

@@ -25,6 +25,7 @@ NOTEBOOKS = sorted(
     if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts)
 )
 MODULES = sorted(path for path in (ROOT / PACKAGE).glob("*.py") if not path.name.startswith("_"))
+BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("_"))
 
 # What a room may import of ours. Data flows down this table and never back.
 ROOM_IMPORTS = {
@@ -73,18 +74,10 @@ ROOM_IMPORTS = {
     },
     "service": {"tables", "adapter", "scoring", "classifier", "analysis", "run"},
     "pretraining": {"model", "prompt"},
-    "benchmark": {
-        *("backend", "data", "prompt", "cache", "gemma", "model", "precision", "adapter", "scoring", "training"),
-        "classifier",
-    },
-    "real_rows": {
-        *("data", "prompt", "model", "adapter", "export", "classifier", "features", "evaluation", "analysis"),
-        "benchmark",
-    },
     "cli": {
         *("tables", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("checkpoint", "training", "export", "classifier", "features", "evaluation", "analysis", "report", "figures"),
-        *("submission", "pretraining", "benchmark", "real_rows", "scale", "upstream", "gguf_export", "serving_files"),
+        *("submission", "pretraining", "scale", "upstream", "gguf_export", "serving_files"),
         *("service", "web", "label_page", "run", "judge"),
     },
     "web": {"tables", "data", "adapter", "classifier", "report", "run", "service"},
@@ -236,7 +229,8 @@ PUBLIC_WITH_UNDERSCORE = {"_replace", "_asdict", "_fields", "_make"}
 # Private parts of others. `upstream` is the room for them; what stands here beside it waits to go there.
 PRIVATE_OF_OTHERS = {
     "upstream": {"_initialize_with_initializer", "_initialize", "_cache", "_cache_initialized"},
-    "benchmark": {"_model"},  # of a Keras callback: its `model` copies all weights on JAX
+    "ours": {"_model"},  # of a Keras callback: its `model` copies all weights on JAX
+    "peers": {"_model"},
 }
 
 
@@ -275,7 +269,7 @@ def private_names_crossed(tree: ast.Module, allowed: set[str] = frozenset()) -> 
     return [f"line {line}: {name}" for line, name in sorted(crossed)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS], ids=name_of)
 def test_no_private_name_crosses_a_door(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     crossed = private_names_crossed(tree, PRIVATE_OF_OTHERS.get(path.stem, set()))
@@ -365,6 +359,43 @@ def test_public_names_have_types_and_docstrings(path):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = f"import {PACKAGE}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    assert run_python(code) == ""
+
+
+# What a module of benchmarks/ may import of the others. The package knows none of them.
+BENCHMARK_IMPORTS = {
+    "processes": set(),
+    "shapes": set(),
+    "tables": {"shapes"},
+    "peft_loop": {"processes"},
+    "ours": {"processes", "shapes"},
+    "peers": {"ours", "peft_loop", "processes", "shapes"},
+    "random_weights": {"ours", "peers", "peft_loop", "processes", "shapes", "tables"},
+    "real_rows": {"peft_loop", "processes", "tables"},
+}
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=name_of)
+def test_benchmarks_import_each_other_in_one_direction(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    relative = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert relative <= BENCHMARK_IMPORTS[path.stem]
+    absolute = [module for module, _ in imports_of(path) if module.split(".")[0] == "benchmarks"]
+    assert not absolute, "it is loaded under two names, so its modules name each other relatively"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_room_imports_the_benchmarks(path):
+    roots = {module.split(".")[0] for module, _ in imports_of(path)}
+    assert not roots & {"benchmarks", "gemma_lora_sentiment_benchmarks"}, "the shell loads it when it is asked for"
+
+
+def test_importing_the_shell_imports_no_benchmarks():
+    code = f"""
+import sys, {PACKAGE}.cli
+from typer.testing import CliRunner
+assert CliRunner().invoke({PACKAGE}.cli.app, ["benchmark", "--help"]).exit_code == 0
+print(*sorted(name for name in sys.modules if "benchmarks" in name))"""
     assert run_python(code) == ""
 
 
@@ -527,6 +558,7 @@ def test_package_contents_are_checked(tmp_path):
     with zipfile.ZipFile(tmp_path / "p.whl", "w") as wheel:
         wheel.writestr(f"{PACKAGE}/py.typed", "")
         wheel.writestr("tests/test_project.py", "")
+        wheel.writestr("benchmarks/tables.py", "")
     tarfile.open(tmp_path / "p.tar.gz", "w:gz").close()
     with pytest.raises(SystemExit) as stopped:
         script.main(tmp_path, tmp_path / "source")
@@ -537,6 +569,7 @@ def test_package_contents_are_checked(tmp_path):
     assert f"p.whl lacks {PACKAGE}/bases/mini_ko/model.weights.h5" in problems
     assert f"p.tar.gz lacks {PACKAGE}/py.typed" in problems
     assert "p.whl holds tests/test_project.py, which is no part of the package" in problems
+    assert "p.whl holds benchmarks/tables.py, which is no part of the package" in problems
     assert f"p.whl lacks {PACKAGE}/py.typed" not in problems
 
 

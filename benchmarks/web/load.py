@@ -1,4 +1,6 @@
-"""Requests of many clients at once against `serve`: `python load.py RUN [--clients 32 --seconds 60 --rows 16]`.
+"""Requests of many clients at once against `serve`.
+
+    python -m benchmarks.web.load RUN [--clients 32 --seconds 60 --rows 16]
 
 Prints one line of JSON: median and 95th percentile of the answer times, rows a second beside those of offline scoring
 in this process before the server starts, errors, and the server's memory along the way. Server and clients share the

@@ -1,10 +1,12 @@
 """What Gemma comes to on real comments, as README and the pages of results show it.
 
-    python measure.py recipes BASE TARR OUT.jsonl     settings, three seeds, on the tarr folds and on sample
-    python measure.py steps BASE TARR OUT.jsonl       rows a step, rates and epochs for 64 to 300 rows of sample
-    python measure.py defaults BASE TARR OUT.jsonl    default settings and what stands beside them, on sample_test
-    python measure.py curve BASE TARR OUT.jsonl       16 to 1,000 rows of sample_validation, five seeds, on sample_test
-    python measure.py folds BASE TARR OUT.jsonl       ten folds side by side and one by one, in seconds
+    python -m benchmarks.real.measure WHAT BASE TARR OUT.jsonl
+
+    recipes     settings, three seeds, on the tarr folds and on sample
+    steps       rows a step, rates and epochs for 64 to 300 rows of sample
+    defaults    default settings and what stands beside them, on sample_test
+    curve       16 to 1,000 rows of sample_validation, five seeds, on sample_test
+    folds       ten folds side by side and one by one, in seconds
 
 BASE is a preset or a .gguf file, TARR the competition's tarr_train.txt. Each line of OUT is one measurement; `right` is
 a bit a row, in hexadecimal, so that two lines can be compared row by row. Settings are chosen on `tarr`'s folds and on
@@ -27,7 +29,8 @@ from gemma_lora_sentiment import classifier as classifier_room
 from gemma_lora_sentiment.data import duplicate_groups
 from gemma_lora_sentiment.evaluation import baseline_classifier, compute_metrics, cross_validate, fold_indices
 from gemma_lora_sentiment.features import FrozenGemmaClassifier
-from gemma_lora_sentiment.real_rows import right_bits
+
+from ..real_rows import right_bits
 
 RATES, EPOCHS, TARGETS = (5e-4, 1e-3, 2e-3), (4, 8), {"all": "all", "q and v": ("query", "value")}
 SIZES = (16, 32, 64, 128, 300, 600, 1000)

@@ -1,6 +1,6 @@
 """What 8-bit weights change in the answers of a run, by the kind of tensor.
 
-    python q8_0.py RUN F16.gguf Q8_0.gguf COMMENTS OUT.jsonl [--rows 60] [--kinds ffn_down ffn_gate+ffn_up ...]
+    python -m benchmarks.real.q8_0 RUN F16.gguf Q8_0.gguf COMMENTS OUT.jsonl [--rows 60] [--kinds ffn_down ...]
 
 RUN is the folder of a fine-tuned Gemma with two labels, the two files are its exports (`export RUN --format gguf
 --outtype ...`). Of COMMENTS those are asked that the run is least sure of, in llama.cpp (extra `[llamacpp]`), one

@@ -1,9 +1,9 @@
 """Hugging Face PEFT on the rows, settings and weights of ours, for the page of results.
 
-    python peers.py prepare BASE TARR FOLDER
-    python peers.py word FOLDER OUT.jsonl       label words, by the language model
-    python peers.py head FOLDER OUT.jsonl       a classification head
-    python peers.py ours BASE TARR OUT.jsonl    this package, the same measurements
+    python -m benchmarks.real.peers prepare BASE TARR FOLDER
+    python -m benchmarks.real.peers word FOLDER OUT.jsonl       label words, by the language model
+    python -m benchmarks.real.peers head FOLDER OUT.jsonl       a classification head
+    python -m benchmarks.real.peers ours BASE TARR OUT.jsonl    this package, the same measurements
 
 BASE is a preset or a .gguf file. `prepare` writes it as a Hugging Face folder by this package's export, so that torch
 reads the same numbers, and the rows as token ids beside it. Trained on the 300 rows of TARR, then twice on 300 rows of
@@ -38,7 +38,8 @@ def prepare(base: str, tarr: str, folder: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from gemma_lora_sentiment.model import load_base, lora_targets
     from gemma_lora_sentiment.prompt import TUTORIAL_TEMPLATE
-    from gemma_lora_sentiment.real_rows import peft_targets, prepare_peft
+
+    from ..real_rows import peft_targets, prepare_peft
 
     held, rows = load_base(base, "float32"), rows_of(tarr)
     recipe = {**RECIPE, "max_length": 256, "loss_on": "response"}
@@ -63,8 +64,9 @@ def theirs(folder: str, how: str):
     import torch
     from scipy.special import softmax
 
-    from gemma_lora_sentiment.benchmark import ProcessLog, score_peft, torch_device, train_peft
-    from gemma_lora_sentiment.real_rows import peft_model, peft_rows
+    from ..peft_loop import score_peft, torch_device, train_peft
+    from ..processes import ProcessLog
+    from ..real_rows import peft_model, peft_rows
 
     given, device = json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8")), torch_device(torch)[0]
     autocast, words = "bfloat16", given["words"] if how == "word" else None

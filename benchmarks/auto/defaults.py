@@ -1,4 +1,4 @@
-"""What the default settings of `mini_ko` come to, as the evaluation pages show it: `python defaults.py TARR OUT.jsonl`.
+"""What the default settings of `mini_ko` come to: `python -m benchmarks.auto.defaults TARR OUT.jsonl`.
 
 TARR is the competition's tarr_train.txt. Each line of OUT is one measurement of one seed.
 """
@@ -19,7 +19,7 @@ from gemma_lora_sentiment.evaluation import compute_metrics, cross_validate, met
 
 NEW_LABELS = {"다시 옴, 안 옴": {"0": "안 옴", "1": "다시 옴"}, "불만, 만족": {"0": "불만", "1": "만족"},
               "0 and 1 exchanged": {"0": "1", "1": "0"}}  # fmt: skip
-TUTORIAL = Path(__file__).parents[2] / "tutorials" / "your_own_labels.ipynb"
+TUTORIAL = Path(__file__).parents[2] / "nbs" / "tutorials" / "your_own_labels.ipynb"
 
 
 def inbox() -> pd.DataFrame:  # comment, label

@@ -1,4 +1,6 @@
-"""Labelling by choosing against labelling by drawing, with labels that are known: `python simulate.py OUT.jsonl`.
+"""Labelling by choosing against labelling by drawing, with labels that are known.
+
+    python -m benchmarks.label.simulate OUT.jsonl
 
 Each line of OUT is one seed and one way: accuracy on other comments of what was fitted on the first 48, 96, 160 and 320
 labels. Lines that are there already are not made again. `--table` prints the means and the paired differences of OUT.

@@ -1,6 +1,6 @@
 """One fit of this tree or of the tree before its own forward pass, in a process of its own; one line of JSON.
 
-    python nbs/benchmarks/core/before_and_after.py new|old 270m|2b qv|all cold|long|int8|int4
+    python -m benchmarks.core.before_and_after new|old 270m|2b qv|all cold|long|int8|int4
 
 `old` imports the package of commit 3aa74bf from the folder in OLD (`git worktree add OLD 3aa74bf`). Random weights of
 the shape; those of 270M are a KerasHub preset in P270 (Gemma3Backbone of that shape, bfloat16). 300 rows of 24 to 83
@@ -16,8 +16,8 @@ import time
 
 t0 = time.perf_counter()
 which, shape, targets, mode = sys.argv[1:5]
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.environ["OLD"] if which == "old" else os.path.abspath(os.path.join(here, "..", "..", "..")))
+if which == "old":
+    sys.path.insert(0, os.environ["OLD"])
 os.environ.update(
     KERAS_BACKEND="jax", XLA_PYTHON_CLIENT_PREALLOCATE="false", GEMMA_LORA_SENTIMENT_CACHE=f"/tmp/cache-{os.getpid()}"
 )
@@ -25,11 +25,15 @@ import jax
 import numpy as np
 
 from gemma_lora_sentiment.adapter import new_adapter
-from gemma_lora_sentiment.benchmark import random_base
 from gemma_lora_sentiment.cache import use_compile_cache
 from gemma_lora_sentiment.model import load_base
 from gemma_lora_sentiment.prompt import LabelWords
 from gemma_lora_sentiment.training import Recipe, Rows, train_adapter
+
+if which == "old":
+    from gemma_lora_sentiment.benchmark import random_base  # a room of the package then
+else:
+    from ..shapes import random_base
 
 t_import = time.perf_counter() - t0
 small = "--small" in sys.argv
