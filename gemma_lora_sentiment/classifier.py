@@ -21,17 +21,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
 from . import __version__
-from gemma_lora_sentiment.adapter import (
-    Adapter,
-    RunError,
-    adapter_files,
-    check_files,
-    load_adapter,
-    new_adapter,
-    save_files,
-)
+from .adapter import Adapter, adapter_files, load_adapter, new_adapter
 from .checkpoint import on_first_process
 from .data import DataError, composed, kind_of_label, split_comments
+from .files import RunError, check_files, save_files
 from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base, resolve_preset
 from .precision import base_for_device, fall_back, overflows
