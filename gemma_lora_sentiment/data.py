@@ -20,7 +20,6 @@ import unicodedata
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import resources
 from itertools import compress
 from pathlib import Path
