@@ -197,7 +197,7 @@ def damaged(
 def unseal(
     path: Path,  # a file that seal made
 ) -> dict[str, Any]:
-    "Read a sealed description. Raises `RunError` when it is not as it was written."
+    "Read a sealed description. Raises `RunError` when it is `damaged`, not as it was written."
     try:
         text = path.read_bytes().decode()
         content = json.loads(text)
