@@ -108,8 +108,8 @@ def judged(
     classes: Sequence[Any],  # in the order of the columns
 ) -> dict[str, Any]:  # of compute_metrics, and intervals, right
     "What is said of a system's answers. Raises `ValueError` for probabilities that are none."
-    from gemma_lora_sentiment.analysis import metrics_with_intervals
     from gemma_lora_sentiment.data import duplicate_groups
+    from gemma_lora_sentiment.intervals import metrics_with_intervals
 
     values = np.asarray(probabilities, np.float64)
     numbers = metrics_with_intervals(test.label, values, list(classes), duplicate_groups(test.comment))
@@ -411,7 +411,7 @@ def real_comparisons(
     result: Mapping[str, Any],  # of run_real_benchmark, or read from its benchmark.json
 ) -> list[str]:  # one line a peer
     "How many times less ours takes, and how the rows compare that one of the two has right and the other not."
-    from gemma_lora_sentiment.analysis import exact_p
+    from gemma_lora_sentiment.intervals import exact_p
 
     table, lines = real_table(result), []
     if "ours" not in table.index:

@@ -175,7 +175,7 @@ def write_result(
     "Write `benchmark.json`, and `benchmark.tsv` once a system is measured. Raises `OSError`."
     if out is None:
         return
-    from gemma_lora_sentiment.data import whole_file
+    from gemma_lora_sentiment.files import whole_file
 
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "benchmark.json") as temporary:

@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,17 +20,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from .files import SUMS, RunError, check_files, read_saved, save_files
 from .gemma import LORA_LAYERS, GemmaConfig, array_name, array_shapes
 from .model import Base, LayerRanks, lora_shapes
 
 # %% auto #0
-__all__ = ['PEFT_MODULES', 'PER_HEAD', 'RunError', 'Adapter', 'new_adapter', 'stacked_lora', 'unstacked_lora', 'lora_scales',
-           'to_peft', 'from_peft', 'from_textbook', 'to_textbook', 'write_atomically', 'save_files', 'check_files',
-           'padded_pairs', 'adapter_files', 'save_adapter', 'load_adapter']
-
-# %% ../nbs/03_adapter.ipynb #03a48d85
-class RunError(RuntimeError):
-    """A run or adapter that cannot be used; the message is one line with the remedy."""
+__all__ = ['PEFT_MODULES', 'PER_HEAD', 'Adapter', 'new_adapter', 'stacked_lora', 'unstacked_lora', 'lora_scales', 'to_peft',
+           'from_peft', 'from_textbook', 'to_textbook', 'padded_pairs', 'adapter_files', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/03_adapter.ipynb #d81467f6
 @dataclass(frozen=True)
@@ -228,88 +221,6 @@ def to_textbook(
     lora_b = b.reshape(heads, rank, -1).transpose(0, 2, 1).reshape(-1, rank)
     return np.ascontiguousarray(a[0, :, :rank].T), np.ascontiguousarray(lora_b)
 
-# %% ../nbs/03_adapter.ipynb #e51c943e
-def _written_beside(path: Path, data: bytes | str) -> str:  # a temporary file in the folder of `path`
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by the owner alone
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _write_together(files: Mapping[Path, bytes | str]) -> None:
-    waiting: dict[Path, str] = {}
-    try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            waiting[path] = _written_beside(path, data)
-        for path, temporary in waiting.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in waiting.values():
-            Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(
-    path: str | Path,  # the file; folders that lack are made
-    data: bytes | str,  # text is written as UTF-8
-) -> Path:
-    "Write a file whole or not at all. Raises `OSError` when the folder cannot be written; nothing is left behind."
-    _write_together({Path(path): data})
-    return Path(path)
-
-# %% ../nbs/03_adapter.ipynb #55dc89f7
-_SUMS = "SHA256SUMS"
-
-
-def _digest(data: bytes | str) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
-
-
-def save_files(
-    folder: str | Path,  # made if it is not there
-    files: Mapping[str, bytes | str],  # name -> content; text is written as UTF-8
-) -> Path:  # the folder
-    "Write files that belong together, and `SHA256SUMS` of them. Raises `OSError`; then the previous ones are intact."
-    folder = Path(folder)
-    sums = "".join(f"{_digest(data)}  {name}\n" for name, data in files.items())
-    _write_together({folder / name: data for name, data in {**files, _SUMS: sums}.items()})
-    return folder
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{path.parent} holds no {path.name}; give the folder of a saved run.") from None
-
-# %% ../nbs/03_adapter.ipynb #c3514e25
-def check_files(
-    folder: str | Path,  # written by save_files
-    names: Iterable[str],  # files that `SHA256SUMS` must vouch for
-) -> None:
-    "Raise `RunError` naming the first file that is missing, or not as it was saved."
-    folder = Path(folder)
-    text = _read(folder / _SUMS).decode("latin-1")
-    is_whole = re.fullmatch(r"([0-9a-f]{64} [ *][^\n]+\n)+", text)
-    sums = {line[66:]: line[:64] for line in text.split("\n")} if is_whole else {}
-    for name in names:
-        now, saved = _digest(_read(folder / name)), sums.get(name)
-        if saved is None:
-            raise RunError(f"{folder / _SUMS} is damaged (it has no digest of {name}); restore it.")
-        if now != saved:
-            raise RunError(
-                f"{folder / name} is not as it was saved (sha256 {now[:8]}..., {_SUMS} says {saved[:8]}...): one of "
-                "the two is damaged or was edited. Restore it; what you edited on purpose loads with verify=False."
-            )
-
 # %% ../nbs/03_adapter.ipynb #c5ff9bd5
 def _scale_of(adapter: Adapter, path: str) -> float:  # of the layer's product AB
     return adapter.alpha / (adapter.rank[path][1] if isinstance(adapter.rank, Mapping) else adapter.rank)
@@ -477,7 +388,7 @@ def _check_task(config: Any, path: Path) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(_read(path).decode())
+        config = json.loads(read_saved(path).decode())
         _check_task(config, path)
         _check_config(config)
         return config
@@ -500,7 +411,7 @@ def _read_weights(folder: Path) -> bytes:
             f"{folder} holds {pickled.name} alone, a pickle, which can run any code when it is read. Save the adapter "
             "again with PEFT's save_pretrained(safe_serialization=True)."
         )
-    return _read(path)
+    return read_saved(path)
 
 # %% ../nbs/03_adapter.ipynb #bd9cc941
 def _read_tensors(
@@ -576,7 +487,7 @@ def load_adapter(
 ) -> Adapter:
     "Read an adapter for `base`. Raises `RunError` naming the first thing that does not fit."
     folder, names = Path(folder), ("adapter_config.json", "adapter_model.safetensors")
-    if verify and (folder / _SUMS).is_file():
+    if verify and (folder / SUMS).is_file():
         check_files(folder, names)
     config, (tensors, note), pairs = _read_config(folder), _read_tensors(folder), {}
     layers = _lora_layers(base)

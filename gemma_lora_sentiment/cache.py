@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .data import cache_dir, whole_file
+from .files import cache_dir, digest, whole_file
 from .upstream import use_program_store
 
 # %% auto #0
@@ -43,7 +43,7 @@ class _Programs:
         path = self._path / f"{key}.program"
         try:
             content = path.read_bytes()
-            if hashlib.sha256(content[32:]).digest() != content[:32]:
+            if digest(content[32:]) != content[:32].hex():
                 path.unlink()
                 return None
             with contextlib.suppress(OSError):  # of another user, perhaps
@@ -57,7 +57,7 @@ class _Programs:
             return
         try:
             with whole_file(self._path / f"{key}.program") as temporary:
-                temporary.write_bytes(hashlib.sha256(value).digest() + value)
+                temporary.write_bytes(bytes.fromhex(digest(value)) + value)
             _drop_oldest(self._path, self.limit)
         except OSError:
             self.writes = False  # a full disk, or a folder that is not ours: this process does not try again
@@ -88,7 +88,7 @@ def _machine() -> str:  # 12 hexadecimal digits, the same on processors with the
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
         lines += [line for line in first.splitlines() if line.partition(":")[0].strip() in names]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return digest("\n".join(lines))[:12]
 
 # %% ../nbs/01a_cache.ipynb #d705804b
 _OFF = ("0", "off", "no", "false")
@@ -175,12 +175,9 @@ def keep_arrays(
 
 
 def _digest(note: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(note.encode())
-    for key in sorted(arrays):
-        array = np.ascontiguousarray(arrays[key])
-        digest.update(f"{key}{array.dtype}{array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+    whole = ((key, np.ascontiguousarray(arrays[key])) for key in sorted(arrays))
+    parts = ((f"{key}{array.dtype}{array.shape}", array.reshape(-1).view(np.uint8)) for key, array in whole)
+    return digest(chain([note], chain.from_iterable(parts)))
 
 # %% ../nbs/01a_cache.ipynb #d6a481ab
 def _note(metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,13 @@ import safetensors.numpy
 import sentencepiece
 
 from . import __version__
-from .adapter import PEFT_MODULES, PER_HEAD, Adapter, RunError, lora_scales, stacked_lora
+from .adapter import PEFT_MODULES, PER_HEAD, Adapter, lora_scales, stacked_lora
+from .files import RunError, new_folder
 from .gemma import array_shapes, hidden_at, logits_of, stacked, with_scales
 from .model import BUNDLED_PRESETS, Base, ModelError
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'transformers_config', 'MergedWeights', 'merged_tensors', 'write_notices', 'new_folder', 'check_room',
+__all__ = ['TOLERANCE', 'transformers_config', 'MergedWeights', 'merged_tensors', 'write_notices', 'check_room',
            'check_mergeable', 'check_extra', 'export_checkpoint']
 
 # %% ../nbs/03b_export.ipynb #ex0006ab
@@ -351,32 +349,7 @@ def _probes(base: Base, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:  # i
     ids = np.random.default_rng(0).integers(4, base.config.vocabulary_size, length).astype(np.int32)
     return [*(np.asarray(prompt, np.int32) for prompt in prompts), np.concatenate([[2], ids]).astype(np.int32)]
 
-# %% ../nbs/03b_export.ipynb #ex0025bb
-@contextmanager
-def new_folder(
-    to: Path,  # does not exist, or is an empty folder
-) -> Iterator[Path]:  # a temporary folder beside it, to write in
-    "A folder that appears whole or not at all. Raises `RunError` where something is there already."
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RunError(f"{to} exists already. Give a folder that does not, or is empty.")
-    existed = next(parent for parent in to.absolute().parents if parent.exists())
-    temporary = None
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        os.replace(temporary, to)
-    except BaseException:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for made in to.absolute().parents:
-            if made == existed or any(made.iterdir()):
-                break
-            made.rmdir()
-        raise
-
-
+# %% ../nbs/03b_export.ipynb #ex0025ee
 def check_room(
     folder: Path,  # where files will be written
     needed: int,  # bytes

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapter import Adapter, RunError, padded_pairs
+from .adapter import Adapter, padded_pairs
 from .data import fold_whitespace
-from .export import MergedWeights, check_mergeable, check_room, new_folder, write_notices
+from .export import MergedWeights, check_mergeable, check_room, write_notices
+from .files import RunError, new_folder
 from .gguf_files import gguf_architecture, write_gguf, write_gguf_lora
 from .llamacpp import ask_llamacpp, has_llamacpp
 from .model import Base, ModelError, resolve_preset

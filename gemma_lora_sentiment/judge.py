@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
-from . import analysis, evaluation
+from . import decision, evaluation, figures, intervals, labelling
 from gemma_lora_sentiment.data import (
     by_key,
     describe_comments,
@@ -26,7 +26,8 @@ from gemma_lora_sentiment.data import (
     split_comments,
     write_table,
 )
-from .report import write_report
+from .files import whole_file
+from .report import name_of, report_html
 from gemma_lora_sentiment.run import (
     CHECKPOINT,
     DESCRIPTION,
@@ -47,7 +48,7 @@ from gemma_lora_sentiment.run import (
 
 # %% auto #0
 __all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
-           'labelled_rows', 'judge_run', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
+           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
            'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #73a36e37
@@ -104,18 +105,18 @@ def add_analysis(
     "Complete the metrics by all that can be said of these predictions."
     groups = duplicate_groups(rows.comment)
     metrics["fingerprint"] = fingerprint(rows)
-    metrics["intervals"] = analysis.metric_intervals(rows.label, probabilities, classes, groups=groups)
+    metrics["intervals"] = intervals.metric_intervals(rows.label, probabilities, classes, groups=groups)
     baselines = {}
     for name, values in theirs.items():
-        baselines[name] = analysis.metrics_with_intervals(rows.label, values, classes, groups)
+        baselines[name] = intervals.metrics_with_intervals(rows.label, values, classes, groups)
         said = (evaluation.OURS, evaluation.OTHERS[name].said)
-        baselines[name]["comparison"] = analysis.paired_comparison(
+        baselines[name]["comparison"] = intervals.paired_comparison(
             rows.label, probabilities, values, classes, groups=groups, names=said
         )
     tfidf = baselines.get("baseline")
     metrics |= {"baseline_accuracy": tfidf["accuracy"] if tfidf else None, "baseline": tfidf, "baselines": baselines}
     metrics["comparison"] = tfidf["comparison"] if tfidf else None
-    metrics["decision"] = analysis.choose_decision(rows.label, probabilities, classes, groups=groups)
+    metrics["decision"] = decision.choose_decision(rows.label, probabilities, classes, groups=groups)
 
 
 def comparison_text(
@@ -128,7 +129,7 @@ def comparison_text(
     if simpler := evaluation.frozen_verdict(metrics):
         lines.append(simpler)
     all_of_them = {evaluation.OURS: metrics, **evaluation.shown_others(metrics["baselines"])}
-    lines += [analysis.metrics_table(all_of_them).to_string(), analysis.decision_text(metrics["decision"])]
+    lines += [intervals.metrics_table(all_of_them).to_string(), decision.decision_text(metrics["decision"])]
     return "\n".join(lines)
 
 # %% ../nbs/06e_judge.ipynb #d9a607d3
@@ -187,7 +188,7 @@ def judge_run(
     predictions = prediction_table(rows, classes, probabilities, theirs.get("baseline"))
     write_rows(folder / "predictions.tsv", predictions, comments, numbered=True)
     _write_mistakes(folder, rows, probabilities, classes, comments)
-    evaluation.save_figures(
+    figures.save_figures(
         folder / FIGURES, rows.label, probabilities, classes,
         history if history is not None and len(history) else None, _drawn(theirs),
     )  # fmt: skip
@@ -201,9 +202,34 @@ def _write_mistakes(folder: Path, rows: pd.DataFrame, values: np.ndarray, classe
 # %% ../nbs/06e_judge.ipynb #3c646847
 def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bool) -> None:
     "`conflicts.tsv`, where copies of a comment have different labels."
-    conflicts = analysis.conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
+    conflicts = labelling.conflicting_duplicates(rows.comment, rows.label, rows["id"], groups)
     if len(conflicts):
         write_rows(folder / "conflicts.tsv", conflicts, comments)
+
+# %% ../nbs/06e_judge.ipynb #112b6244
+def write_report(
+    folder: str | Path,  # of train, evaluate or cross-validate
+    *,
+    comments: bool = True,  # False leaves out every text of a comment; so do tables that hold none
+    limit: int = 20,  # rows of a table of comments
+) -> Path:  # report.html in the folder
+    "Write the report of a run from its files. `ValueError` where there is no metrics.json or cv.json."
+    run = RunFolder(folder)
+    metrics, tables = run.metrics(), run.tables()
+    description = dict(metrics)
+    if run.metrics_file().name == METRICS_FILE and run.file(DESCRIPTION):
+        description |= run.description()
+    predictions = run.predictions(lambda column: column in ("label", "prediction"))
+    page = report_html(
+        metrics, title=name_of((description.get("data") or {}).get("source", run.path.resolve().name)),
+        description=description, tables=tables if predictions is None else {**tables, "predictions": predictions},
+        figures=run.figures(), history=run.history(), limit=limit,
+        comments=comments and "comment" in tables.get("wrong", ["comment"]),
+    )  # fmt: skip
+    with whole_file(run.path / REPORT) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return run.path / REPORT
+
 
 # %% ../nbs/06e_judge.ipynb #5eebef01
 def seen_before(
@@ -307,7 +333,7 @@ def evaluate_run(
         metrics, probabilities = judge_run(folder, rows, clf, baselines, comments=comments)
         if explain:
             wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, clf.classes_, rows["id"])
-            write_table(analysis.explain_mistakes(clf, wrong, explain), folder / "influence.tsv")
+            write_table(evaluation.explain_mistakes(clf, wrong, explain), folder / "influence.tsv")
         metrics |= describe_run("evaluate", source, rows, clf, more)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         write_json(folder / METRICS_FILE, metrics)
@@ -332,7 +358,7 @@ def _write_folds(
         write_rows(folder / "oof_repeats.tsv", every, comments, numbered=True)
     _write_mistakes(folder, rows, layers["ours"][0], classes, comments)
     both = np.concatenate(list(layers.values()))
-    suspects = analysis.likely_label_errors(rows.comment, rows.label, both, classes, rows["id"])
+    suspects = labelling.likely_label_errors(rows.comment, rows.label, both, classes, rows["id"])
     write_rows(folder / "label_errors.tsv", suspects[suspects.suspicion > 0].round(4), comments)
 
 # %% ../nbs/06e_judge.ipynb #a82134ed
@@ -371,7 +397,7 @@ def cross_validate_run(
         add_analysis(metrics, rows, classes, layers["ours"], theirs)
         _write_folds(folder, rows, classes, layers, oof["fold"].to_numpy().reshape(repeats, -1), comments)
         drawn = _drawn({name: each[0] for name, each in theirs.items() if each.ndim == 3})
-        evaluation.save_figures(folder / FIGURES, rows.label, layers["ours"][0], classes, baseline=drawn)
+        figures.save_figures(folder / FIGURES, rows.label, layers["ours"][0], classes, baseline=drawn)
         _write_conflicts(folder, rows, groups, comments)
         cuts = {"reading": reading, "folds": folds, "repeats": repeats, "seed": seed, **caution}
         metrics |= describe_run("cross-validate", source, rows, clf, cuts)
@@ -446,12 +472,12 @@ def compare_runs(
     names = (str(first), str(second))
     tables = [predictions_of(run, source, reading, preset) for run in (first, second)]
     has_comments = all("comment" in table for table in tables)
-    result, differences = analysis.compare_predictions(*_copies_as_comments(tables, (first, second)), names=names)
+    result, differences = intervals.compare_predictions(*_copies_as_comments(tables, (first, second)), names=names)
     if out is not None:
         with whole_folder(out) as folder:
             write_json(folder / "compare.json", {"runs": list(names), **result})
             write_rows(folder / "differences.tsv", differences, has_comments)
-    table = analysis.metrics_table({name: result[name] for name in names}).to_string()
+    table = intervals.metrics_table({name: result[name] for name in names}).to_string()
     many = ", ".join(f"{number} of {name}" for name, number in zip(names, result["rows_of_each"], strict=True))
     rows = f"{result['rows']} rows in both ({many}); different answers on {len(differences)}"
     return "\n".join([result["comparison"]["sentence"], table, rows])
@@ -490,11 +516,11 @@ def decide_run(
     n = len(table) // repeats
     values = table[[f"p_{label}" for label in metrics["classes"]]].to_numpy(np.float64).reshape(repeats, n, -1)
     labels = [spelled[label_key(label)] for label in table.label[:n]]
-    metrics["decision"] = analysis.choose_decision(
+    metrics["decision"] = decision.choose_decision(
         labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
         groups=table.group[:n] if "group" in table else duplicate_groups(table.comment[:n]),
     )  # fmt: skip
     folder.write_metrics(metrics)
     if folder.file(REPORT):
         write_report(run)
-    return analysis.decision_text(metrics["decision"])
+    return decision.decision_text(metrics["decision"])

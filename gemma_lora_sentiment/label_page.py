@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, clone
 
-from .checkpoint import hold
+from .files import hold
 from .labelling import Labelling, StaleError, retrain
 from gemma_lora_sentiment.service import (
     Refusal,

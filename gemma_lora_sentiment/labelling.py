@@ -18,14 +18,52 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, clone
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
 
-from .analysis import paired_comparison, worth_labelling
 from .data import duplicate_groups
-from .evaluation import baseline_classifier, share_interval
+from gemma_lora_sentiment.evaluation import (
+    baseline_classifier,
+    check_probabilities,
+    checked_layers,
+    class_positions,
+    numbered_groups,
+    plain_values,
+)
+from .files import sync_folder
+from .intervals import paired_comparison, share_interval
 from .tables import DataError, shown, tab_field
 
 # %% auto #0
-__all__ = ['JUDGED_AT_LEAST', 'LabelTable', 'Task', 'StaleError', 'Labelling', 'retrain']
+__all__ = ['JUDGED_AT_LEAST', 'worth_labelling', 'LabelTable', 'Task', 'StaleError', 'Labelling', 'retrain',
+           'likely_label_errors', 'conflicting_duplicates']
+
+# %% ../nbs/06d_labelling.ipynb #ef6ceb92
+def worth_labelling(
+    comments: Sequence[str] | np.ndarray | pd.Series,  # n unlabelled comments
+    probabilities: np.ndarray,  # float (n, n_classes)
+    classes: Sequence,  # class values in the order of the columns
+    number: int = 20,  # of comments wanted
+    ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
+    seed: int = 0,
+) -> pd.DataFrame:  # columns id, comment, margin, p_CLASS ...; the most doubtful first
+    "Doubtful comments of different wording. Raises `ValueError` if the inputs do not fit each other."
+    texts, classes = [str(text) for text in comments], plain_values(classes)
+    values = check_probabilities(probabilities, len(texts), classes)
+    if number < 1:
+        raise ValueError(f"number is {number}, and must be at least 1.")
+    largest = np.sort(values, axis=1)
+    margin = largest[:, -1] - largest[:, -2]
+    is_copy = pd.Series(duplicate_groups(texts)).duplicated().to_numpy()
+    rows = [row for row in np.argsort(margin, kind="stable") if not is_copy[row]][: 5 * number]
+    if len(rows) > number:
+        wording = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3)).fit_transform([texts[row] for row in rows])
+        cluster = KMeans(number, n_init=1, random_state=seed).fit_predict(wording)
+        rows = [rows[place] for place in np.unique(cluster, return_index=True)[1]]
+    rows = sorted(rows, key=lambda row: margin[row])
+    ids = range(len(texts)) if ids is None else list(ids)
+    table = {"id": [ids[row] for row in rows], "comment": [texts[row] for row in rows], "margin": margin[rows]}
+    return pd.DataFrame(table | {f"p_{label}": values[rows, place] for place, label in enumerate(classes)})
 
 # %% ../nbs/06d_labelling.ipynb #916d66eb
 def _append(path: Path, text: str, size: int) -> int:  # the new size
@@ -82,10 +120,7 @@ def _begun(path: Path, header: str) -> int:  # bytes of the header
         path.touch()
         _cut(path, 0, len(data))
         _append(path, header, 0)
-        with suppress(OSError):  # folders of some systems cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(path.parent)
         return len(header.encode())
     first = data.partition(b"\n")[0] + b"\n"
     if first.decode("utf-8-sig", "replace").strip().split("\t") != header.strip().split("\t"):
@@ -445,3 +480,45 @@ def _in_columns(values: np.ndarray, classes: Sequence[Any], labels: Sequence[str
     table = np.zeros((len(values), len(labels)))
     table[:, [labels.index(str(label)) for label in classes]] = values
     return table
+
+# %% ../nbs/06d_labelling.ipynb #b0364247
+def likely_label_errors(
+    comments: Sequence[str] | np.ndarray | pd.Series,  # n comments
+    labels: Sequence | np.ndarray | pd.Series,  # n labels, as they were given
+    probabilities: np.ndarray,  # float (n, n_classes) out of fold, or (k, n, n_classes) of k classifiers or repeats
+    classes: Sequence,  # class values in the order of the columns
+    ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
+) -> pd.DataFrame:  # n rows, the most suspicious first: id, comment, label, likely_label, suspicion
+    "Rows by suspicion, from 1 (surely another label) to -1. Raises `ValueError` as `compute_metrics` does."
+    classes = plain_values(classes)
+    positions = class_positions(labels, classes, what="labels")
+    values = checked_layers(probabilities, len(positions), classes).mean(axis=0)
+    comments = list(comments)
+    ids = list(range(len(comments))) if ids is None else list(ids)
+    if not len(comments) == len(ids) == len(positions):
+        raise ValueError(f"there are {len(comments)} comments, {len(ids)} ids and {len(positions)} labels.")
+    given = np.eye(len(classes), dtype=bool)[positions]
+    others = np.where(given, -1.0, values)
+    suspicion = others.max(axis=1) - values[given]
+    table = pd.DataFrame({"id": ids, "comment": comments, "label": [classes[place] for place in positions]})
+    table["likely_label"] = [classes[place] for place in np.where(suspicion > 0, others.argmax(axis=1), positions)]
+    table["suspicion"] = suspicion
+    return table.sort_values("suspicion", ascending=False, kind="stable").reset_index(drop=True)
+
+# %% ../nbs/06d_labelling.ipynb #587fc584
+def conflicting_duplicates(
+    comments: Sequence[str] | np.ndarray | pd.Series,  # n comments
+    labels: Sequence | np.ndarray | pd.Series,  # n labels
+    ids: Sequence | None = None,  # n identifiers. None: the row's number from 0
+    groups: Sequence | None = None,  # n group names of copies. None: as duplicate_groups tells them
+) -> pd.DataFrame:  # columns group, id, comment, label: copies beside each other; no rows if all agree
+    "Copies of a comment whose labels differ. Raises `ValueError` if the columns differ in length."
+    comments, labels = list(comments), plain_values(labels)
+    groups = duplicate_groups(map(str, comments)) if groups is None else groups
+    ids = list(range(len(comments))) if ids is None else list(ids)
+    numbers = numbered_groups(groups, len(comments))
+    if not len(comments) == len(labels) == len(ids):
+        raise ValueError(f"there are {len(comments)} comments, {len(ids)} ids and {len(labels)} labels.")
+    table = pd.DataFrame({"group": numbers, "id": ids, "comment": comments, "label": labels})
+    differ = table.groupby("group")["label"].transform("nunique") > 1
+    return table[differ].sort_values("group", kind="stable").reset_index(drop=True)

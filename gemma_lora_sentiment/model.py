@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import inspect
 import io
 import json
@@ -27,6 +26,7 @@ import sentencepiece
 from .backend import ModelError, check_backend, choose_dtype, device_bytes, without_tensorflow
 from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
+from .files import digest
 from gemma_lora_sentiment.gemma import (
     INT4_BLOCK,
     LORA_LAYERS,
@@ -480,12 +480,12 @@ def _fingerprint(
     arguments: Mapping[str, Any],  # of KerasHub's backbone
     arrays: Mapping[str, np.ndarray],  # by KerasHub's path
 ) -> str:  # sha256 hex
-    digest = hashlib.sha256(json.dumps(dict(arguments), sort_keys=True, default=str).encode())
+    parts: list[str | bytes] = [json.dumps(dict(arguments), sort_keys=True, default=str)]
     for path, array in arrays.items():
         flat = array.reshape(-1)
         sample = flat[:: max(1, flat.size // 64)][:64].astype(np.float32)
-        digest.update(path.encode() + str(tuple(array.shape)).encode() + sample.tobytes())
-    return digest.hexdigest()
+        parts += [path + str(tuple(array.shape)), sample.tobytes()]
+    return digest(parts)
 
 # %% ../nbs/02_model.ipynb #41e64509
 def _read(

@@ -21,7 +21,8 @@ from typing import Any
 import pandas as pd
 
 from . import __version__
-from .data import Reading, describe_comments, duplicate_groups, fingerprint, whole_file, write_table
+from .data import Reading, describe_comments, duplicate_groups, fingerprint, write_table
+from .files import RunError, hold, seal, unseal, whole_file, write_atomically
 from .tables import Dialect
 
 # %% auto #0
@@ -51,8 +52,6 @@ def whole_folder(
 
     Raises `ValueError` for a file, `RunError` where another process writes, `OSError` where nothing can be written.
     """
-    from gemma_lora_sentiment.checkpoint import hold
-
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file. Give a folder.")
     existed = [parent for parent in (out.parent, *out.parent.parents) if parent.exists()][0]
@@ -300,8 +299,7 @@ def plan_of(
 
 def _planned(folder: Path, plan: dict[str, Any], resume: bool) -> bool:  # whether there is a run to go on with
     "Raise `RunError` where it is of another plan, `ValueError` where the folder is no run's."
-    from gemma_lora_sentiment.adapter import RunError
-    from gemma_lora_sentiment.checkpoint import difference, unseal
+    from gemma_lora_sentiment.checkpoint import difference
 
     if not (folder / "plan.json").is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
@@ -321,9 +319,6 @@ def unfinished_run(
     say: Callable[[str], None],  # what is told while it goes on
 ) -> Iterator[Path]:  # the run's folder of checkpoints
     "Where a run keeps what it goes on from. Raises `ValueError` and `RunError` where it cannot be this run's."
-    from gemma_lora_sentiment.adapter import write_atomically
-    from gemma_lora_sentiment.checkpoint import seal
-
     folder = out / CHECKPOINT
     made = [path for path in (folder, out) if not path.exists()]
     known = _planned(folder, plan, resume)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,12 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .adapter import RunError
-from .analysis import apply_decision
-from .checkpoint import difference, hold
+from .checkpoint import difference
 from .classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.data import (
-    check_folder,
     EXCEL_MARK,
     OUTPUT_FORMATS,
     Reading,
@@ -38,9 +34,10 @@ from gemma_lora_sentiment.data import (
     locate,
     reading_text,
     refuse_empty,
-    whole_file,
     write_table,
 )
+from .decision import apply_decision
+from .files import RunError, check_folder, digest, hold, whole_file
 from .prompt import PromptTemplate, TextTokenizer, encode_prompts
 from .scoring import label_probabilities, scoring_batch_size
 from .tables import DataError, fold_whitespace, format_of, listed, shown
@@ -228,16 +225,15 @@ def _predictions(chunk: Chunk, probabilities: np.ndarray, classes: np.ndarray, d
 
 def _chunk_digest(chunk: Chunk) -> str:
     rows = [chunk.table["id"].tolist(), chunk.as_written]
-    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:32]
+    return digest(json.dumps(rows, default=str))[:32]
 
 
 def _identity(clf: GemmaLoraClassifier, kind: str, decision: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     "All but the comments that decides the bytes of the output, as JSON holds it."
-    digest = hashlib.sha256()
-    for name in sorted(clf.adapter_.arrays):
-        digest.update(name.encode() + np.ascontiguousarray(clf.adapter_.arrays[name]).tobytes())
+    arrays = clf.adapter_.arrays
+    parts = chain.from_iterable((name, np.ascontiguousarray(arrays[name]).tobytes()) for name in sorted(arrays))
     settings = {
-        "output": kind, "adapter": digest.hexdigest()[:16],
+        "output": kind, "adapter": digest(parts)[:16],
         "lora_alpha": float(clf.adapter_.alpha), "base": clf.base_fingerprint_[:16], "dtype": clf.dtype_,
         "quantization": clf.quantization_, "template": clf.template, "labels": [str(label) for label in clf.classes_],
         "words": list(clf.words_.words), "max_length": int(clf.recipe_.max_length), "calibrated": decision, **sizes,

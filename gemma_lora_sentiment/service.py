@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .adapter import RunError
-from .analysis import apply_decision
 from .classifier import GemmaLoraClassifier
+from .decision import apply_decision
+from .files import RunError
 from .run import METRICS_FILES, RunFolder
 from .scoring import line_lengths, score_labels, scoring_batch_size
 from .tables import DataError

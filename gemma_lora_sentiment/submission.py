@@ -38,9 +38,9 @@ from gemma_lora_sentiment.data import (
     read_comments,
     read_table,
     reading_text,
-    whole_file,
     write_table,
 )
+from .files import whole_file
 from gemma_lora_sentiment.tables import (
     FORMATS,
     DataError,

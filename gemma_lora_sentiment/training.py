@@ -5,7 +5,6 @@
 # %% ../nbs/04_training.ipynb #5d83b683
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
@@ -31,8 +30,9 @@ import optax
 import pandas as pd
 from sklearn.utils.class_weight import compute_class_weight
 
-from .adapter import Adapter, RunError, lora_scales, stacked_lora, unstacked_lora
-from .checkpoint import fit_name, hold, load_checkpoint, on_first_process, save_checkpoint
+from .adapter import Adapter, lora_scales, stacked_lora, unstacked_lora
+from .checkpoint import fit_name, load_checkpoint, on_first_process, save_checkpoint
+from .files import RunError, digest, hold
 from .gemma import GemmaConfig, block_bytes, drop_inputs, hidden_at, logits_of, with_scales
 from .memory import fitting_batch, memory_estimate, memory_text
 from gemma_lora_sentiment.prompt import (
@@ -813,11 +813,8 @@ def _restore(
 
 # %% ../nbs/04_training.ipynb #9318caa8
 def _digest(*arrays: Any) -> str:  # 64 hexadecimal digits
-    digest = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
+    whole = map(np.ascontiguousarray, arrays)
+    return digest(part for array in whole for part in (f"{array.dtype}{array.shape}", array.tobytes()))
 
 
 def fit_identity(

@@ -18,8 +18,9 @@ import keras
 import numpy as np
 import pandas as pd
 
-from .adapter import Adapter, RunError
-from .checkpoint import fit_name, hold, load_checkpoint, save_checkpoint
+from .adapter import Adapter
+from .checkpoint import fit_name, load_checkpoint, save_checkpoint
+from .files import RunError, hold
 from .model import Base
 from .prompt import LabelWords
 from .scoring import score_labels

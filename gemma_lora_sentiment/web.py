@@ -13,7 +13,6 @@ import secrets
 import shutil
 import socket
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +22,10 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .adapter import RunError
 from .classifier import GemmaLoraClassifier
-from .data import checked_batches, whole_file, write_table
-from .report import write_report
+from .data import checked_batches, write_table
+from .files import RunError, new_folder, whole_file
+from .judge import write_report
 from .run import METRICS_FILE, REPORT, RunFolder
 from gemma_lora_sentiment.service import (
     LOOPBACK,
@@ -454,10 +453,8 @@ def export_space(
     about = {"title": run.resolve().name[:60], "gradio": version("gradio"), "labels": labels, "version": __version__}
     files = {"app.py": _SPACE_APP, "README.md": _SPACE_README.format(**about, preset=clf.preset),
              "requirements.txt": f"gemma_lora_sentiment[{extras}] @ {_SOURCE}\n"}  # fmt: skip
-    to.parent.mkdir(parents=True, exist_ok=True)
-    folder = to.parent / f".{uuid.uuid4().hex}.partial"
-    try:
-        (folder / "run").mkdir(parents=True)
+    with new_folder(to) as folder:
+        (folder / "run").mkdir()
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         for name in _OF_THE_RUN:
@@ -465,10 +462,4 @@ def export_space(
                 shutil.copy(run / name, folder / "run" / name)
         if RunFolder(folder / "run").file(METRICS_FILE):
             write_report(folder / "run", comments=False)
-        if to.exists():
-            to.rmdir()
-        folder.rename(to)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return to

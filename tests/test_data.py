@@ -19,7 +19,6 @@ import pytest
 from gemma_lora_sentiment import data
 from gemma_lora_sentiment.data import (
     DataError,
-    cache_dir,
     describe_comments,
     download_comments,
     duplicate_groups,
@@ -30,9 +29,9 @@ from gemma_lora_sentiment.data import (
     read_comments,
     read_table,
     split_comments,
-    whole_file,
     write_table,
 )
+from gemma_lora_sentiment.files import cache_dir
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -543,13 +542,6 @@ def test_cache_that_cannot_be_written_is_the_machines_fault(server, monkeypatch)
     assert not isinstance(caught.value, ConnectionError)
 
 
-def test_cache_dir(monkeypatch):
-    monkeypatch.setenv("GEMMA_LORA_SENTIMENT_CACHE", "~/there")
-    assert cache_dir() == Path.home() / "there"
-    monkeypatch.delenv("GEMMA_LORA_SENTIMENT_CACHE")
-    assert cache_dir().name == "gemma_lora_sentiment" and cache_dir().is_absolute()
-
-
 def test_existing_path_wins_over_a_name():
     write("tarr_train", ROWS)
     assert len(read_comments("tarr_train", format="tsv")) == 2
@@ -563,17 +555,6 @@ def test_bundled_sample(name, least):
     table = read_comments(name)
     assert len(table) >= least and table["label"].nunique() == 2
     assert list(table.columns) == ["id", "comment", "label", "kind"]
-
-
-def test_whole_file_keeps_the_old_file_when_interrupted():
-    write("a.txt", "old")
-    for failure in (OSError("disk is full"), KeyboardInterrupt()):
-        with pytest.raises(type(failure)), whole_file("a.txt") as partial:
-            partial.write_text("ne")
-            raise failure
-    assert Path("a.txt").read_text() == "old" and os.listdir() == ["a.txt"]
-    with pytest.raises(FileNotFoundError), whole_file("nowhere/a.txt") as partial:
-        partial.write_text("new")
 
 
 def test_import_is_light():

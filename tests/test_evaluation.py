@@ -1,64 +1,57 @@
-"""What would bore a reader of the evaluation notebook: every label type, every error, figures, state left as it was."""
+"""What would bore a reader of the evaluation notebook: every label type, every error, sweeps, state left as it was."""
 
+import importlib
 import json
 import os
-import warnings
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.metrics import average_precision_score, f1_score, log_loss, roc_auc_score
+from sklearn.metrics import f1_score, log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
-from gemma_lora_sentiment import evaluation
 from gemma_lora_sentiment.evaluation import (
     baseline_classifier,
     comparison_table,
     compute_metrics,
     cross_validate,
+    explain_mistakes,
     fold_indices,
     metrics_from_oof,
-    plot_confusion_matrix,
-    plot_precision_recall,
-    plot_roc,
-    plot_score_histogram,
-    plot_training_curves,
     probabilities_from_oof,
-    save_figures,
+    simple_baselines,
+    sweep,
     verdict,
+    word_influence,
     wrong_rows,
 )
+from gemma_lora_sentiment.figures import learning_curve, plot_sweep
+from gemma_lora_sentiment.intervals import metrics_with_intervals
+
+# One compilation of a program is enough for all tests; compiling is most of what they cost.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 TARR = Path(__file__).parents[2] / "shared" / "data" / "tarr_train.txt"
-PNG = b"\x89PNG\r\n\x1a\n"
-HISTORY = pd.DataFrame({"epoch": [1, 2], "loss": [0.6, 0.4], "val_loss": [0.5, 0.45], "accuracy": [0.7, 0.8]})
 
 
 @pytest.fixture(autouse=True)
 def same_global_state():
-    """No test of this file may change matplotlib's settings, its open figures or NumPy's global random state."""
-    settings, (_, keys, position, *_) = dict(matplotlib.rcParams), np.random.get_state()
+    """No test of this file may change NumPy's global random state; importing Keras draws from it, once."""
+    had_keras, (_, keys, position, *_) = "keras" in sys.modules, np.random.get_state()
     keys = keys.copy()
-    figures = plt.get_fignums()
     yield
-    assert dict(matplotlib.rcParams) == settings
-    assert np.array_equal(np.random.get_state()[1], keys) and np.random.get_state()[2] == position
-    assert plt.get_fignums() == figures
+    if had_keras or "keras" not in sys.modules:
+        assert np.array_equal(np.random.get_state()[1], keys) and np.random.get_state()[2] == position
 
 
 def some_rows(n=60, n_classes=2, seed=0):
@@ -158,7 +151,7 @@ def test_probabilities_of_lower_precision_are_accepted():
 GOOD = np.array([[0.5, 0.5], [0.2, 0.8]])
 
 
-@pytest.mark.parametrize(
+BAD_INPUT = pytest.mark.parametrize(
     ("y_true", "probabilities", "classes", "message"),
     [
         (["0"], GOOD, ["0", "1"], r"y_true has 1 labels and probabilities have 2 rows\. Pass one row for each label"),
@@ -177,20 +170,18 @@ GOOD = np.array([[0.5, 0.5], [0.2, 0.8]])
         (np.array([["0"], ["1"]]), GOOD, ["0", "1"], r"labels have shape \(2, 1\), expected one dimension"),
     ],
 )
-def test_bad_input_is_one_line(y_true, probabilities, classes, message, tmp_path):
+
+
+@BAD_INPUT
+def test_bad_input_is_one_line(y_true, probabilities, classes, message):
     calls = [
         lambda: compute_metrics(y_true, probabilities, classes),
         lambda: wrong_rows(["a", "b"], y_true, probabilities, classes),
-        lambda: plot_roc(y_true, probabilities, classes),
-        lambda: plot_precision_recall(y_true, probabilities, classes),
-        lambda: plot_score_histogram(y_true, probabilities, classes),
-        lambda: save_figures(tmp_path / "figures", y_true, probabilities, classes),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
-    assert not (tmp_path / "figures").exists()
 
 
 def test_sums_within_a_thousandth_pass():
@@ -437,223 +428,180 @@ def test_comparison_and_verdict():
         verdict(ours, baseline | {"n": 60})
 
 
-# figures --------------------------------------------------------------------------------------------------------------
+# what moved a prediction ----------------------------------------------------------------------------------------------
 
 
-def all_figures(y_true, probabilities, classes, baseline=None):
-    """Every figure on axes of its own, outside pyplot."""
-    predicted = [classes[position] for position in np.argmax(probabilities, axis=1)]
-    axes = [Figure(layout="constrained").subplots() for _ in range(5)]
-    returned = [
-        plot_confusion_matrix(y_true, predicted, classes, ax=axes[0]),
-        plot_roc(y_true, probabilities, classes, ax=axes[1], baseline=baseline),
-        plot_precision_recall(y_true, probabilities, classes, ax=axes[2], baseline=baseline),
-        plot_score_histogram(y_true, probabilities, classes, ax=axes[3]),
-        plot_training_curves(HISTORY, ax=axes[4]),
-    ]
-    assert all(one is two for one, two in zip(returned, axes, strict=True))
-    return axes
+class Counting(DummyClassifier):
+    """Right about one word; counts how often it is asked."""
+
+    calls = 0
+
+    def predict_proba(self, X):
+        type(self).calls += 1
+        p = np.array([0.9 if "맛있" in text else 0.3 for text in X])
+        return np.stack([1 - p, p], axis=1)
 
 
-def draw_without_warnings(axes):
-    """Render; a missing letter or a layout that failed is a warning, and here an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for ax in axes:
-            ax.figure.canvas.draw()
+def test_influence_in_one_batch():
+    fitted = Counting().fit(["a", "b"], [0, 1])
+    Counting.calls = 0
+    found = word_influence(fitted, "국물이 정말 맛있어요")
+    assert Counting.calls == 1
+    assert found.piece.tolist() == ["국물이", "정말", "맛있어요"]
+    expected = np.log(0.9 / 0.1) - np.log(0.3 / 0.7)
+    assert found.influence.tolist() == pytest.approx([0, 0, expected], abs=1e-5)
+    assert len(word_influence(fitted, "")) == 0
+    table = wrong_rows(["별로 맛있지 않아요", "좋아요"], [0, 1], fitted.predict_proba(["맛있", "x"]), [0, 1])
+    explained = explain_mistakes(fitted, table, number=1)
+    assert explained.spoke_for[0].startswith("맛있지 +") and explained.spoke_against[0] == ""
 
 
-@pytest.mark.parametrize("n_classes", [2, 3, 12])
-@pytest.mark.parametrize("with_baseline", [False, True])
-def test_figures(n_classes, with_baseline):
-    positions, probabilities = some_rows(120, n_classes)
-    baseline = some_rows(120, n_classes, seed=1)[1] if with_baseline else None
-    classes = [f"label {number}" for number in range(n_classes)]
-    axes = all_figures([classes[position] for position in positions], probabilities, classes, baseline)
-    draw_without_warnings(axes)
-    n_curves = (1 if n_classes == 2 else n_classes) * (2 if with_baseline else 1)
-    styles = [line.get_linestyle() for line in axes[1].lines]
-    assert len(styles) == n_curves + 1 and styles.count("--") == (n_curves // 2 if with_baseline else 0)
-    if n_classes > 2:  # told apart without colour
-        assert len({line.get_marker() for line in axes[1].lines[:-1]}) == min(n_classes, 8)
+# sweeps ---------------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_in_the_figures():
-    positions, probabilities = some_rows(80)
-    matrix, roc, precision_recall, scores, _ = all_figures(positions, probabilities, [0, 1])
-    counts = [int(text.get_text()) for text in matrix.texts]
-    assert sum(counts) == 80 and counts[0] + counts[3] == (probabilities.argmax(axis=1) == positions).sum()
-    assert roc.lines[0].get_label() == f"classifier, AUC {roc_auc_score(positions, probabilities[:, 1]):.3f}"
-    average = average_precision_score(positions, probabilities[:, 1])
-    assert precision_recall.lines[0].get_label() == f"classifier, AP {average:.3f}"
-    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["true label 0 (40)", "true label 1 (40)"]
+def sweep_rows(n=90):
+    words = ["별로 실망", "최고 추천", "그냥 보통"]
+    return [f"{words[row % 3]} {row // 3}" for row in range(n)], [row % 3 for row in range(n)]
 
 
-def test_a_new_figure_is_the_callers_to_close():
-    before = plt.get_fignums()
-    positions, probabilities = some_rows()
-    for ax in [
-        plot_confusion_matrix(positions, positions, [0, 1]),
-        plot_roc(positions, probabilities, [0, 1]),
-        plot_precision_recall(positions, probabilities, [0, 1]),
-        plot_score_histogram(positions, probabilities, [0, 1]),
-        plot_training_curves(HISTORY),
+@pytest.mark.parametrize("search", ["grid", "random", "halving"])
+def test_sweep(search):
+    comments, labels = sweep_rows()
+    estimator = baseline_classifier()
+    grid = {"logistic__C": [1e-4, 1.0, 30.0], "tfidf__ngram_range": [(1, 1), (1, 2)]}
+    table = sweep(estimator, comments, labels, grid, search=search, candidates=4, folds=2)
+    assert table.attrs["parameters"] == ["logistic__C", "tfidf__ngram_range"]
+    assert list(table.columns[:5]) == ["logistic__C", "tfidf__ngram_range", "mean", "std", "seconds"]
+    assert not hasattr(estimator[-1], "classes_") and table["mean"].between(0, 1).all()
+    if search == "halving":
+        assert table.resources.is_monotonic_decreasing and table.resources.nunique() > 1
+    else:
+        assert len(table) == {"grid": 6, "random": 4}[search] and table["mean"].is_monotonic_decreasing
+    pd.testing.assert_frame_equal(
+        table.drop(columns="seconds"),
+        sweep(estimator, comments, labels, grid, search=search, candidates=4, folds=2).drop(columns="seconds"),
+    )
+
+
+def test_sweep_halves_by_a_parameter():
+    comments, labels = sweep_rows(60)
+    table = sweep(
+        baseline_classifier(), comments, labels, {"logistic__C": [0.1, 1.0, 10.0]}, search="halving", folds=2,
+        resource="logistic__max_iter", max_resources=90,
+    )  # fmt: skip
+    assert table.resources.max() > table.resources.min()
+
+
+def test_sweep_one_change_at_a_time():
+    comments, labels = sweep_rows(60)
+    table = sweep(baseline_classifier(), comments, labels, [{"logistic__C": [1.0]}, {"tfidf__min_df": [2]}], folds=2)
+    assert len(table) == 2 and table["logistic__C"].isna().sum() == 1
+
+
+def test_sweep_refuses():
+    comments, labels = sweep_rows(30)
+    for grid, options, message in [
+        ({"rank": [1]}, {}, r"grid names 'rank', no parameter of it \(.*logistic__C"),
+        ({}, {}, "grid is empty"),
+        ({"logistic__C": [1.0]}, {"search": "best"}, "search is 'best'"),
+        ({"logistic__C": [1.0]}, {"folds": 11}, "fewer than folds=11"),
     ]:
-        assert isinstance(ax, Axes)
-        plt.close(ax.figure)
-    assert plt.get_fignums() == before
+        with pytest.raises(ValueError, match=message):
+            sweep(baseline_classifier(), comments, labels, grid, **options)
 
 
-@pytest.mark.parametrize("label", [0, 1])
-def test_figures_of_one_class_only_say_so(label):
-    axes = all_figures([label] * 10, some_rows(10)[1], [0, 1])
-    draw_without_warnings(axes)
-    for ax in axes[1:3]:
-        assert "all of one class" in ax.texts[0].get_text()
+def test_a_language_model_in_sweep_and_influence(tmp_path):
+    """Learning rate, weight decay and epochs are variables of one program: nothing new is compiled for them."""
+    import jax
+
+    from gemma_lora_sentiment import GemmaLoraClassifier
+    from gemma_lora_sentiment.model import tiny_gemma
+
+    preset = str(tmp_path / "tiny")
+    tiny_gemma(preset)
+    comments, labels = [f"맛있어요 {row:02}" for row in range(16)], [row % 2 for row in range(16)]
+    clf = GemmaLoraClassifier(preset, lora_rank=2, epochs=1, max_length=64)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        sweep(clf, comments, labels, {"learning_rate": [1e-3]}, folds=2)
+        first = len(compiled)
+        grid = [{"learning_rate": [1e-4, 1e-2]}, {"weight_decay": [0.1]}, {"epochs": [2]}]
+        table = sweep(clf, comments, labels, grid, folds=2)
+        grid = {"learning_rate": [1e-4, 1e-3, 1e-2], "weight_decay": [0.0]}
+        halved = sweep(clf, comments, labels, grid, search="halving", resource="epochs", max_resources=3, folds=2)
+        after_halving = len(compiled)
+        programs = [{"lora_rank": [3]}, {"target_layers": [("query",)]}]
+        for _ in range(2):
+            ranks = sweep(clf, comments, labels, programs, folds=2)
+            compiled.append("end of a sweep")
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert first > 0 and after_halving == first
+    assert len(table) == 4 and table["mean"].between(0, 1).all()
+    assert halved.resources.tolist() == [3, 1, 1, 1] and halved.attrs["parameters"] == list(grid)
+    assert plot_sweep(halved, "weight_decay", "learning_rate", ax=Figure().subplots()).texts
+    # Ranks and layers are programs of their own, each compiled once: the second sweep of them compiles nothing.
+    assert len(ranks) == 2 and compiled[-2:] == ["end of a sweep"] * 2
+    assert compiled.index("end of a sweep") > first
+
+    clf.fit(comments, labels)
+    pd.testing.assert_frame_equal(word_influence(clf, comments[0]), clf.token_influence(comments[0]))
+    mistakes = pd.DataFrame({"id": [7], "comment": comments[:1], "label": [0], "prediction": [1]})
+    explained = explain_mistakes(clf, mistakes)
+    assert explained.id.tolist() == [7] and (explained.spoke_for[0] + explained.spoke_against[0])
 
 
-def test_a_class_without_rows_has_no_curve():
-    positions, probabilities = some_rows(60, 3)
-    rows = positions != 1
-    axes = all_figures(positions[rows], probabilities[rows], [0, 1, 2])
-    draw_without_warnings(axes)
-    assert [line.get_label().split(",")[0] for line in axes[1].lines] == ["0", "2", "chance"]
+def test_simple_baselines():
+    comments, labels = sweep_rows(30)
+    oof = cross_validate(simple_baselines(), comments, labels, folds=3)
+    assert oof.columns[2] == "most_frequent_prediction"
+    floor = metrics_with_intervals(labels, probabilities_from_oof(oof, "most_frequent", [0, 1, 2]), [0, 1, 2])
+    assert floor["accuracy"] < 0.4 and floor["log_loss"] == pytest.approx(np.log(3), abs=0.02)
 
 
-def test_confusion_matrix_errors():
-    with pytest.raises(ValueError, match=r"y_true has 2 labels and y_pred 1\. Pass equally many"):
-        plot_confusion_matrix([0, 1], [0], [0, 1])
-    with pytest.raises(ValueError, match=r"y_pred row 1: label 5 is not one of 0, 1"):
-        plot_confusion_matrix([0, 1], [0, 5], [0, 1])
-    with pytest.raises(ValueError, match=r"y_true has 60 labels and probabilities have 3 rows"):
-        plot_roc(*some_rows(), [0, 1], ax=Figure().subplots(), baseline=np.full((3, 2), 0.5))
+def test_twins_of_another_emphasis_stay_together_from_python_too():
+    comments = [text for n in range(12) for text in (f"{n}번 손님 맛있어요", f"{n}번 손님, 맛있어요!!")]
+    labels = [n % 2 for n in range(12) for _ in range(2)]
+    estimator = baseline_classifier()
+    oof = cross_validate({"simple": estimator}, comments, labels, folds=3)
+    assert (oof.fold.to_numpy().reshape(-1, 2) == oof.fold.to_numpy().reshape(-1, 2)[:, :1]).all()
+    with pytest.raises(ValueError, match="12 test comments are among the comments too, the first is row 0"):
+        learning_curve({"simple": estimator}, comments[::2], labels[::2], comments[1::2], labels[1::2], sizes=[4])
 
 
-def test_training_curves():
-    ax = plot_training_curves(HISTORY, ax=Figure().subplots())
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "loss, training", "loss, validation", "accuracy, training",
-    ]  # fmt: skip
-    assert len(ax.figure.axes) == 2 and ax.get_ylabel() == "loss"
-    assert len({line.get_linestyle() for each in ax.figure.axes for line in each.lines}) == 3
-    one_epoch = plot_training_curves(pd.DataFrame({"loss": [0.5], "val_loss": [np.nan]}), ax=Figure().subplots())
-    assert len(one_epoch.lines) == 1 and len(one_epoch.figure.axes) == 1
-    for bad in (HISTORY.drop(columns="loss"), HISTORY.iloc[:0], pd.DataFrame()):
-        with pytest.raises(ValueError, match=r"history has \d rows and columns .* expected at least one row"):
-            plot_training_curves(bad)
+# names that have moved ------------------------------------------------------------------------------------------------
+
+NOW = {
+    "evaluation": {
+        "figures": "DrawableNames MARKERS drawable_names new_axes plot_confusion_matrix plot_precision_recall "
+        "plot_reliability plot_roc plot_score_histogram plot_training_curves save_figures use_fonts",
+        "intervals": "share_interval",
+        "decision": "expected_calibration_error",
+    },
+    "analysis": {
+        "intervals": "compare_predictions exact_p metric_intervals metrics_table metrics_with_intervals "
+        "paired_comparison share_interval",
+        "decision": "MISTAKES_TO_JUDGE ROWS_OF_A_DECISION apply_decision apply_temperature choose_abstention "
+        "choose_decision choose_threshold decision_text expected_calibration_error fit_temperature",
+        "labelling": "conflicting_duplicates likely_label_errors worth_labelling",
+        "evaluation": "compute_metrics explain_mistakes sweep word_influence",
+    },
+}
 
 
-# class names in figures -----------------------------------------------------------------------------------------------
-
-HANGUL = ["부정", "긍정", "보통"]
-
-
-def texts_of(ax):
-    """All that is written in a figure."""
-    return [text.get_text() for text in ax.findobj(matplotlib.text.Text) if text.get_text()]
-
-
-def test_hangul_without_a_font_for_it(monkeypatch):
-    monkeypatch.setattr(evaluation, "_KOREAN_FONTS", ())
-    if evaluation._can_draw("sans-serif", "부"):
-        pytest.skip("matplotlib's default font here has Hangul")
-    for classes in (HANGUL, HANGUL[:2], ["neutral", "긍정"]):
-        positions, probabilities = some_rows(60, len(classes))
-        axes = all_figures([classes[position] for position in positions], probabilities, classes)
-        draw_without_warnings(axes)
-        for ax in axes:
-            assert all(text.isascii() for text in texts_of(ax))
-        assert "class 1" in texts_of(axes[0])
-        assert ("neutral" in texts_of(axes[0])) == ("neutral" in classes)
-        assert any("no installed font has the class names" in text for text in texts_of(axes[0]))
-
-
-def font_with_hangul(path, family):
-    """A font of filled squares for the letters that the test needs."""
-    builder = pytest.importorskip("fontTools.fontBuilder").FontBuilder(1000, isTTF=True)
-    pen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None)
-    for number, point in enumerate([(50, 0), (50, 700), (650, 700), (650, 0)]):
-        (pen.lineTo if number else pen.moveTo)(point)
-    pen.closePath()
-    square = pen.glyph()
-    characters = {ord(character): f"g{number}" for number, character in enumerate("".join(HANGUL))}
-    names = [".notdef", *characters.values()]
-    builder.setupGlyphOrder(names)
-    builder.setupCharacterMap(characters)
-    builder.setupGlyf({name: square for name in names})
-    builder.setupHorizontalMetrics({name: (700, 50) for name in names})
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(path)
-    return path
-
-
-def test_hangul_with_a_font_for_it(monkeypatch, tmp_path):
-    family = f"Hangul of test {os.getpid()}"
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
-    font_manager.fontManager.addfont(font_with_hangul(tmp_path / "hangul.ttf", family))
-    monkeypatch.setattr(evaluation, "_KOREAN_FONTS", ("not installed", family))
-    if evaluation._can_draw("sans-serif", "부"):
-        pytest.skip("matplotlib's default font here has Hangul")
-    positions, probabilities = some_rows(60, 3)
-    labels = [HANGUL[position] for position in positions]
-    axes = all_figures(labels, probabilities, HANGUL, baseline=probabilities)
-    draw_without_warnings(axes)
-    written = texts_of(axes[0])
-    assert set(HANGUL) <= set(written) and not any("font" in text for text in written)
-    for text in axes[0].findobj(matplotlib.text.Text):
-        if text.get_text() in HANGUL:
-            assert family in text.get_fontfamily()
-
-
-def test_names_that_matplotlib_would_misread():
-    classes = ["_hidden", "$a_1$ or $", "two\nlines", "a" * 60, ""]
-    positions, probabilities = some_rows(60, 5)
-    axes = all_figures([classes[position] for position in positions], probabilities, classes)
-    draw_without_warnings(axes)
-    assert len(axes[1].get_legend().get_texts()) == 6
-    assert max(map(len, texts_of(axes[0]))) <= 40
-
-
-# files ----------------------------------------------------------------------------------------------------------------
-
-
-def test_save_figures(tmp_path):
-    positions, probabilities = some_rows()
-    folder = tmp_path / "run" / "figures"
-    paths = save_figures(folder, positions, probabilities, [0, 1], history=HISTORY, baseline=probabilities)
-    names = ["confusion_matrix", "roc", "precision_recall", "scores", "reliability", "training_curves"]
-    names = [f"{name}.png" for name in names]
-    assert paths == [folder / name for name in names]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
-    for path in paths:
-        assert path.read_bytes().startswith(PNG)
-        assert plt.imread(path).shape[:2] == (600, 750)  # 5 by 4 inches at 150 dpi
-    before = {path.name: path.read_bytes() for path in paths}
-    assert len(save_figures(str(folder), positions, probabilities, [0, 1])) == 5  # again, over the old ones
-    assert (folder / "training_curves.png").read_bytes() == before["training_curves.png"]
-
-
-def test_save_figures_of_three_classes(tmp_path):
-    positions, probabilities = some_rows(60, 3)
-    labels = [HANGUL[position] for position in positions]
-    for path in save_figures(tmp_path, labels, probabilities, HANGUL, baseline=probabilities):
-        assert plt.imread(path).shape[:2] == (675, 1200)  # room for the legend at the side
-
-
-def test_save_figures_leaves_nothing_half_written(tmp_path, monkeypatch):
-    positions, probabilities = some_rows()
-    for bad in ({"history": HISTORY[["epoch"]]}, {"baseline": probabilities[:3]}):
-        with pytest.raises(ValueError):
-            save_figures(tmp_path / "figures", positions, probabilities, [0, 1], **bad)
-        assert not (tmp_path / "figures").exists()
-
-    def disk_full(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "replace", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        save_figures(tmp_path / "figures", positions, probabilities, [0, 1])
-    assert list((tmp_path / "figures").iterdir()) == []
+@pytest.mark.parametrize("door", NOW)
+def test_every_name_is_still_found_by_its_old_room(door):
+    old = importlib.import_module(f"gemma_lora_sentiment.{door}")
+    for room, names in NOW[door].items():
+        new = importlib.import_module(f"gemma_lora_sentiment.{room}")
+        for name in names.split():
+            with pytest.warns(DeprecationWarning, match=f"from gemma_lora_sentiment.{room} import {name}$") as said:
+                assert getattr(old, name) is getattr(new, name)
+            assert said[0].filename == __file__, "the warning names the line that asks"
+    with pytest.raises(AttributeError, match=f"module 'gemma_lora_sentiment.{door}' has no attribute 'nothing'"):
+        _ = old.nothing
+    with pytest.raises(ImportError, match="cannot import name '_hidden'"):
+        exec(f"from gemma_lora_sentiment.{door} import _hidden")

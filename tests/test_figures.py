@@ -1,5 +1,6 @@
-"""What would bore a reader of the figures' notebook: many classes, Hangul, bad input, further estimators."""
+"""What would bore a reader of the figures' notebook: many classes, Hangul, bad input, further estimators, no state."""
 
+import os
 import warnings
 
 import matplotlib
@@ -10,48 +11,63 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.naive_bayes import ComplementNB
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
+from test_evaluation import BAD_INPUT
 
-from gemma_lora_sentiment import evaluation
-from gemma_lora_sentiment.analysis import metrics_table, metrics_with_intervals, paired_comparison, sweep
+from gemma_lora_sentiment import figures
+from gemma_lora_sentiment.decision import expected_calibration_error
 from gemma_lora_sentiment.evaluation import (
     baseline_classifier,
     cross_validate,
-    expected_calibration_error,
     metrics_from_oof,
-    plot_reliability,
     probabilities_from_oof,
-    save_figures,
     simple_baselines,
+    sweep,
 )
 from gemma_lora_sentiment.figures import (
     _stratified_order,
     accuracy_by,
     learning_curve,
     plot_accuracy_by,
+    plot_confusion_matrix,
     plot_learning_curve,
+    plot_precision_recall,
+    plot_reliability,
+    plot_roc,
+    plot_score_histogram,
     plot_sweep,
+    plot_training_curves,
+    save_figures,
 )
+from gemma_lora_sentiment.intervals import metrics_table, metrics_with_intervals, paired_comparison
+
+PNG = b"\x89PNG\r\n\x1a\n"
+HISTORY = pd.DataFrame({"epoch": [1, 2], "loss": [0.6, 0.4], "val_loss": [0.5, 0.45], "accuracy": [0.7, 0.8]})
 
 
 @pytest.fixture(autouse=True)
 def same_global_state():
-    """No figure changes matplotlib's settings; the figures that a test leaves open are closed."""
-    settings = dict(matplotlib.rcParams)
+    """No test of this file may change matplotlib's settings, its open figures or NumPy's global random state."""
+    settings, (_, keys, position, *_) = dict(matplotlib.rcParams), np.random.get_state()
+    keys = keys.copy()
+    before = plt.get_fignums()
     yield
     assert dict(matplotlib.rcParams) == settings
-    plt.close("all")
+    assert np.array_equal(np.random.get_state()[1], keys) and np.random.get_state()[2] == position
+    assert plt.get_fignums() == before
 
 
-def some_rows(n=120, n_classes=2, seed=0):
+def some_rows(n=60, n_classes=2, seed=0):
     random = np.random.default_rng(seed)
     positions = np.arange(n) % n_classes
     scores = random.normal(size=(n, n_classes)) + 1.5 * np.eye(n_classes)[positions]
@@ -78,6 +94,235 @@ def draw_without_warnings(ax):
 
 def texts_of(ax):
     return [text.get_text() for text in ax.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+# one set of predictions -----------------------------------------------------------------------------------------------
+
+
+def all_figures(y_true, probabilities, classes, baseline=None):
+    """Every figure on axes of its own, outside pyplot."""
+    predicted = [classes[position] for position in np.argmax(probabilities, axis=1)]
+    axes = [Figure(layout="constrained").subplots() for _ in range(5)]
+    returned = [
+        plot_confusion_matrix(y_true, predicted, classes, ax=axes[0]),
+        plot_roc(y_true, probabilities, classes, ax=axes[1], baseline=baseline),
+        plot_precision_recall(y_true, probabilities, classes, ax=axes[2], baseline=baseline),
+        plot_score_histogram(y_true, probabilities, classes, ax=axes[3]),
+        plot_training_curves(HISTORY, ax=axes[4]),
+    ]
+    assert all(one is two for one, two in zip(returned, axes, strict=True))
+    return axes
+
+
+def draw_all(axes):
+    for ax in axes:
+        draw_without_warnings(ax)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 12])
+@pytest.mark.parametrize("with_baseline", [False, True])
+def test_figures(n_classes, with_baseline):
+    positions, probabilities = some_rows(120, n_classes)
+    baseline = some_rows(120, n_classes, seed=1)[1] if with_baseline else None
+    classes = [f"label {number}" for number in range(n_classes)]
+    axes = all_figures([classes[position] for position in positions], probabilities, classes, baseline)
+    draw_all(axes)
+    n_curves = (1 if n_classes == 2 else n_classes) * (2 if with_baseline else 1)
+    styles = [line.get_linestyle() for line in axes[1].lines]
+    assert len(styles) == n_curves + 1 and styles.count("--") == (n_curves // 2 if with_baseline else 0)
+    if n_classes > 2:  # told apart without colour
+        assert len({line.get_marker() for line in axes[1].lines[:-1]}) == min(n_classes, 8)
+
+
+def test_numbers_in_the_figures():
+    positions, probabilities = some_rows(80)
+    matrix, roc, precision_recall, scores, _ = all_figures(positions, probabilities, [0, 1])
+    counts = [int(text.get_text()) for text in matrix.texts]
+    assert sum(counts) == 80 and counts[0] + counts[3] == (probabilities.argmax(axis=1) == positions).sum()
+    assert roc.lines[0].get_label() == f"classifier, AUC {roc_auc_score(positions, probabilities[:, 1]):.3f}"
+    average = average_precision_score(positions, probabilities[:, 1])
+    assert precision_recall.lines[0].get_label() == f"classifier, AP {average:.3f}"
+    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["true label 0 (40)", "true label 1 (40)"]
+
+
+def test_a_new_figure_is_the_callers_to_close():
+    before = plt.get_fignums()
+    positions, probabilities = some_rows()
+    for ax in [
+        plot_confusion_matrix(positions, positions, [0, 1]),
+        plot_roc(positions, probabilities, [0, 1]),
+        plot_precision_recall(positions, probabilities, [0, 1]),
+        plot_score_histogram(positions, probabilities, [0, 1]),
+        plot_training_curves(HISTORY),
+    ]:
+        assert isinstance(ax, Axes)
+        plt.close(ax.figure)
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_figures_of_one_class_only_say_so(label):
+    axes = all_figures([label] * 10, some_rows(10)[1], [0, 1])
+    draw_all(axes)
+    for ax in axes[1:3]:
+        assert "all of one class" in ax.texts[0].get_text()
+
+
+def test_a_class_without_rows_has_no_curve():
+    positions, probabilities = some_rows(60, 3)
+    rows = positions != 1
+    axes = all_figures(positions[rows], probabilities[rows], [0, 1, 2])
+    draw_all(axes)
+    assert [line.get_label().split(",")[0] for line in axes[1].lines] == ["0", "2", "chance"]
+
+
+@BAD_INPUT
+def test_figures_of_bad_input_are_one_line(y_true, probabilities, classes, message, tmp_path):
+    calls = [
+        lambda: plot_roc(y_true, probabilities, classes),
+        lambda: plot_precision_recall(y_true, probabilities, classes),
+        lambda: plot_score_histogram(y_true, probabilities, classes),
+        lambda: save_figures(tmp_path / "figures", y_true, probabilities, classes),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "figures").exists()
+
+
+def test_confusion_matrix_errors():
+    with pytest.raises(ValueError, match=r"y_true has 2 labels and y_pred 1\. Pass equally many"):
+        plot_confusion_matrix([0, 1], [0], [0, 1])
+    with pytest.raises(ValueError, match=r"y_pred row 1: label 5 is not one of 0, 1"):
+        plot_confusion_matrix([0, 1], [0, 5], [0, 1])
+    with pytest.raises(ValueError, match=r"y_true has 60 labels and probabilities have 3 rows"):
+        plot_roc(*some_rows(), [0, 1], ax=Figure().subplots(), baseline=np.full((3, 2), 0.5))
+
+
+def test_training_curves():
+    ax = plot_training_curves(HISTORY, ax=Figure().subplots())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "loss, training", "loss, validation", "accuracy, training",
+    ]  # fmt: skip
+    assert len(ax.figure.axes) == 2 and ax.get_ylabel() == "loss"
+    assert len({line.get_linestyle() for each in ax.figure.axes for line in each.lines}) == 3
+    one_epoch = plot_training_curves(pd.DataFrame({"loss": [0.5], "val_loss": [np.nan]}), ax=Figure().subplots())
+    assert len(one_epoch.lines) == 1 and len(one_epoch.figure.axes) == 1
+    for bad in (HISTORY.drop(columns="loss"), HISTORY.iloc[:0], pd.DataFrame()):
+        with pytest.raises(ValueError, match=r"history has \d rows and columns .* expected at least one row"):
+            plot_training_curves(bad)
+
+
+# class names in figures -----------------------------------------------------------------------------------------------
+
+HANGUL = ["부정", "긍정", "보통"]
+
+
+def test_hangul_without_a_font_for_it(monkeypatch):
+    monkeypatch.setattr(figures, "_KOREAN_FONTS", ())
+    if figures._can_draw("sans-serif", "부"):
+        pytest.skip("matplotlib's default font here has Hangul")
+    for classes in (HANGUL, HANGUL[:2], ["neutral", "긍정"]):
+        positions, probabilities = some_rows(60, len(classes))
+        axes = all_figures([classes[position] for position in positions], probabilities, classes)
+        draw_all(axes)
+        for ax in axes:
+            assert all(text.isascii() for text in texts_of(ax))
+        assert "class 1" in texts_of(axes[0])
+        assert ("neutral" in texts_of(axes[0])) == ("neutral" in classes)
+        assert any("no installed font has the class names" in text for text in texts_of(axes[0]))
+
+
+def font_with_hangul(path, family):
+    """A font of filled squares for the letters that the test needs."""
+    builder = pytest.importorskip("fontTools.fontBuilder").FontBuilder(1000, isTTF=True)
+    pen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None)
+    for number, point in enumerate([(50, 0), (50, 700), (650, 700), (650, 0)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    square = pen.glyph()
+    characters = {ord(character): f"g{number}" for number, character in enumerate("".join(HANGUL))}
+    names = [".notdef", *characters.values()]
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap(characters)
+    builder.setupGlyf({name: square for name in names})
+    builder.setupHorizontalMetrics({name: (700, 50) for name in names})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+def test_hangul_with_a_font_for_it(monkeypatch, tmp_path):
+    family = f"Hangul of test {os.getpid()}"
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(font_with_hangul(tmp_path / "hangul.ttf", family))
+    monkeypatch.setattr(figures, "_KOREAN_FONTS", ("not installed", family))
+    if figures._can_draw("sans-serif", "부"):
+        pytest.skip("matplotlib's default font here has Hangul")
+    positions, probabilities = some_rows(60, 3)
+    labels = [HANGUL[position] for position in positions]
+    axes = all_figures(labels, probabilities, HANGUL, baseline=probabilities)
+    draw_all(axes)
+    written = texts_of(axes[0])
+    assert set(HANGUL) <= set(written) and not any("font" in text for text in written)
+    for text in axes[0].findobj(matplotlib.text.Text):
+        if text.get_text() in HANGUL:
+            assert family in text.get_fontfamily()
+
+
+def test_names_that_matplotlib_would_misread():
+    classes = ["_hidden", "$a_1$ or $", "two\nlines", "a" * 60, ""]
+    positions, probabilities = some_rows(60, 5)
+    axes = all_figures([classes[position] for position in positions], probabilities, classes)
+    draw_all(axes)
+    assert len(axes[1].get_legend().get_texts()) == 6
+    assert max(map(len, texts_of(axes[0]))) <= 40
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_save_figures(tmp_path):
+    positions, probabilities = some_rows()
+    folder = tmp_path / "run" / "figures"
+    paths = save_figures(folder, positions, probabilities, [0, 1], history=HISTORY, baseline=probabilities)
+    names = ["confusion_matrix", "roc", "precision_recall", "scores", "reliability", "training_curves"]
+    names = [f"{name}.png" for name in names]
+    assert paths == [folder / name for name in names]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for path in paths:
+        assert path.read_bytes().startswith(PNG)
+        assert plt.imread(path).shape[:2] == (600, 750)  # 5 by 4 inches at 150 dpi
+    before = {path.name: path.read_bytes() for path in paths}
+    assert len(save_figures(str(folder), positions, probabilities, [0, 1])) == 5  # again, over the old ones
+    assert (folder / "training_curves.png").read_bytes() == before["training_curves.png"]
+
+
+def test_save_figures_of_three_classes(tmp_path):
+    positions, probabilities = some_rows(60, 3)
+    labels = [HANGUL[position] for position in positions]
+    for path in save_figures(tmp_path, labels, probabilities, HANGUL, baseline=probabilities):
+        assert plt.imread(path).shape[:2] == (675, 1200)  # room for the legend at the side
+
+
+def test_save_figures_leaves_nothing_half_written(tmp_path, monkeypatch):
+    positions, probabilities = some_rows()
+    for bad in ({"history": HISTORY[["epoch"]]}, {"baseline": probabilities[:3]}):
+        with pytest.raises(ValueError):
+            save_figures(tmp_path / "figures", positions, probabilities, [0, 1], **bad)
+        assert not (tmp_path / "figures").exists()
+
+    def disk_full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        save_figures(tmp_path / "figures", positions, probabilities, [0, 1])
+    assert list((tmp_path / "figures").iterdir()) == []
 
 
 # reliability ----------------------------------------------------------------------------------------------------------
@@ -156,8 +401,8 @@ def test_accuracy_by_keeps_the_order_of_parts_of_a_number():
 
 
 def test_accuracy_by_hangul_without_a_font_for_it(monkeypatch):
-    monkeypatch.setattr(evaluation, "_KOREAN_FONTS", ())
-    if evaluation._can_draw("sans-serif", "맛"):
+    monkeypatch.setattr(figures, "_KOREAN_FONTS", ())
+    if figures._can_draw("sans-serif", "맛"):
         pytest.skip("matplotlib's default font here has Hangul")
     positions, probabilities = some_rows(60)
     column = pd.Series(["맛", "배달", "taste"] * 20, name="주제")
@@ -304,7 +549,7 @@ def test_a_further_baseline_goes_all_the_way(labels, tmp_path):
     """Any scikit-learn classifier: folds, repeats, intervals, comparison, figures."""
     comments, given = comments_of(90, labels)
     mine = {
-        "svm": make_pipeline(CountVectorizer(), CalibratedClassifierCV(LinearSVC(), cv=2)),
+        "svm": make_pipeline(CountVectorizer(), CalibratedClassifierCV(LinearSVC(random_state=0), cv=2)),
         "bayes": make_pipeline(CountVectorizer(), ComplementNB()),
         "guess": DummyClassifier(strategy="stratified", random_state=0),
     }

@@ -1,5 +1,6 @@
 """What would bore a reader of 03a_checkpoint and 04_training: killed processes, damaged checkpoints, full disks."""
 
+import hashlib
 import json
 import os
 import random
@@ -19,8 +20,9 @@ import safetensors.numpy
 from typer.testing import CliRunner
 
 from gemma_lora_sentiment import GemmaLoraClassifier, checkpoint, training
-from gemma_lora_sentiment.adapter import RunError, new_adapter
+from gemma_lora_sentiment.adapter import new_adapter
 from gemma_lora_sentiment.cli import app
+from gemma_lora_sentiment.files import RunError, hold, seal
 from gemma_lora_sentiment.model import jax, keras, load_base, tiny_gemma
 from gemma_lora_sentiment.prompt import LabelWords
 from gemma_lora_sentiment.training import OutOfMemory, Recipe, Rows, train_adapter
@@ -311,8 +313,8 @@ def damage(folder, fault, rng, honest):
         if honest:
             content = json.loads(text)
             del content["sha256"]
-            content |= {"bytes": len(data), "file_sha256": checkpoint.hashlib.sha256(data).hexdigest()}
-            description.write_text(checkpoint.seal(content))
+            content |= {"bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()}
+            description.write_text(seal(content))
 
 
 def refused_when_damaged(base, folder, count, seed):
@@ -366,10 +368,10 @@ def test_what_a_killed_writer_leaves_is_not_found(base, tmp_path):
 KILLED = """
 import json, os, signal, sys
 from gemma_lora_sentiment import GemmaLoraClassifier, training
-from gemma_lora_sentiment import adapter, checkpoint
+from gemma_lora_sentiment import checkpoint, files
 job = json.loads(sys.argv[1])
 training.CHECKPOINT_SECONDS = 0.0
-real = {"write": adapter.write_atomically, "save": training.save_checkpoint}
+real = {"write": files.write_atomically, "save": training.save_checkpoint}
 saves = 0
 
 def die(*rest):
@@ -583,30 +585,10 @@ def test_second_process_is_refused_and_a_killed_one_blocks_nobody(tiny, rows_fil
     assert sorted(path.name for path in tmp_path.iterdir()) == ["peace", "rows.tsv", "run"]
 
 
-def test_a_lock_is_held_once_and_let_go(tmp_path):
-    with checkpoint.hold(tmp_path / "lock", "it"):
-        with pytest.raises(RunError, match="is writing to it"), checkpoint.hold(tmp_path / "lock", "it"):
-            pass
-        assert (tmp_path / "lock").exists()
-    with pytest.raises(KeyError), checkpoint.hold(tmp_path / "lock", "it"):
-        raise KeyError
-    assert not (tmp_path / "lock").exists()
-
-
-@posix
-def test_a_folder_without_locks_works_with_a_warning(tmp_path, monkeypatch):
-    def unsupported(*rest):
-        raise OSError(checkpoint.errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
-    with pytest.warns(UserWarning, match="No locks available"), checkpoint.hold(tmp_path / "lock", "it"):
-        pass
-
-
 def test_two_fits_on_one_checkpoint(base, tmp_path):
     stopped(base, tmp_path, 3)
     (folder,) = tmp_path.iterdir()
-    with checkpoint.hold(folder.with_suffix(".lock"), folder), pytest.raises(RunError, match="Another process"):
+    with hold(folder.with_suffix(".lock"), folder), pytest.raises(RunError, match="Another process"):
         resumed(base, tmp_path)
     assert resumed(base, tmp_path)[1].seen
 
