@@ -949,7 +949,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
 
     def generate(
         self,
-        comment: str,
+        comment: str,  # shortened as any other where it is too long
         max_new_tokens: int = 64,  # tokens
     ) -> str:  # what the model writes after the prompt, up to its end token
         "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
@@ -967,7 +967,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
 
     def token_influence(
         self,
-        comment: str,
+        comment: str,  # whose tokens are left out one at a time
     ) -> pd.DataFrame:  # a row a token of the comment: piece, influence (nats)
         "How much each token speaks for the predicted label: log-odds with it minus log-odds without it."
         check_is_fitted(self, "adapter_")
@@ -980,7 +980,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
 
     def save(
         self,
-        folder: str | Path,
+        folder: str | Path,  # to write into, made where it is not there
     ) -> Path:  # the folder
         """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`, `classifier.json` and `SHA256SUMS`.
 
