@@ -10,7 +10,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +22,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
 from . import __version__
-from gemma_lora_sentiment.adapter import (
-    Adapter,
-    RunError,
-    adapter_files,
-    check_files,
-    load_adapter,
-    new_adapter,
-    save_files,
-)
+from .adapter import Adapter, adapter_files, load_adapter, new_adapter
 from .checkpoint import on_first_process
 from .data import DataError, composed, kind_of_label, split_comments
+from .files import RunError, check_files, save_files
 from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base, resolve_preset
 from .precision import base_for_device, fall_back, overflows
@@ -107,23 +101,23 @@ def _check_labels(
     return classes, index
 
 # %% ../nbs/05_classifier.ipynb #982d6c90
+def _check_rows(
+    X: Sequence[str],
+    y: Sequence[Any],
+) -> tuple[list[str], np.ndarray, np.ndarray]:  # n comments; classes, sorted; int (n,), the class of each row
+    "Rows to train on. Raises `DataError` for the first comment or label that cannot be one."
+    comments = _check_comments(X)
+    if not comments:
+        raise DataError("X holds no comments. Give at least two, with different labels.")
+    return comments, *_check_labels(y, len(comments))
+
+
 def _plain(
     label: Any,  # a NumPy scalar or any label
 ) -> Any:  # the Python value, for words and for JSON
     return label.item() if isinstance(label, np.generic) else label
 
-
-@lru_cache(maxsize=8)
-def _tokenizer(
-    proto: bytes,
-) -> TextTokenizer:
-    return TextTokenizer(proto)
-
 # %% ../nbs/05_classifier.ipynb #b3cf7692
-def _is_auto(value: Any) -> bool:
-    return isinstance(value, str) and value == "auto"
-
-
 _process: list[int] = []  # the process that used JAX first, which its forks inherit
 
 
@@ -137,7 +131,24 @@ def _check_not_forked() -> None:
             "multiprocessing's 'spawn', or fork before the first fit, load or predict."
         )
 
+# %% ../nbs/05_classifier.ipynb #05c0a002
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
 
+
+_OF_A_RECIPE = (
+    *("lora_rank", "target_layers", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length", "loss_on"),
+)
+
+
+def _decided(
+    parameters: Mapping[str, Any],  # by name
+    names: Sequence[str] = _OF_A_RECIPE,
+) -> dict[str, Any]:  # by name
+    "Those parameters that the user has decided."
+    return {name: parameters[name] for name in names if not _is_auto(parameters[name])}
+
+# %% ../nbs/05_classifier.ipynb #05c0a004
 _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
     "lora_rank": (1, True, True), "learning_rate": (0, False, False), "weight_decay": (0, True, False),
     "epochs": (0, True, True), "batch_size": (1, True, True), "max_length": (2, True, True),
@@ -145,82 +156,80 @@ _LIMITS = {  # parameter: (smallest value, may be equal to it, whole number)
     "patience": (1, True, True), "seed": (0, True, True),
 }  # fmt: skip
 
+
+def _check_number(
+    name: str,  # of the parameter
+    value: Any,
+) -> None:
+    "Raise `ModelError` for what is no finite number within the parameter's limits."
+    smallest, inclusive, whole = _LIMITS[name]
+    kind = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or not (value >= smallest if inclusive else value > smallest):
+        what = "a whole number" if whole else "a number"
+        limit = f"{'of at least' if inclusive else 'above'} {smallest}"
+        raise ModelError(f"{name}={value!r} must be {what} {limit}.")
+    if not np.isfinite(value):
+        raise ModelError(f"{name}={value!r} must be finite.")
+
 # %% ../nbs/05_classifier.ipynb #6fd92d8a
-class _Settings:
-    "What the parameters amount to."
+def _check_kinds(
+    parameters: Mapping[str, Any],  # by name
+) -> None:
+    "Raise `ModelError` for a parameter of another type than it can have."
+    recipe, callbacks, targets = (parameters[name] for name in ("recipe", "callbacks", "target_layers"))
+    if not _is_auto(recipe) and recipe not in RECIPES:
+        raise ModelError(f"Recipe {recipe!r} is not one of auto, {', '.join(RECIPES)}. Choose one of these.")
+    each = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if callbacks is not None and not all(hasattr(callback, "on_epoch_end") for callback in each):
+        raise ModelError(f"callbacks={callbacks!r} must be None or a list of Keras callbacks.")
+    if parameters["seed"] >= 2**31:
+        raise ModelError(f"seed={parameters['seed']!r} must be below 2**31.")
+    if not isinstance(parameters["template"], str):
+        raise ModelError(f"template={parameters['template']!r} must be text with {{instruction}} and {{response}}.")
+    if not isinstance(parameters["label_words"], Mapping | list | tuple | None):
+        problem = f"label_words={parameters['label_words']!r} must be None, a mapping of labels to words"
+        raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")
+    if not isinstance(parameters["warm_start"], bool):
+        raise ModelError(f"warm_start={parameters['warm_start']!r} must be True or False.")
+    if not isinstance(targets, Sequence) or (isinstance(targets, str) and targets not in ("auto", "all")):
+        raise ModelError(f"target_layers={targets!r} must be 'auto', 'all' or a list of names of layers.")
 
-    def choose_base(self) -> Base:
-        """The base that a fit begins with: where dtype or quantization is auto, what this device can do.
+# %% ../nbs/05_classifier.ipynb #05c0a006
+def _check_choices(
+    parameters: Mapping[str, Any],  # by name
+) -> None:
+    "Raise `ModelError` for a value that is none of those it can be, or that another parameter rules out."
+    quantization, loss_on, patience = (parameters[name] for name in ("quantization", "loss_on", "patience"))
+    for name in ("lora_dropout", "validation_fraction"):
+        if parameters[name] >= 1:
+            raise ModelError(f"{name}={parameters[name]!r} must be below 1.")
+    if quantization not in (None, "auto", "int8", "int4"):
+        raise ModelError(f"quantization={quantization!r} is not one of None, 'auto', 'int8', 'int4'.")
+    if loss_on not in ("auto", "response", "text"):
+        raise ModelError(f"loss_on={loss_on!r} is not one of auto, response, text.")
+    if patience is not None and not parameters["validation_fraction"]:
+        raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
+    if not isinstance(parameters["checkpoint_dir"], str | Path | None):
+        raise ModelError(f"checkpoint_dir={parameters['checkpoint_dir']!r} must be None or the path of a folder.")
 
-        Raises `RunError` in a process that was forked after JAX had started, `ModelError` for a base that is not there
-        or does not fit.
-        """
-        _check_not_forked()
-        where = (self.devices, self.strategy)
-        return base_for_device(self.preset, self.dtype, self.quantization, *where, **self.memory_needs())
 
-    def memory_needs(self) -> dict[str, Any]:  # rank, batch_size (rows), length (tokens), target_layers
-        "What a fit asks of a device, as `choose_quantization` takes it."
-        recipe = self.resolve_recipe()[1]
-        needs = {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
-        return needs | {"target_layers": recipe.target_layers}
-
-    def resolve_recipe(
-        self,
-        base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
-    ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
-        "The settings that a fit begins with; the rows may change what is auto."
-        size = (base.parameter_count, base.config.hidden_dim) if base else (None, None)
-        name, recipe = recipe_for(str(self.preset), self.recipe, *size)
-        fields = ("lora_rank", "target_layers", "learning_rate", "weight_decay", "epochs", "batch_size", "max_length")
-        given = {field: getattr(self, field) for field in (*fields, "loss_on")}
-        return name, replace(recipe, **{field: value for field, value in given.items() if not _is_auto(value)})
-
-    def _check_parameters(self) -> None:
-        "Raise `ModelError` for the first parameter that cannot work."
-        for name, (smallest, inclusive, whole) in _LIMITS.items():
-            value = getattr(self, name)
-            if _is_auto(value) or (value is None and name == "patience"):
-                continue
-            kind = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-            fits = isinstance(value, kind) and not isinstance(value, bool)
-            if not fits or not (value >= smallest if inclusive else value > smallest):
-                what = "a whole number" if whole else "a number"
-                limit = f"{'of at least' if inclusive else 'above'} {smallest}"
-                raise ModelError(f"{name}={value!r} must be {what} {limit}.")
-            if not np.isfinite(value):
-                raise ModelError(f"{name}={value!r} must be finite.")
-        if not _is_auto(self.recipe) and self.recipe not in RECIPES:
-            raise ModelError(f"Recipe {self.recipe!r} is not one of auto, {', '.join(RECIPES)}. Choose one of these.")
-        callbacks = self.callbacks if isinstance(self.callbacks, (list, tuple)) else [self.callbacks]
-        if self.callbacks is not None and not all(hasattr(callback, "on_epoch_end") for callback in callbacks):
-            raise ModelError(f"callbacks={self.callbacks!r} must be None or a list of Keras callbacks.")
-        if self.seed >= 2**31:
-            raise ModelError(f"seed={self.seed!r} must be below 2**31.")
-        if not isinstance(self.template, str):
-            raise ModelError(f"template={self.template!r} must be text with {{instruction}} and {{response}}.")
-        if not isinstance(self.label_words, Mapping | list | tuple | None):
-            problem = f"label_words={self.label_words!r} must be None, a mapping of labels to words"
-            raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")
-        if not isinstance(self.warm_start, bool):
-            raise ModelError(f"warm_start={self.warm_start!r} must be True or False.")
-        targets = self.target_layers
-        if not isinstance(targets, Sequence) or (isinstance(targets, str) and targets not in ("auto", "all")):
-            raise ModelError(f"target_layers={targets!r} must be 'auto', 'all' or a list of names of layers.")
-        for name in ("lora_dropout", "validation_fraction"):
-            if getattr(self, name) >= 1:
-                raise ModelError(f"{name}={getattr(self, name)!r} must be below 1.")
-        if self.quantization not in (None, "auto", "int8", "int4"):
-            raise ModelError(f"quantization={self.quantization!r} is not one of None, 'auto', 'int8', 'int4'.")
-        if self.loss_on not in ("auto", "response", "text"):
-            raise ModelError(f"loss_on={self.loss_on!r} is not one of auto, response, text.")
-        if self.patience is not None and not self.validation_fraction:
-            raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
-        if not isinstance(self.checkpoint_dir, str | Path | None):
-            raise ModelError(f"checkpoint_dir={self.checkpoint_dir!r} must be None or the path of a folder.")
+def _check_parameters(
+    parameters: Mapping[str, Any],  # of the classifier, by name
+) -> None:
+    "Raise `ModelError` for the first parameter that cannot work."
+    for name in _LIMITS:
+        if not _is_auto(parameters[name]) and not (name == "patience" and parameters[name] is None):
+            _check_number(name, parameters[name])
+    _check_kinds(parameters)
+    _check_choices(parameters)
 
 # %% ../nbs/05_classifier.ipynb #ec166a87
-def _weight_of_each(class_weight: Any, classes: np.ndarray) -> Any:
+def _weight_of_each(
+    class_weight: Any,  # None, "balanced", or label -> number
+    classes: np.ndarray,  # sorted
+) -> Any:  # as class_weights takes it: None, "balanced", or a number for each class
+    "Raise `ModelError` for weights that are none."
     if not isinstance(class_weight, Mapping):
         if class_weight not in (None, "balanced"):
             raise ModelError(f"class_weight={class_weight!r} is not None, 'balanced', or a mapping label -> number.")
@@ -235,7 +244,11 @@ def _weight_of_each(class_weight: Any, classes: np.ndarray) -> Any:
     return numbers
 
 
-def _check_sample_weight(sample_weight: Sequence[float], n: int) -> np.ndarray:  # float32 (n,)
+def _check_sample_weight(
+    sample_weight: Sequence[float],
+    n: int,  # rows
+) -> np.ndarray:  # float32 (n,)
+    "Raise `DataError` for weights that are none."
     try:
         weights = np.asarray(sample_weight, np.float32)
     except (TypeError, ValueError):
@@ -244,22 +257,98 @@ def _check_sample_weight(sample_weight: Sequence[float], n: int) -> np.ndarray: 
         raise DataError(f"sample_weight must hold {n} numbers of at least 0, not all of them 0.")
     return weights
 
+# %% ../nbs/05_classifier.ipynb #05c0a007
+def _row_weights(
+    index: np.ndarray,  # int (n,), the class of each row
+    classes: np.ndarray,  # sorted
+    class_weight: str | Mapping[Any, float] | None,
+    sample_weight: Sequence[float] | None,  # (n,)
+) -> np.ndarray:  # float32 (n,)
+    "What each row counts in the loss. Raises `ModelError` for class weights, `DataError` for sample weights."
+    weights = class_weights(index, len(classes), _weight_of_each(class_weight, classes))
+    return weights if sample_weight is None else weights * _check_sample_weight(sample_weight, len(index))
 
-def _split_rows(
+# %% ../nbs/05_classifier.ipynb #05c0a009
+@lru_cache(maxsize=8)
+def _tokenizer(
+    proto: bytes,  # a SentencePiece model
+) -> TextTokenizer:
+    return TextTokenizer(proto)
+
+
+def _encode(
     comments: Sequence[str],
-    index: np.ndarray,
-    fraction: float,
+    tokenizer: TextTokenizer,
+    template: str,  # text with {instruction} and {response}
+    words: LabelWords,
+    max_length: int,  # tokens of prompt and response
+    times: np.ndarray | None = None,  # int (n,), how often each comment stands in the user's rows
+) -> list[np.ndarray]:  # n prompts, int32 token ids
+    "Prompts as token ids; a warning counts the comments that had to be shortened."
+    response_length = max(len(ids) for ids in words.trained_ids)
+    encoded = encode_prompts(comments, tokenizer, PromptTemplate(template), max_length, response_length)
+    if encoded.truncated.any():
+        times = np.ones(len(comments), int) if times is None else times
+        warnings.warn(
+            f"{int(times[encoded.truncated].sum())} of {int(times.sum())} comments were longer than "
+            f"max_length={max_length} tokens allow; their middle was left out.",
+            stacklevel=3,
+        )
+    return encoded.token_ids
+
+# %% ../nbs/05_classifier.ipynb #05c0a011
+def _with_words(
+    rows: Rows,
+    words: LabelWords,
+) -> Rows:
+    "The same rows, answered by these words."
+    return replace(rows, responses=[words.trained_ids[label] for label in rows.label_index])
+
+
+def _held_apart(
+    rows: Rows,  # n rows
+    comments: Sequence[str],  # of these rows
+    fraction: float,  # held out
     seed: int,
-) -> tuple[np.ndarray, np.ndarray]:  # rows to train on, rows held out; duplicates on one side
-    table = pd.DataFrame({"id": np.arange(len(comments)), "comment": comments, "label": index})
+) -> tuple[Rows, Rows | None]:  # to train on, to watch; duplicates on one side
+    "Hold out a share of the rows, of each label alike."
+    if not fraction:
+        return rows, None
+    table = pd.DataFrame({"id": np.arange(len(rows)), "comment": comments, "label": rows.label_index})
     kept, held_out = split_comments(table, fraction, seed)
-    return kept["id"].to_numpy(), held_out["id"].to_numpy()
+    return rows.take(kept["id"].to_numpy()), rows.take(held_out["id"].to_numpy())
 
 # %% ../nbs/05_classifier.ipynb #59ff9bcd
+class _Fitted(NamedTuple):
+    "What a fit leaves: each field is an attribute of the estimator, with an underscore behind its name."
+
+    classes: np.ndarray  # sorted labels, the columns of the probabilities
+    words: LabelWords
+    recipe_name: str
+    recipe: Recipe  # with the numbers that were trained with
+    choices: dict[str, Any]  # by which evidence words, steps and strength were chosen
+    dtype: str  # of the base
+    quantization: str | None  # of the base
+    base_fingerprint: str
+    adapter: Adapter
+    history: pd.DataFrame  # a row an epoch
+    buckets: tuple[int, ...]  # tokens that rows were padded to
+    best_epoch: int  # 1-based; 0 when nothing was trained
+
+
 def _best_epoch(history: pd.DataFrame) -> int:  # 1-based; 0 when nothing was trained
     if not len(history):
         return 0
     return int(history.epoch[history.val_loss.idxmin()] if "val_loss" in history else history.epoch.iloc[-1])
+
+
+def _fitted(job: _Job, adapter: Adapter, history: pd.DataFrame, buckets: tuple[int, ...]) -> _Fitted:
+    "The state after training, in which the adapter speaks with the strength that was chosen."
+    if job.recipe.epochs:
+        adapter = replace(adapter, alpha=adapter.alpha * job.choices.get("strength", 1.0))
+    base, best = job.base, _best_epoch(history)
+    how = (job.recipe_name, job.recipe, job.choices, base.dtype, base.quantization, base.fingerprint)
+    return _Fitted(job.classes, job.words, *how, adapter, history, buckets, best)
 
 # %% ../nbs/05_classifier.ipynb #797d5bc3
 class Prepared(NamedTuple):
@@ -281,41 +370,168 @@ class _Job:
     recipe: Recipe
     words: LabelWords
     start: Adapter
+    classes: np.ndarray  # sorted
     rows: Rows
     validation: Rows | None
-    choices: dict[str, Any]
-    classes: np.ndarray
-    again: bool  # decoder blocks are computed twice
+    template: str
+    lora_dropout: float
+    options: Mapping[str, Any]  # of both ways to train: patience, seed, callbacks, progress, checkpoint_dir
+    alone: bool  # it cannot share a program with other fits
+    choices: dict[str, Any] = field(default_factory=dict)  # by which evidence words, steps and strength were chosen
+    again: bool = False  # decoder blocks are computed twice
 
-    def program(
-        self, clf: GemmaLoraClassifier
-    ) -> tuple[Any, ...] | None:  # equal for fits that one program can train; None for one that must train by itself
-        "What a program of several fits depends on."
-        apart = clf.callbacks or clf.checkpoint_dir or clf.validation_fraction or clf.devices or clf.strategy
-        if apart or not self.recipe.epochs or choose_shapes(self.rows, self.recipe, clf.seed)[1] is None:
-            return None
-        shape = (self.recipe.batch_size, max(map(len, self.rows.responses)), self.again, clf.lora_dropout)
-        return id(self.base), self.start.rank, self.start.targets, *shape
+# %% ../nbs/05_classifier.ipynb #05c0a013
+def _new_job(
+    prepared: Prepared,
+    comments: Sequence[str],  # n comments
+    classes: np.ndarray,  # sorted
+    index: np.ndarray,  # int (n,), the class of each row
+    sample_weight: Sequence[float] | None,  # (n,)
+    parameters: Mapping[str, Any],  # of the classifier, by name
+) -> _Job:
+    "The fit as the parameters have it, before anything is decided by its rows."
+    weights = _row_weights(index, classes, parameters["class_weight"], sample_weight)
+    tokenizer, template = _tokenizer(prepared.base.tokenizer_proto), parameters["template"]
+    prompts = _encode(comments, tokenizer, template, prepared.words, prepared.recipe.max_length)
+    rows = _with_words(Rows(prompts, [], index, weights), prepared.words)
+    rows, validation = _held_apart(rows, comments, parameters["validation_fraction"], parameters["seed"])
+    options = {name: parameters[name] for name in ("patience", "seed", "checkpoint_dir")}
+    options["callbacks"] = parameters["callbacks"] or ()
+    options["progress"] = print_progress if parameters["verbose"] else None
+    apart = ("callbacks", "checkpoint_dir", "validation_fraction", "devices", "strategy")
+    alone = any(parameters[name] for name in apart)
+    return _Job(*prepared, classes, rows, validation, template, parameters["lora_dropout"], options, alone)
+
+# %% ../nbs/05_classifier.ipynb #05c0a017
+def _in_range(
+    job: _Job,
+    preset: str | Path,  # of its base
+    devices: int | Sequence[Any] | None,  # see load_base
+    strategy: str | None,  # likewise
+) -> _Job:  # itself, or with a base of a wider format
+    "Leave float16 where the base's numbers overflow on the rows of the first step."
+    rows, recipe = job.rows, job.recipe
+    first = [[*prompt, *rows.responses[i]] for i, prompt in enumerate(rows.prompts[: recipe.batch_size])]
+    if not overflows(job.base, first):
+        return job
+    length = int(rows.lengths.max())
+    needed = memory_estimate(job.base, recipe.lora_rank, job.start.targets, recipe.batch_size, length)["total"]
+    # The caller's job holds the old base until it takes the new one in its place.
+    return replace(job, base=fall_back(preset, job.base.quantization, needed, devices, strategy))
+
+# %% ../nbs/05_classifier.ipynb #05c0a018
+def _decided_by_rows(
+    job: _Job,
+    free: Sequence[str],  # of "epochs", "batch_size" and "lora_alpha" those that the user has not decided
+    keep_words: bool,  # the user has decided the words
+    verbose: int,  # 1: a line on standard error
+) -> _Job:
+    "The fit with the words, steps and strength that `recipe=\"auto\"` chooses by its rows, and the evidence."
+    tokenizer, n_rows, seed = _tokenizer(job.base.tokenizer_proto), len(job.rows), job.options["seed"]
+    rows, validation = job.rows, job.validation
+    words, choices = choose_words(job.base, rows.prompts, rows.label_index, job.words, tokenizer, seed, keep_words)
+    steps = choose_steps(job.recipe_name, job.recipe, choices, len(words.labels), n_rows)
+    recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
+    if "lora_alpha" in free:
+        choices["strength"] = choose_strength(choices, len(words.labels), n_rows)
+    if verbose and choices["loss"] is not None:
+        print(choices_text(choices, words), file=sys.stderr, flush=True)
+    rows, validation = _with_words(rows, words), validation and _with_words(validation, words)
+    return replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
+
+# %% ../nbs/05_classifier.ipynb #05c0a019
+def _within_memory(
+    job: _Job,
+    keep_batch: bool,  # the rows a step are the user's own
+    verbose: int,  # 1: the estimate on standard error
+) -> _Job:
+    "Compute blocks twice, then lower the rows a step, where the device's memory would not do, and say so."
+    before = job.recipe.batch_size
+    recipe, again, estimate = fit_to_device(job.base, job.start, job.recipe, job.rows, keep_batch)
+    if verbose:
+        twice = ", decoder blocks computed twice" if again else ""
+        text = f"{recipe.batch_size} rows a step, memory estimated: {memory_text(estimate)}{twice}"
+        print(text, file=sys.stderr, flush=True)
+    if recipe.batch_size != before:
+        warnings.warn(
+            f"batch_size is lowered from {before} to {recipe.batch_size}, to fit the device's memory. "
+            "Give batch_size to decide yourself.",
+            stacklevel=3,
+        )
+    return replace(job, recipe=recipe, again=again)
+
+# %% ../nbs/05_classifier.ipynb #05c0a021
+def _check_goes_on(
+    then: tuple[np.ndarray, str, Adapter],  # classes, fingerprint of the base and adapter of the earlier fit
+    now: tuple[np.ndarray, str, Adapter],  # the same of this one, its adapter untrained
+    preset: str | Path,
+) -> Adapter:  # the fitted one
+    "The adapter that a warm start begins with. Raises `ModelError` where it fits not what the parameters ask for."
+    remedy = "Fit with warm_start=False to start anew."
+    if now[0].tolist() != then[0].tolist():
+        before, given = (", ".join(map(repr, classes.tolist())) for classes, _, _ in (then, now))
+        raise ModelError(f"warm_start=True, and the labels were {before}, now {given}. {remedy}")
+    if now[1] != then[1]:
+        raise ModelError(f"warm_start=True, and {preset} is another base than that of the adapter. {remedy}")
+    shapes = [{name: array.shape for name, array in adapter.arrays.items()} for _, _, adapter in (then, now)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"warm_start=True, and lora_rank or target_layers are not the adapter's. {remedy}")
+    return then[2]
+
+# %% ../nbs/05_classifier.ipynb #05c0a024
+def _keras_can(job: _Job) -> bool:
+    "Whether this is the tutorial's recipe, and can be computed as the tutorial does: by Keras's own `fit`."
+    asked = job.recipe_name == "tutorial" and job.recipe.loss_on == "text"
+    return asked and not job.base.quantization and job.base.mesh is None and not job.lora_dropout
+
+
+_Trained = tuple[Adapter, pd.DataFrame, tuple[int, ...]]  # as train_adapter gives it
+
+
+def _trained(job: _Job) -> _Trained:
+    "One fit by itself."
+    if not job.recipe.epochs:
+        return job.start, pd.DataFrame(), ()
+    told_apart_by = {
+        "template": job.template, "labels": list(map(str, job.classes)), "words": list(job.words.words),
+    }  # fmt: skip
+    options = {**job.options, "validation": job.validation, "settings": told_apart_by}
+    given = (job.base, job.start, job.rows, job.words, job.recipe)
+    try:
+        if _keras_can(job):
+            return train_tutorial(*given, **options)
+        return train_adapter(*given, **options, lora_dropout=job.lora_dropout, rematerialize=job.again)
+    finally:
+        for callback in job.options["callbacks"]:
+            callback.set_model(None)  # or cloning and pickling would take the base along
 
 # %% ../nbs/05_classifier.ipynb #8daafa5d
+def _program(job: _Job) -> tuple[Any, ...] | None:  # None: it must train by itself
+    "What a program of several fits depends on: equal for those that one program can train."
+    seed = job.options["seed"]
+    if job.alone or not job.recipe.epochs or choose_shapes(job.rows, job.recipe, seed)[1] is None:
+        return None
+    shape = (job.recipe.batch_size, max(map(len, job.rows.responses)), job.again, job.lora_dropout)
+    return id(job.base), job.start.rank, job.start.targets, *shape
+
+
 def _trained_together(
     jobs: Sequence[_Job],
-    classifiers: Sequence[GemmaLoraClassifier],  # of each job
-) -> list[tuple[Adapter, pd.DataFrame, tuple[int, ...]] | None]:  # of each; None: to be trained by itself
+) -> list[_Trained | None]:  # of each; None: to be trained by itself
     "Fits of one program side by side, as many as there is room for."
     results: list[Any] = [None] * len(jobs)
-    programs = [job.program(clf) for job, clf in zip(jobs, classifiers, strict=True)]
+    programs = [_program(job) for job in jobs]
     for program in dict.fromkeys(program for program in programs if program is not None):
         members = [i for i, each in enumerate(programs) if each == program]
-        first, dropout = jobs[members[0]], classifiers[members[0]].lora_dropout
-        fits = {i: (jobs[i].rows, jobs[i].recipe, classifiers[i].seed) for i in members}
+        first = jobs[members[0]]
+        fits = {i: (jobs[i].rows, jobs[i].recipe, jobs[i].options["seed"]) for i in members}
         shape = shape_of_fits(*zip(*fits.values(), strict=True))
         room = fits_together(first.base, first.start.rank, first.start.targets, shape)
         for chunk in (members[i : i + room] for i in range(0, len(members), room)):
             if len(chunk) > 1:
                 several = zip(*[fits[i] for i in chunk], strict=True)
                 starts = [jobs[i].start for i in chunk]
-                trained = train_side_by_side(first.base, starts, *several, dropout, first.again)
+                trained = train_side_by_side(first.base, starts, *several, first.lora_dropout, first.again)
                 for i, result in zip(chunk, trained, strict=True):
                     results[i] = result
     return results
@@ -578,73 +794,59 @@ class _Fitting:
             )
         return base
 
-# %% ../nbs/05_classifier.ipynb #d69aa62e
-class _Prediction:
-    "From comments to probabilities and labels."
-
-    def predict_proba(
-        self,
-        X: Sequence[str],  # n comments
-    ) -> np.ndarray:  # float32 (n, n_classes), columns in `classes_` order, rows sum to 1
-        "Probability of each class. Raises scikit-learn's `NotFittedError` before `fit`."
-        check_is_fitted(self, "adapter_")
-        comments = _check_comments(X)
-        if not comments:
-            return np.zeros((0, len(self.classes_)), np.float32)
-        base = self.fitted_base()
-        distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
-        prompts = self._encode(distinct.tolist(), base, self.words_, self.recipe_, times)
-        return label_probabilities(base, self.adapter_, prompts, self.words_, times)[back]
-
-    def predict(
-        self,
-        X: Sequence[str],  # n comments
-    ) -> np.ndarray:  # (n,) labels, of the type `fit` was given
-        "The most probable class."
-        probabilities = self.predict_proba(X)
-        return self.classes_[probabilities.argmax(axis=1)]
+# %% ../nbs/05_classifier.ipynb #05c0a028
+def _base_of_fit(
+    preset: str | Path,
+    fingerprint: str,  # of the base that the adapter was trained on
+    *how: Any,  # dtype, quantization, devices, strategy: see load_base
+) -> Base:
+    "The base of a fitted adapter. Raises `RunError` where another one has taken its place, or in a fork."
+    _check_not_forked()
+    base = load_base(preset, *how)
+    if base.fingerprint != fingerprint:
+        raise RunError(
+            f"The base at {preset!r} is not the one this classifier was fitted on. Use the original base, "
+            "or fit again."
+        )
+    return base
 
 # %% ../nbs/05_classifier.ipynb #8f099563
-class _Explanation:
-    "The model's own words, and what moved its decision."
+def _continued(
+    base: Base,
+    adapter: Adapter,
+    prompt: np.ndarray,  # int32 token ids
+    max_new_tokens: int,
+) -> str:
+    "What the model writes after the prompt, each token the most probable one, up to the end of the text."
+    tokenizer = _tokenizer(base.tokenizer_proto)
+    length = -(-(len(prompt) + max_new_tokens) // 32) * 32  # few shapes, so few compilations
+    written = generate(base, adapter, prompt, length, (tokenizer.eos_id,))
+    return tokenizer.decode(written[:max_new_tokens])
 
-    def generate(
-        self,
-        comment: str,
-        max_new_tokens: int = 64,  # tokens
-    ) -> str:  # what the model writes after the prompt, up to its end token
-        "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
-        template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
-        base = self.fitted_base() if fitted else self.choose_base()
-        recipe = self.recipe_ if fitted else self.resolve_recipe(base)[1]
-        tokenizer = _tokenizer(base.tokenizer_proto)
-        prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
-        if not fitted and _is_auto(self.dtype) and overflows(base, [prompt]):
-            quantization = base.quantization
-            del base
-            base = fall_back(self.preset, quantization, devices=self.devices, strategy=self.strategy)
-        length = -(-(len(prompt) + max_new_tokens) // 32) * 32  # few shapes, so few compilations
-        adapter = self.adapter_ if fitted else new_adapter(base, recipe.lora_rank)
-        written = generate(base, adapter, prompt, length, (tokenizer.eos_id,))
-        return tokenizer.decode(written[:max_new_tokens])
 
-    def token_influence(
-        self,
-        comment: str,
-    ) -> pd.DataFrame:  # a row a token of the comment: piece, influence (nats)
-        "How much each token speaks for the predicted label: log-odds with it minus log-odds without it."
-        check_is_fitted(self, "adapter_")
-        base, template = self.fitted_base(), PromptTemplate(self.template)
-        tokenizer = _tokenizer(base.tokenizer_proto)
-        prompt = self._encode(_check_comments([comment]), base, self.words_, self.recipe_)[0]
-        before, after = (len(ids) for ids in tokenizer.encode([template.prefix, template.middle]))
-        positions = range(1 + before, len(prompt) - after)
-        scores = score_labels(base, self.adapter_, [prompt, *(np.delete(prompt, i) for i in positions)], self.words_)
-        log_probability = log_softmax(scores)[:, scores[0].argmax()]
-        log_odds = log_probability - np.log(-np.expm1(np.minimum(log_probability, -1e-12)))
-        return pd.DataFrame(
-            {"piece": tokenizer.pieces([prompt[i] for i in positions]), "influence": log_odds[0] - log_odds[1:]}
-        )
+def _comment_positions(
+    prompt: np.ndarray,  # int32 token ids, the beginning of a text first
+    tokenizer: TextTokenizer,
+    template: str,
+) -> range:
+    "Where in a prompt the comment stands."
+    around = PromptTemplate(template)
+    before, after = (len(ids) for ids in tokenizer.encode([around.prefix, around.middle]))
+    return range(1 + before, len(prompt) - after)
+
+
+def _influence(
+    base: Base,
+    adapter: Adapter,
+    words: LabelWords,
+    prompt: np.ndarray,  # int32 token ids
+    positions: Sequence[int],  # m of its tokens
+) -> np.ndarray:  # float (m,), nats
+    "The log-odds of the predicted label with each token minus those without it."
+    scores = score_labels(base, adapter, [prompt, *(np.delete(prompt, i) for i in positions)], words)
+    log_probability = log_softmax(scores)[:, scores[0].argmax()]
+    log_odds = log_probability - np.log(-np.expm1(np.minimum(log_probability, -1e-12)))
+    return log_odds[0] - log_odds[1:]
 
 # %% ../nbs/05_classifier.ipynb #e87bae04
 def _lasting_name(preset: str | Path) -> str:
@@ -663,117 +865,95 @@ def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 # %% ../nbs/05_classifier.ipynb #204456f0
-class _Persistence:
-    "To a folder and back."
+def _description(
+    parameters: Mapping[str, Any],  # of the classifier, by name
+    fitted: _Fitted,
+) -> str:  # JSON
+    "What `classifier.json` says: all of a fitted classifier but its adapter."
+    unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
+    description = {
+        "format": 2,
+        "version": __version__,
+        "parameters": {name: _jsonable(value) for name, value in parameters.items() if name not in unsaved},
+        "classes": {"dtype": fitted.classes.dtype.kind, "values": [_plain(label) for label in fitted.classes]},
+        "words": list(fitted.words.words),
+        "choices": fitted.choices,
+        "recipe_name": fitted.recipe_name,
+        "recipe": {name: _jsonable(value) for name, value in vars(fitted.recipe).items()},
+        "dtype": fitted.dtype,
+        "quantization": fitted.quantization,
+        "buckets": [int(bucket) for bucket in fitted.buckets],
+        "best_epoch": fitted.best_epoch,
+        "base_fingerprint": fitted.base_fingerprint,
+    }
+    return json.dumps(description, indent=2, ensure_ascii=False) + "\n"
 
-    def save(
-        self,
-        folder: str | Path,
-    ) -> Path:  # the folder
-        """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`, `classifier.json` and `SHA256SUMS`.
+# %% ../nbs/05_classifier.ipynb #05c0a031
+class _Saved(NamedTuple):
+    "What `classifier.json` holds."
 
-        Raises `OSError` if it cannot; then what was saved there before is intact.
-        """
-        check_is_fitted(self, "adapter_")
-        parameters = {**self.get_params(deep=False), "preset": _lasting_name(self.preset)}
-        unsaved = ("callbacks", "label_words", "checkpoint_dir", "devices", "strategy")
-        description = {
-            "format": 2,
-            "version": __version__,
-            "parameters": {name: _jsonable(value) for name, value in parameters.items() if name not in unsaved},
-            "classes": {"dtype": self.classes_.dtype.kind, "values": [_plain(label) for label in self.classes_]},
-            "words": list(self.words_.words),
-            "choices": self.choices_,
-            "recipe_name": self.recipe_name_,
-            "recipe": {name: _jsonable(value) for name, value in vars(self.recipe_).items()},
-            "dtype": self.dtype_,
-            "quantization": self.quantization_,
-            "buckets": [int(bucket) for bucket in self.buckets_],
-            "best_epoch": self.best_epoch_,
-            "base_fingerprint": self.base_fingerprint_,
-        }
-        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        files = {**adapter_files(self.adapter_, parameters["preset"]), "classifier.json": text}
-        together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
-        on_first_process(lambda: save_files(folder, files) and None, together)
-        return Path(folder)
+    parameters: dict[str, Any]  # of the classifier
+    labels: list[Any]  # sorted
+    words: list[str]  # of each label
+    fitted: dict[str, Any]  # by name, what `_Fitted` has beside words and adapter
 
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,  # written by `save`
-        preset: str | None = None,  # where the base is now, when it has moved
-        verify: bool = True,  # False: take files that were edited since they were saved
-        devices: int | Sequence[Any] | None = None,  # as for the classifier; a run does not remember them
-        strategy: str | None = None,  # likewise
-    ) -> GemmaLoraClassifier:  # fitted
-        "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
-        path = Path(folder) / "classifier.json"
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["format"] not in (1, 2):
-                raise ValueError(f"format {saved['format']!r}, this version reads formats 1 and 2")
-            if verify and (saved["format"] == 2 or (path.parent / "SHA256SUMS").is_file()):
-                check_files(folder, ("classifier.json", "adapter_config.json", "adapter_model.safetensors"))
-            parameters, label_kind = dict(saved["parameters"]), saved["classes"]["dtype"]
-            if isinstance(parameters.get("class_weight"), list):
-                parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
-            clf = cls(**{**parameters, "devices": devices, "strategy": strategy})
-            clf._check_parameters()
-            clf.recipe_, clf.recipe_name_ = Recipe(**saved["recipe"]), saved["recipe_name"]
-            for field, usual in vars(Recipe()).items():
-                value, kinds = getattr(clf.recipe_, field), {float: (int, float), tuple: (tuple, str)}
-                if not isinstance(value, kinds.get(type(usual), type(usual))):
-                    raise TypeError(f"{field} is {value!r}")
-            clf.buckets_, clf.best_epoch_ = tuple(saved["buckets"]), saved["best_epoch"]
-            clf.dtype_, clf.base_fingerprint_ = saved["dtype"], saved["base_fingerprint"]
-            clf.quantization_ = saved.get("quantization", clf.quantization)
-            clf.choices_ = dict(saved.get("choices", {}))  # runs of earlier versions chose nothing
-            labels, words = list(saved["classes"]["values"]), list(saved["words"])
-            if len(labels) != len(words):
-                raise ValueError(f"{len(labels)} labels and {len(words)} words")
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"{folder} holds no classifier.json; give the folder of a saved run.") from None
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"  # not its repr, which of an encoding error holds the whole file
-            raise RunError(f"{path} is damaged ({reason}); train again or restore the file.") from None
-        if preset is not None:
-            clf.preset = preset
-        clf.classes_ = np.array(labels, dtype=object if label_kind == "O" else None)
-        clf.history_ = pd.DataFrame()
-        clf.label_words = dict(zip(labels, words, strict=True)) if words != [str(label) for label in labels] else None
-        try:
-            base = clf.fitted_base()
-            clf.adapter_ = load_adapter(folder, base, verify)
-            tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
-            clf.words_ = label_words(labels, tokenizer, template, clf.label_words)
-        except (DataError, ModelError) as error:
-            moved = " If its base has moved, say where it is with preset=...." if isinstance(error, ModelError) else ""
-            raise type(error)(f"{folder} cannot be loaded: {error}{moved}") from None
-        return clf
 
-    @classmethod
-    def from_peft(
-        cls,
-        folder: str | Path,  # adapter_config.json and adapter_model.safetensors, as PEFT saves them
-        labels: Sequence[Any],  # the classes
-        preset: str | None = None,  # the base it was trained on; by default the one that its configuration names
-        **parameters: Any,  # of the classifier: template, label_words, max_length, dtype, quantization
-    ) -> GemmaLoraClassifier:  # fitted
-        """Classify with an adapter that Hugging Face PEFT trained.
+def _saved_recipe(fields: Mapping[str, Any]) -> Recipe:
+    "Raise `TypeError` for a field that is missing, unknown or of another type."
+    recipe = Recipe(**fields)
+    for name, usual in vars(Recipe()).items():
+        value, kinds = getattr(recipe, name), {float: (int, float), tuple: (tuple, str)}
+        if not isinstance(value, kinds.get(type(usual), type(usual))):
+            raise TypeError(f"{name} is {value!r}")
+    return recipe
 
-        Give the template and label words that it was trained with. Raises `RunError` for a damaged adapter, or one
-        that sets what this package does not compute, `DataError` and `ModelError` for labels, words and parameters.
-        """
-        clf = cls(preset=_base_of_peft(folder) if preset is None else preset, **parameters)
-        classes, _ = _check_labels(list(labels), len(list(labels)))
-        base, clf.recipe_name_, recipe, clf.words_, _ = clf.prepare(classes)
-        clf.adapter_ = load_adapter(folder, base)
-        clf.recipe_ = replace(recipe, epochs=0)
-        clf.classes_, clf.dtype_, clf.base_fingerprint_ = classes, base.dtype, base.fingerprint
-        clf.quantization_, clf.choices_ = base.quantization, {}
-        clf.history_, clf.buckets_, clf.best_epoch_ = pd.DataFrame(), (), 0
-        return clf
+
+def _read_saved(
+    folder: Path,
+    verify: bool,  # False: take files that were edited since they were saved
+) -> _Saved:
+    "Read `classifier.json`. Raises `ValueError`, `KeyError` or `TypeError` where it is damaged."
+    saved = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+    if saved["format"] not in (1, 2):
+        raise ValueError(f"format {saved['format']!r}, this version reads formats 1 and 2")
+    if verify and (saved["format"] == 2 or (folder / "SHA256SUMS").is_file()):
+        check_files(folder, ("classifier.json", "adapter_config.json", "adapter_model.safetensors"))
+    parameters, kind = dict(saved["parameters"]), saved["classes"]["dtype"]
+    if isinstance(parameters.get("class_weight"), list):
+        parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
+    labels, words = list(saved["classes"]["values"]), list(saved["words"])
+    if len(labels) != len(words):
+        raise ValueError(f"{len(labels)} labels and {len(words)} words")
+    fitted = {name: saved[name] for name in ("recipe_name", "dtype", "base_fingerprint", "best_epoch")}
+    fitted |= {"recipe": _saved_recipe(saved["recipe"]), "buckets": tuple(saved["buckets"])}
+    fitted |= {"classes": np.array(labels, dtype=object if kind == "O" else None), "history": pd.DataFrame()}
+    # Runs of earlier versions chose nothing, and did not say how their base was quantized.
+    fitted["choices"] = dict(saved.get("choices", {}))
+    fitted["quantization"] = saved.get("quantization", parameters.get("quantization"))
+    return _Saved(parameters, labels, words, fitted)
+
+# %% ../nbs/05_classifier.ipynb #05c0a033
+@contextmanager
+def _damage_explained(folder: str | Path) -> Iterator[None]:
+    "A `RunError` for a `classifier.json` that is missing or damaged."
+    path = Path(folder) / "classifier.json"
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{folder} holds no classifier.json; give the folder of a saved run.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"  # not its repr, which of an encoding error holds the whole file
+        raise RunError(f"{path} is damaged ({reason}); train again or restore the file.") from None
+
+
+@contextmanager
+def _loading_explained(folder: str | Path) -> Iterator[None]:
+    "The folder's name before what is wrong with its base, its adapter or its words."
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        moved = " If its base has moved, say where it is with preset=...." if isinstance(error, ModelError) else ""
+        raise type(error)(f"{folder} cannot be loaded: {error}{moved}") from None
 
 # %% ../nbs/05_classifier.ipynb #b9faae23
 def _base_of_peft(folder: str | Path) -> str:
@@ -787,9 +967,7 @@ def _base_of_peft(folder: str | Path) -> str:
     return f"hf://{name}" if is_address else name
 
 # %% ../nbs/05_classifier.ipynb #636b2173
-class GemmaLoraClassifier(
-    _Persistence, _Explanation, _Prediction, _Fitting, _Settings, ClassifierMixin, BaseEstimator
-):
+class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
     """Fine-tune a Gemma with LoRA to answer a comment with its label's word.
 
     LoRA: [Hu et al. 2021](https://arxiv.org/abs/2106.09685).
@@ -852,7 +1030,269 @@ class GemmaLoraClassifier(
         self.seed = seed
         self.verbose = verbose
 
+    def fit(
+        self,
+        X: Sequence[str],  # n comments
+        y: Sequence[Any],  # n labels
+        sample_weight: Sequence[float] | None = None,  # (n,), of each row, on top of class_weight
+    ) -> GemmaLoraClassifier:
+        """Fine-tune; every call starts from the untrained adapter, or ends what a killed one began.
+
+        With `warm_start=True` and a fitted adapter it goes on from that, on rows of the same labels.
+
+        With `checkpoint_dir`, a fit of the same data and settings goes on from its checkpoint, and a finished one is
+        read: the result has the same bits, on the CPU. What `callbacks` remember themselves is not in a checkpoint.
+
+        Raises `DataError` for comments, labels, template or words that cannot work, `ModelError` for parameters,
+        `RunError` when training does not converge to finite numbers, memory is short (then it is a `MemoryError`
+        too), or a checkpoint is damaged or in use; `OSError` when none can be written.
+        """
+        job = self._job(X, y, sample_weight)
+        return self._take(_fitted(job, *_trained(job)))
+
+    def fit_many(
+        self,
+        parts: Sequence[tuple[Sequence[str], Sequence[Any]]],  # comments and labels of each fit
+        parameters: Sequence[Mapping[str, Any]] | None = None,  # of each fit, in place of this classifier's
+    ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
+        """Fit clones to several sets of rows, or with several settings: the folds of a cross-validation, a sweep.
+
+        One after another; on a GPU side by side, as many as there is room for, where
+        `GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=1` asks for it (see Side by side, which says what is wrong with it) and not
+        validation, callbacks, checkpoints or several devices. Raises as `fit` does.
+        """
+        clones = [clone(self).set_params(**each) for each in parameters or [{}] * len(parts)]
+        if not gains_side_by_side():
+            for each, part in zip(clones, parts, strict=True):
+                yield each.fit(*part)
+            return
+        jobs = [each._job(*part) for each, part in zip(clones, parts, strict=True)]
+        for each, job, result in zip(clones, jobs, _trained_together(jobs), strict=True):
+            yield each._take(_fitted(job, *(_trained(job) if result is None else result)))
+
+    def refitted(
+        self,
+        X: Sequence[str],  # n comments, those of `fit` and others
+        y: Sequence[Any],  # n labels
+    ) -> GemmaLoraClassifier:  # another one, fitted
+        "The same on more rows, for the epochs, words and batch size that were found on a part. Raises as `fit` does."
+        epochs = max(1, self.best_epoch_) if self.recipe_.epochs else 0
+        everything = clone(self).set_params(epochs=epochs, validation_fraction=0.0, patience=None)
+        everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
+        everything.fit(X, y)
+        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
+        everything.choices_ = self.choices_ | strength
+        return everything
+
+    def prepare(
+        self,
+        classes: np.ndarray,  # sorted
+    ) -> Prepared:
+        """All that a fit needs beside its rows; every mistake in the parameters is found here.
+
+        Raises `DataError` for template or words that cannot work, `ModelError` for parameters and base.
+        """
+        _check_parameters(vars(self))
+        _weight_of_each(self.class_weight, classes)
+        template, base = PromptTemplate(self.template), self.choose_base()
+        recipe_name, recipe = self.resolve_recipe(base)
+        alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
+        start = new_adapter(base, recipe.lora_rank, recipe.targets(base), alpha, self.seed)
+        if self.warm_start and hasattr(self, "adapter_"):
+            then = (self.classes_, self.base_fingerprint_, self.adapter_)
+            start = _check_goes_on(then, (classes, base.fingerprint, start), self.preset)
+        tokenizer = _tokenizer(base.tokenizer_proto)
+        words = label_words([_plain(label) for label in classes], tokenizer, template, self.label_words)
+        _encode([], tokenizer, self.template, words, recipe.max_length)  # is there room for a comment?
+        return Prepared(base, recipe_name, recipe, words, start)
+
+    def _job(self, X: Sequence[str], y: Sequence[Any], sample_weight: Sequence[float] | None = None) -> _Job:
+        "All that training needs; every mistake of the user is found here."
+        comments, classes, index = _check_rows(X, y)
+        job = _new_job(self.prepare(classes), comments, classes, index, sample_weight, vars(self))
+        if _is_auto(self.dtype):
+            job = _in_range(job, self.preset, self.devices, self.strategy)
+        if not job.recipe.epochs:
+            return job
+        if _is_auto(self.recipe) and not (self.warm_start and hasattr(self, "adapter_")):
+            free = [name for name in ("epochs", "batch_size", "lora_alpha") if _is_auto(getattr(self, name))]
+            job = _decided_by_rows(job, free, self.label_words is not None, self.verbose)
+        return _within_memory(job, not _is_auto(self.batch_size), self.verbose)
+
+    def _take(self, fitted: _Fitted) -> GemmaLoraClassifier:  # itself
+        "Be fitted. Only now, so that a fit that fails leaves an earlier one as it was."
+        self.classes_ = fitted.classes
+        self.words_ = fitted.words
+        self.recipe_name_ = fitted.recipe_name
+        self.recipe_ = fitted.recipe
+        self.choices_ = fitted.choices
+        self.dtype_ = fitted.dtype
+        self.quantization_ = fitted.quantization
+        self.base_fingerprint_ = fitted.base_fingerprint
+        self.adapter_ = fitted.adapter
+        self.history_ = fitted.history
+        self.buckets_ = fitted.buckets
+        self.best_epoch_ = fitted.best_epoch
+        return self
+
+    def choose_base(self) -> Base:
+        """The base that a fit begins with: where dtype or quantization is auto, what this device can do.
+
+        Raises `RunError` in a process that was forked after JAX had started, `ModelError` for a base that is not there
+        or does not fit.
+        """
+        _check_not_forked()
+        where = (self.devices, self.strategy)
+        return base_for_device(self.preset, self.dtype, self.quantization, *where, **self.memory_needs())
+
+    def memory_needs(self) -> dict[str, Any]:  # rank, batch_size (rows), length (tokens), target_layers
+        "What a fit asks of a device, as `choose_quantization` takes it."
+        recipe = self.resolve_recipe()[1]
+        needs = {"rank": recipe.lora_rank, "batch_size": recipe.batch_size, "length": recipe.max_length}
+        return needs | {"target_layers": recipe.target_layers}
+
+    def resolve_recipe(
+        self,
+        base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
+    ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
+        "The settings that a fit begins with; the rows may change what is auto."
+        size = (base.parameter_count, base.config.hidden_dim) if base else (None, None)
+        name, recipe = recipe_for(str(self.preset), self.recipe, *size)
+        return name, replace(recipe, **_decided(vars(self)))
+
+    def fitted_base(self) -> Base:
+        "The base this classifier was fitted on. Raises `RunError` where another one has taken its place."
+        how = (self.dtype_, self.quantization_, self.devices, self.strategy)
+        return _base_of_fit(self.preset, self.base_fingerprint_, *how)
+
+    def encode(
+        self,
+        X: Sequence[str],  # n comments
+        base: Base | None = None,  # whose tokenizer is used; None: the base this was fitted on
+    ) -> list[np.ndarray]:  # n prompts, int32 token ids (length,), with the beginning of a text and without padding
+        "What the fitted classifier shows its base. Raises scikit-learn's `NotFittedError` before `fit`."
+        check_is_fitted(self, "adapter_")
+        comments, base = _check_comments(X), base or self.fitted_base()
+        tokenizer = _tokenizer(base.tokenizer_proto)
+        return _encode(comments, tokenizer, self.template, self.words_, self.recipe_.max_length)
+
+    def predict_proba(
+        self,
+        X: Sequence[str],  # n comments
+    ) -> np.ndarray:  # float32 (n, n_classes), columns in `classes_` order, rows sum to 1
+        "Probability of each class. Raises scikit-learn's `NotFittedError` before `fit`."
+        check_is_fitted(self, "adapter_")
+        comments = _check_comments(X)
+        if not comments:
+            return np.zeros((0, len(self.classes_)), np.float32)
+        base = self.fitted_base()
+        distinct, back, times = np.unique(np.array(comments, dtype=object), return_inverse=True, return_counts=True)
+        tokenizer, length = _tokenizer(base.tokenizer_proto), self.recipe_.max_length
+        prompts = _encode(distinct.tolist(), tokenizer, self.template, self.words_, length, times)
+        return label_probabilities(base, self.adapter_, prompts, self.words_, times)[back]
+
+    def predict(
+        self,
+        X: Sequence[str],  # n comments
+    ) -> np.ndarray:  # (n,) labels, of the type `fit` was given
+        "The most probable class."
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    def generate(
+        self,
+        comment: str,  # shortened as any other where it is too long
+        max_new_tokens: int = 64,  # tokens
+    ) -> str:  # what the model writes after the prompt, up to its end token
+        "Continue the prompt greedily, with the fitted adapter or, before `fit`, with the base alone."
+        template, fitted = PromptTemplate(self.template), hasattr(self, "adapter_")
+        base = self.fitted_base() if fitted else self.choose_base()
+        recipe = self.recipe_ if fitted else self.resolve_recipe(base)[1]
+        tokenizer = _tokenizer(base.tokenizer_proto)
+        prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
+        if not fitted and _is_auto(self.dtype) and overflows(base, [prompt]):
+            quantization = base.quantization
+            del base  # before the other takes its place
+            base = fall_back(self.preset, quantization, devices=self.devices, strategy=self.strategy)
+        adapter = self.adapter_ if fitted else new_adapter(base, recipe.lora_rank)
+        return _continued(base, adapter, prompt, max_new_tokens)
+
+    def token_influence(
+        self,
+        comment: str,  # whose tokens are left out one at a time
+    ) -> pd.DataFrame:  # a row a token of the comment: piece, influence (nats)
+        "How much each token speaks for the predicted label: log-odds with it minus log-odds without it."
+        check_is_fitted(self, "adapter_")
+        base, comments = self.fitted_base(), _check_comments([comment])
+        tokenizer = _tokenizer(base.tokenizer_proto)
+        prompt = _encode(comments, tokenizer, self.template, self.words_, self.recipe_.max_length)[0]
+        positions = _comment_positions(prompt, tokenizer, self.template)
+        influence = _influence(base, self.adapter_, self.words_, prompt, positions)
+        return pd.DataFrame({"piece": tokenizer.pieces([prompt[i] for i in positions]), "influence": influence})
+
+    def save(
+        self,
+        folder: str | Path,  # to write into, made where it is not there
+    ) -> Path:  # the folder
+        """Write PEFT's `adapter_config.json` and `adapter_model.safetensors`, `classifier.json` and `SHA256SUMS`.
+
+        Raises `OSError` if it cannot; then what was saved there before is intact.
+        """
+        check_is_fitted(self, "adapter_")
+        parameters = {**self.get_params(deep=False), "preset": _lasting_name(self.preset)}
+        fitted = _Fitted(**{name: getattr(self, f"{name}_") for name in _Fitted._fields})
+        files = adapter_files(self.adapter_, parameters["preset"])
+        files = {**files, "classifier.json": _description(parameters, fitted)}
+        together = self.devices is not None or self.strategy is not None  # then the first of several hosts writes
+        on_first_process(lambda: save_files(folder, files) and None, together)
+        return Path(folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,  # written by `save`
+        preset: str | None = None,  # where the base is now, when it has moved
+        verify: bool = True,  # False: take files that were edited since they were saved
+        devices: int | Sequence[Any] | None = None,  # as for the classifier; a run does not remember them
+        strategy: str | None = None,  # likewise
+    ) -> GemmaLoraClassifier:  # fitted
+        "Read a saved classifier. Raises `RunError` for a missing, damaged or edited file, or another base."
+        with _damage_explained(folder):
+            parameters, labels, words, fitted = _read_saved(Path(folder), verify)
+            clf = cls(**{**parameters, "devices": devices, "strategy": strategy})
+            _check_parameters(vars(clf))
+            clf.label_words = None if words == [*map(str, labels)] else dict(zip(labels, words, strict=True))
+        clf.preset = clf.preset if preset is None else preset
+        how = (fitted["dtype"], fitted["quantization"], devices, strategy)
+        with _loading_explained(folder):
+            base = _base_of_fit(clf.preset, fitted["base_fingerprint"], *how)
+            fitted["adapter"] = load_adapter(folder, base, verify)
+            tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(clf.template)
+            fitted["words"] = label_words(labels, tokenizer, template, clf.label_words)
+        return clf._take(_Fitted(**fitted))
+
+    @classmethod
+    def from_peft(
+        cls,
+        folder: str | Path,  # adapter_config.json and adapter_model.safetensors, as PEFT saves them
+        labels: Sequence[Any],  # the classes
+        preset: str | None = None,  # the base it was trained on; by default the one that its configuration names
+        **parameters: Any,  # of the classifier: template, label_words, max_length, dtype, quantization
+    ) -> GemmaLoraClassifier:  # fitted
+        """Classify with an adapter that Hugging Face PEFT trained.
+
+        Give the template and label words that it was trained with. Raises `RunError` for a damaged adapter, or one
+        that sets what this package does not compute, `DataError` and `ModelError` for labels, words and parameters.
+        """
+        clf = cls(preset=_base_of_peft(folder) if preset is None else preset, **parameters)
+        classes, _ = _check_labels(list(labels), len(list(labels)))
+        base, name, recipe, words, _ = clf.prepare(classes)
+        how = (name, replace(recipe, epochs=0), {}, base.dtype, base.quantization, base.fingerprint)
+        return clf._take(_Fitted(classes, words, *how, load_adapter(folder, base), pd.DataFrame(), (), 0))
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.string, tags.input_tags.one_d_array, tags.input_tags.two_d_array = True, True, False
+        tags.input_tags.string = True
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
         return tags

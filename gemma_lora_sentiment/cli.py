@@ -561,9 +561,10 @@ def suggest(
     reading: dict[str, Any] | None = None,
 ) -> None:
     """List the comments that are most worth labelling next."""
-    from gemma_lora_sentiment.analysis import worth_labelling
+    from gemma_lora_sentiment.labelling import worth_labelling
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import check_folder, read_comments, whole_file, write_table
+    from gemma_lora_sentiment.data import read_comments, write_table
+    from gemma_lora_sentiment.files import check_folder, whole_file
 
     _check_table(out)
     _check_apart(out, file)
@@ -637,7 +638,7 @@ def submit(
 ) -> None:
     """Predict the rows of SAMPLE and write a file like it."""
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import check_folder
+    from gemma_lora_sentiment.files import check_folder
     from gemma_lora_sentiment.submission import write_submission
 
     of_sample, comments, told = _sample(sample, text_from, reading, out)
@@ -704,7 +705,7 @@ def _base_and_recipe(clf: Any) -> str:  # lines
 # %% ../nbs/11_cli.ipynb #9fec6ce1
 def _cache_and_versions() -> str:  # lines
     from gemma_lora_sentiment.cache import use_compile_cache
-    from gemma_lora_sentiment.data import cache_dir
+    from gemma_lora_sentiment.files import cache_dir
     from gemma_lora_sentiment.run import versions
 
     kept = use_compile_cache()
@@ -1063,7 +1064,8 @@ def _finish_labelling(
 ) -> dict[str, str]:  # run, report, submission
     "`train`, and what it makes of all comments: the sample filled in, or a table of labels and probabilities."
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import locate, whole_file, write_table
+    from gemma_lora_sentiment.data import locate, write_table
+    from gemma_lora_sentiment.files import whole_file
     from gemma_lora_sentiment.judge import prediction_table
     from gemma_lora_sentiment.run import REPORT
     from gemma_lora_sentiment.submission import sample_comments, write_submission

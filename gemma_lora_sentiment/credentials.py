@@ -164,37 +164,49 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 # %% ../nbs/02b_credentials.ipynb #3d5742a0
+def _of_status(
+    status: int,  # of a server's answer
+    handle: str,  # kaggle://... or hf://...
+    source: str | None,  # of the credentials that were used
+) -> Exception | None:  # None for an answer that refuses nothing
+    "What an answer of the server means, and what to do."
+    host, tokens, how = _HOSTS[handle.partition("://")[0]]
+    page = _page(handle)
+    if status in (401, 403) and source is None:
+        half = _half_of_a_pair() if host == "Kaggle" else ""
+        return AccessError(
+            f"{host} gives {handle} to nobody without an account that may have it ({status}), and no credentials "
+            f"were found{half}. Accept the licence at {page}, create a token at {tokens}, and {how}."
+        )
+    if status == 401:
+        return AccessError(
+            f"{host} does not accept the credentials of {source} (401). Create new ones at {tokens}, and {how}."
+        )
+    if status == 403:
+        gated = ", give a fine-grained token the right to read gated repositories" if host == "Hugging Face" else ""
+        return AccessError(
+            f"{host} refuses {handle} to the account of {source} (403): its licence is not accepted there. Open "
+            f"{page}, accept it{gated}, and run this again."
+        )
+    if status == 404:
+        return AccessError(f"{host} has no {handle} (404). Look at {page} for its name and version.")
+    if status == 429:
+        return ConnectionError(f"{host} has had too many requests (429). Wait some minutes, and run this again.")
+    if status >= 400:
+        return ConnectionError(f"{host} answers {status}. Run this again later.")
+    return None
+
+
 def _explanation(
     error: BaseException,
     handle: str,  # kaggle://... or hf://...
     source: str | None,  # of the credentials that were used
 ) -> Exception | None:  # None for an error that has to do with neither access, network nor disk
-    host, tokens, how = _HOSTS[handle.partition("://")[0]]
-    page = _page(handle)
+    host = _HOSTS[handle.partition("://")[0]][0]
     for link in _chain(error):
         status = getattr(getattr(link, "response", None), "status_code", None)
-        if status in (401, 403) and source is None:
-            half = _half_of_a_pair() if host == "Kaggle" else ""
-            return AccessError(
-                f"{host} gives {handle} to nobody without an account that may have it ({status}), and no credentials "
-                f"were found{half}. Accept the licence at {page}, create a token at {tokens}, and {how}."
-            )
-        if status == 401:
-            return AccessError(
-                f"{host} does not accept the credentials of {source} (401). Create new ones at {tokens}, and {how}."
-            )
-        if status == 403:
-            gated = ", give a fine-grained token the right to read gated repositories" if host == "Hugging Face" else ""
-            return AccessError(
-                f"{host} refuses {handle} to the account of {source} (403): its licence is not accepted there. Open "
-                f"{page}, accept it{gated}, and run this again."
-            )
-        if status == 404:
-            return AccessError(f"{host} has no {handle} (404). Look at {page} for its name and version.")
-        if status == 429:
-            return ConnectionError(f"{host} has had too many requests (429). Wait some minutes, and run this again.")
-        if isinstance(status, int) and status >= 400:
-            return ConnectionError(f"{host} answers {status}. Run this again later.")
+        if isinstance(status, int) and (explained := _of_status(status, handle, source)) is not None:
+            return explained
         if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             return _no_space(handle)
         library = type(link).__module__.split(".")[0]

@@ -408,6 +408,18 @@ class _Place(NamedTuple):
         return DataError(problem, source=self.source, row=row, column=column, unit=self.unit)
 
 # %% ../nbs/00_data.ipynb #3518a42d
+def _is_label(label: Any, row: object, at: _Place, labelled: bool, keep_na: bool) -> bool:
+    "Whether there is a label; a `DataError` for what can be none, and for one that is missing and must be there."
+    if not pd.api.types.is_scalar(label):
+        raise at.error(f"the label {shown(label)} is no single value. Use text or a number.", row, "label")
+    if isinstance(label, str) and (fault := half_a_character("label", label)):
+        raise at.error(fault, row, "label")
+    missing = is_missing_label(label, keep_na)
+    if missing and labelled:
+        raise _missing_label(label, row, at)
+    return not missing
+
+
 def _checked_labels(
     values: list, places: Sequence, at: _Place, labels: Sequence | None, labelled: bool, reading: Reading
 ) -> list:
@@ -421,13 +433,7 @@ def _checked_labels(
         except (KeyError, TypeError):
             pass
         label = stripped(value) if isinstance(value, str) else value
-        if not pd.api.types.is_scalar(label):
-            raise at.error(f"the label {shown(label)} is no single value. Use text or a number.", row, "label")
-        if isinstance(label, str) and (fault := half_a_character("label", label)):
-            raise at.error(fault, row, "label")
-        if is_missing_label(label, reading.keep_na):
-            if labelled:
-                raise _missing_label(label, row, at)
+        if not _is_label(label, row, at, labelled, reading.keep_na):
             checked.append(None)
             seen[type(value), value] = None
             continue

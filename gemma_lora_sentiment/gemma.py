@@ -392,11 +392,10 @@ def block(
     own_input: jax.Array | None = None,  # (b, l, per_layer_dim), of Gemma 4
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:  # (b, p, d), and keys and values (b, l, key heads, h)
     "One decoder block: attention, then a feed-forward part, each added to what came in."
-    epsilon, offset = config.norm_epsilon, config.norm_offset
     shapes = {array_name(path): shape for path, shape in block_shapes(config, layer).items()}
 
     def norm(x: jax.Array, name: str) -> jax.Array:
-        return rms_norm(x, arrays[name], epsilon, offset)
+        return rms_norm(x, arrays[name], config.norm_epsilon, config.norm_offset)
 
     def by(kernel: str, equation: str) -> Callable[[jax.Array], jax.Array]:
         return lambda x: project(x, arrays[kernel], equation, shapes[kernel], lora.get(kernel))
@@ -404,36 +403,87 @@ def block(
     if config.clamped and x.dtype == jnp.float16:
         x = jnp.clip(x, -65504, 65504)
     normed = norm(x, "pre_attention_norm")
-    if borrowed is None:
-        keys = by("key", "bld,kdh->blkh")(normed)
-        values = keys if layer.key_is_value else by("value", "bld,kdh->blkh")(normed)
-        values = rms_norm(values, 0.0, epsilon) if config.value_norm else values
-        keys = norm(keys, "key_norm") if config.key_norm else keys
-        keys, values = mark(rotate(keys, *turns), "keys"), mark(values, "values")
-    else:
-        keys, values = borrowed
+    keys, values = _keys_and_values(normed, turns, norm, by, config, layer) if borrowed is None else borrowed
     x, normed = _picked(x, places), _picked(normed, places)
+    out = _attention(normed, keys, values, turns, seen, norm, by, config, places)
+    x = mark(_added(x, norm(out, "post_attention_norm") if config.post_attention_norm else out, config), "residual")
+    out = _fed_forward(x, arrays, norm, by, config)
+    x = _added(x, norm(out, "post_ffw_norm") if config.post_ffw_norm else out, config)
+    if own_input is not None:
+        x = x + _of_own_input(x, own_input, norm, by, places)
+    if "layer_scalar" in arrays:
+        x = x * arrays["layer_scalar"].astype(x.dtype)
+    return x, (keys, values)
+
+# %% ../nbs/01d_gemma.ipynb #b10c0001
+_Norm = Callable[[jax.Array, str], jax.Array]  # of hidden states, by the name of its scale
+_By = Callable[[str, str], Callable[[jax.Array], jax.Array]]  # name of a kernel, equation -> the projection
+
+
+def _keys_and_values(
+    normed: jax.Array,  # (b, l, d)
+    turns: tuple[jax.Array, jax.Array],  # cosines and sines, float32 (l, head_dim / 2)
+    norm: _Norm,
+    by: _By,
+    config: GemmaConfig,
+    layer: Layer,
+) -> tuple[jax.Array, jax.Array]:  # (b, l, key heads, h)
+    "What other tokens attend to."
+    keys = by("key", "bld,kdh->blkh")(normed)
+    values = keys if layer.key_is_value else by("value", "bld,kdh->blkh")(normed)
+    values = rms_norm(values, 0.0, config.norm_epsilon) if config.value_norm else values
+    keys = norm(keys, "key_norm") if config.key_norm else keys
+    return mark(rotate(keys, *turns), "keys"), mark(values, "values")
+
+
+def _attention(
+    normed: jax.Array,  # (b, p, d)
+    keys: jax.Array,  # (b, l, key heads, h)
+    values: jax.Array,  # (b, l, key heads, h)
+    turns: tuple[jax.Array, jax.Array],  # cosines and sines, float32 (l, head_dim / 2)
+    seen: jax.Array,  # bool (b, p, l)
+    norm: _Norm,
+    by: _By,
+    config: GemmaConfig,
+    places: jax.Array | None,  # int (b, p), of the tokens in `normed`; None: all
+) -> jax.Array:  # (b, p, d)
+    "What p tokens take from those they see."
     queries = by("query", "bld,ndh->blnh")(normed)
     queries = norm(queries, "query_norm") if config.key_norm else queries
     turns = turns if places is None else tuple(table[places] for table in turns)
     queries = mark(rotate(queries, *turns), "queries")
     attended = attend(queries, keys, values, seen, config.query_scale, config.attention_cap)
-    out = mark(by("attention_output", "blnh,nhd->bld")(attended), "attended")
-    x = mark(_added(x, norm(out, "post_attention_norm") if config.post_attention_norm else out, config), "residual")
+    return mark(by("attention_output", "blnh,nhd->bld")(attended), "attended")
+
+# %% ../nbs/01d_gemma.ipynb #b10c0002
+def _fed_forward(
+    x: jax.Array,  # (b, p, d)
+    arrays: Mapping[str, Any],  # of this block, by name
+    norm: _Norm,
+    by: _By,
+    config: GemmaConfig,
+) -> jax.Array:  # (b, p, d)
+    "The feed-forward part, of Gemma 4 with its experts beside it."
     into = norm(x, "pre_ffw_norm")
     gate, up = by("ffw_gating", "bld,df->blf"), by("ffw_gating_2", "bld,df->blf")
     out = mark(feed_forward(into, gate, up, by("ffw_linear", "blf,fd->bld")), "fed")
-    if config.experts:
-        chosen = experts(norm(x, "pre_ffw_norm_moe"), route(x, arrays, config), arrays)
-        out = norm(out, "post_ffw_norm_dense") + norm(chosen, "post_ffw_norm_moe_path")
-    x = _added(x, norm(out, "post_ffw_norm") if config.post_ffw_norm else out, config)
-    if own_input is not None:
-        gated = jax.nn.gelu(by("per_layer_input_gate", "bld,dp->blp")(x), approximate=True)
-        up = by("per_layer_up_proj", "blp,pd->bld")(gated * _picked(own_input, places).astype(x.dtype))
-        x = x + norm(up, "post_per_layer_input_norm")
-    if "layer_scalar" in arrays:
-        x = x * arrays["layer_scalar"].astype(x.dtype)
-    return x, (keys, values)
+    if not config.experts:
+        return out
+    chosen = experts(norm(x, "pre_ffw_norm_moe"), route(x, arrays, config), arrays)
+    return norm(out, "post_ffw_norm_dense") + norm(chosen, "post_ffw_norm_moe_path")
+
+
+def _of_own_input(
+    x: jax.Array,  # (b, p, d)
+    own_input: jax.Array,  # (b, l, per_layer_dim)
+    norm: _Norm,
+    by: _By,
+    places: jax.Array | None,  # int (b, p), of the tokens in `x`; None: all
+) -> jax.Array:  # (b, p, d)
+    "What Gemma 4 adds to a block from the token itself."
+    gated = jax.nn.gelu(by("per_layer_input_gate", "bld,dp->blp")(x), approximate=True)
+    up = by("per_layer_up_proj", "blp,pd->bld")(gated * _picked(own_input, places).astype(x.dtype))
+    return norm(up, "post_per_layer_input_norm")
 
 # %% ../nbs/01d_gemma.ipynb #77840e3d
 KEPT = ("keys", "values", "queries", "attended", "residual", "gate", "up", "fed")  # of a block, for the backward pass
@@ -473,7 +523,14 @@ def hidden_at(
     config: GemmaConfig,  # of the base
     again: bool = False,  # True: blocks are computed again in the backward pass, for less memory
 ) -> jax.Array:  # (b, p, d); (b, l, d) where the batch has no positions
-    "Normalized hidden states of the last block at some positions."
+    """Normalized hidden states of the last block at some positions.
+
+    Where all kernels are zeros the blocks add nothing, and the token's embedding comes out, normalized. For three
+    tokens with the embeddings [0 0], [3 4] and [1 1]:
+
+        token_ids [[1 2 0]]   padding_mask [[1 1 0]]   positions [[0 1]]   gives [[[0.85 1.13]
+                                                                                   [1.   1.  ]]]
+    """
     rows, places = batch["padding_mask"], batch.get("positions")
     few = places is not None and 2 * places.shape[1] <= rows.shape[1]  # else picking costs more than it saves
     x, _ = through_blocks(base, adapter, batch, config, again, places if few else None)

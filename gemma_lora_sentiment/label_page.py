@@ -10,6 +10,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,9 @@ def label_html(
     )
 
 # %% ../nbs/12a_label_page.ipynb #05b40263
+_ACT = ("what", "version", "label")
+
+
 def label_app(
     desk: LabelDesk,  # what it shows
     hosts: Sequence[str],  # names the server answers to
@@ -313,15 +317,7 @@ def label_app(
     "The page and its requests; what cannot be is answered by `Refusal`."
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
-    from starlette.responses import FileResponse, HTMLResponse, JSONResponse
-
-    app = new_app("gemma_lora_sentiment label")
-
-    async def start(request: Request) -> HTMLResponse:
-        nonce, language = secrets.token_urlsafe(16), language_of(request.headers.get("accept-language"))
-        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-        policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        return HTMLResponse(label_html(language, nonce), headers={"content-security-policy": policy})
+    from starlette.responses import JSONResponse
 
     async def state(request: Request) -> JSONResponse:
         return JSONResponse(await run_in_threadpool(desk.state))
@@ -331,40 +327,54 @@ def label_app(
         what, version, label = (content.get(name) if isinstance(content, dict) else None for name in _ACT)
         if what not in ("label", "skip", "undo") or type(version) is not int or not isinstance(label, str):
             raise Refusal(422, "the request must hold what (label, skip or undo), version and label.")
-        return await answered(desk.act, what, version, label)
+        return await _answered(desk, desk.act, what, version, label)
 
     async def finish(request: Request) -> JSONResponse:
         await read_json(request, 10_000)
-        return await answered(desk.finish)
+        return await _answered(desk, desk.finish)
 
-    async def answered(action: Callable, *given: Any) -> JSONResponse:
-        error, status = None, 200
-        try:
-            await run_in_threadpool(action, *given)
-        except (StaleError, DataError, OSError) as problem:
-            error, status = " ".join(str(problem).split()), 409 if isinstance(problem, StaleError) else 422
-        found = await run_in_threadpool(desk.state)
-        return JSONResponse(found if error is None else {"error": error, "state": found}, status)
-
-    def file(name: str) -> Callable:
-        def found(request: Request) -> FileResponse:
-            if name not in desk.files:
-                raise Refusal(404, "it is not there yet.")
-            path = Path(desk.files[name])
-            return FileResponse(path, filename=None if name == "report" else path.name)
-
-        return found
-
-    app.add_route("/", start, methods=["GET"])
+    app = new_app("gemma_lora_sentiment label")
+    app.add_route("/", _start, methods=["GET"])
     app.add_route("/state", state, methods=["GET"])
     app.add_route("/act", act, methods=["POST"])
     app.add_route("/finish", finish, methods=["POST"])
     for name in ("report", "submission"):
-        app.add_route(f"/{name}", file(name), methods=["GET"])
+        app.add_route(f"/{name}", partial(_file, desk, name), methods=["GET"])
     return guarded(app, hosts, 10_000)
 
 # %% ../nbs/12a_label_page.ipynb #f9a04fc8
-_ACT = ("what", "version", "label")
+async def _start(request: Any) -> Any:  # starlette's request and response
+    "The page, in the browser's language; nothing from elsewhere may run in it."
+    from starlette.responses import HTMLResponse
+
+    nonce, language = secrets.token_urlsafe(16), language_of(request.headers.get("accept-language"))
+    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+    policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return HTMLResponse(label_html(language, nonce), headers={"content-security-policy": policy})
+
+
+async def _answered(desk: LabelDesk, action: Callable, *given: Any) -> Any:  # a response
+    "Do it, and say what is there now; 409 for what comes too late, 422 for what cannot be."
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import JSONResponse
+
+    error, status = None, 200
+    try:
+        await run_in_threadpool(action, *given)
+    except (StaleError, DataError, OSError) as problem:
+        error, status = " ".join(str(problem).split()), 409 if isinstance(problem, StaleError) else 422
+    found = await run_in_threadpool(desk.state)
+    return JSONResponse(found if error is None else {"error": error, "state": found}, status)
+
+
+def _file(desk: LabelDesk, name: str, request: Any) -> Any:  # a response
+    "The report to look at, the submission to keep."
+    from starlette.responses import FileResponse
+
+    if name not in desk.files:
+        raise Refusal(404, "it is not there yet.")
+    path = Path(desk.files[name])
+    return FileResponse(path, filename=None if name == "report" else path.name)
 
 # %% ../nbs/12a_label_page.ipynb #cc43fa69
 def label_comments(

@@ -258,6 +258,25 @@ def _devices_and_strategy(
     if devices is None and strategy is None:
         return (), None
     known = list(_devices())
+    names = _named(devices, known)
+    if jax.process_count() > 1 and (len(names) < len(known) or len(known) % jax.process_count()):
+        problem = f"devices={devices!r} leaves out some of the {len(known)} devices of {jax.process_count()} processes"
+        raise ModelError(f"{problem}, or they have unequal numbers. Use all, and as many on each.")
+    names = tuple(known) if jax.process_count() > 1 else names
+    if len(names) == 1:
+        return (names, "data") if names[0] != known[0] else ((), None)
+    if strategy in (None, "auto"):
+        limit = device_bytes()
+        needed = limit and (4 if dtype == "float32" else 2) * _parameters(preset_shapes(path))
+        strategy = "model" if limit and needed > limit / 2 else "data"
+    return names, strategy
+
+
+def _named(
+    devices: int | Sequence[Any] | None,  # how many, or which
+    known: Sequence[str],  # names of all
+) -> tuple[str, ...]:
+    "The names of the devices that are meant. Raises `ModelError` for a number or a name that is not there."
     is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
     if is_number and not 1 <= devices <= len(known):
         raise ModelError(f"devices={devices}, and JAX sees {len(known)}: {', '.join(known[:8])}. Ask for so many.")
@@ -271,17 +290,7 @@ def _devices_and_strategy(
     if unknown or not names or len(set(names)) < len(names):
         which = f"{unknown[0]!r} is not there" if unknown else "a device is named twice or none is"
         raise ModelError(f"devices={list(names)!r}: {which}; JAX sees {', '.join(known[:8])}. Choose among these.")
-    if jax.process_count() > 1 and (len(names) < len(known) or len(known) % jax.process_count()):
-        problem = f"devices={devices!r} leaves out some of the {len(known)} devices of {jax.process_count()} processes"
-        raise ModelError(f"{problem}, or they have unequal numbers. Use all, and as many on each.")
-    names = tuple(known) if jax.process_count() > 1 else names
-    if len(names) == 1:
-        return (names, "data") if names[0] != known[0] else ((), None)
-    if strategy in (None, "auto"):
-        limit = device_bytes()
-        needed = limit and (4 if dtype == "float32" else 2) * _parameters(preset_shapes(path))
-        strategy = "model" if limit and needed > limit / 2 else "data"
-    return names, strategy
+    return names
 
 
 def _devices() -> dict[str, jax.Device]:  # by the names that Keras gives them, "cpu:0" or "gpu:1"

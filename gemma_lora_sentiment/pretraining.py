@@ -388,6 +388,39 @@ def save_base(
         keras_nlp.models.GemmaCausalLM(backbone=half, preprocessor=preprocessor).save_to_preset(str(folder))
     return Path(folder)
 
+# %% ../nbs/09_pretraining.ipynb #b10c0003
+def _held_apart(
+    reviews: pd.DataFrame,  # rating 1 to 10, review
+    seed: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # to train on, shuffled; to judge by
+    "Hold out a tenth of the clearly bad and of the clearly good reviews, at most 800 of each."
+    shuffled = reviews.sample(frac=1, random_state=seed)
+    clear = shuffled[(shuffled.rating <= 3) | (shuffled.rating >= 9)]
+    held_out = pd.concat([group.head(min(800, len(group) // 10)) for _, group in clear.groupby(clear.rating >= 9)])
+    return shuffled.drop(held_out.index), held_out
+
+# %% ../nbs/09_pretraining.ipynb #b10c0005
+def _train(
+    model: keras.Model,
+    shown: pd.DataFrame,  # reviews to train on
+    comments: pd.DataFrame | None,  # for the last part
+    tokenizer: TextTokenizer,
+    settings: PretrainingSettings,
+    say: Callable[[str], None],
+) -> None:
+    "Reviews first; then the last part several times from the same state, and the mean of what these end at."
+    first = int(settings.rows * settings.comments_from)
+    _show(model, pretraining_rows(shown, tokenizer, settings, first), tokenizer, settings, say)
+    state = [np.array(variable.value) for variable in (*model.variables, *model.optimizer.variables)]
+    total = [np.zeros(variable.shape, np.float64) for variable in model.backbone.weights]
+    for part in range(1, settings.averaged + 1):
+        for variable, value in zip((*model.variables, *model.optimizer.variables), state, strict=True):
+            variable.assign(value)
+        last = pretraining_rows(shown, tokenizer, settings, settings.rows - first, comments, part)
+        _show(model, last, tokenizer, settings, say)
+        total = [so_far + np.array(v.value) for so_far, v in zip(total, model.backbone.weights, strict=True)]
+    model.backbone.set_weights([array / settings.averaged for array in total])
+
 # %% ../nbs/09_pretraining.ipynb #d8051223
 def pretrain_base(
     reviews: pd.DataFrame,  # rating 1 to 10, review
@@ -401,10 +434,7 @@ def pretrain_base(
     settings, started = settings or PretrainingSettings(), time.perf_counter()
     say = progress or (lambda text: None)
     keras.utils.set_random_seed(settings.seed)
-    shuffled = reviews.sample(frac=1, random_state=settings.seed)
-    clear = shuffled[(shuffled.rating <= 3) | (shuffled.rating >= 9)]
-    held_out = pd.concat([group.head(min(800, len(group) // 10)) for _, group in clear.groupby(clear.rating >= 9)])
-    shown = shuffled.drop(held_out.index)
+    shown, held_out = _held_apart(reviews, settings.seed)
     own = [] if comments is None else comments.comment.tolist()
     proto, backbone = _loaded(start) if start else (None, None)
     if proto is None:
@@ -418,17 +448,7 @@ def pretrain_base(
         say(f"co-occurrences counted, {time.perf_counter() - started:.0f} s")
     shown = shown[[len(ids) <= settings.max_tokens for ids in counted]]
     model = _model(settings, size, embeddings, backbone)
-    first = int(settings.rows * settings.comments_from)
-    _show(model, pretraining_rows(shown, tokenizer, settings, first), tokenizer, settings, say)
-    state = [np.array(variable.value) for variable in (*model.variables, *model.optimizer.variables)]
-    total = [np.zeros(variable.shape, np.float64) for variable in model.backbone.weights]
-    for part in range(1, settings.averaged + 1):
-        for variable, value in zip((*model.variables, *model.optimizer.variables), state, strict=True):
-            variable.assign(value)
-        last = pretraining_rows(shown, tokenizer, settings, settings.rows - first, comments, part)
-        _show(model, last, tokenizer, settings, say)
-        total = [so_far + np.array(v.value) for so_far, v in zip(total, model.backbone.weights, strict=True)]
-    model.backbone.set_weights([array / settings.averaged for array in total])
+    _train(model, shown, comments, tokenizer, settings, say)
     save_base(model.backbone, proto, folder)
     report = {
         "parameters": model.backbone.count_params(),

@@ -351,8 +351,17 @@ def scoring_arrays(
 ) -> dict[str, np.ndarray]:  # one row a prompt (single-token words), or one row a prompt and label
     """Padded arrays for scoring labels.
 
-    When every word is one token, `positions` int32 (n, 1) is where it is predicted. Otherwise each prompt is repeated
-    with every word after it, labels fastest, as `training_arrays` lays it out.
+    When every word is one token, `positions` int32 (n, 1) is where it is predicted. Prompts [2 7 5] and [2 5], words
+    [8] and [9], length 4:
+
+        token_ids [[2 7 5 0]   padding_mask [[1 1 1 0]   positions [[2]
+                   [2 5 0 0]]                [1 1 0 0]]             [1]]
+
+    Otherwise each prompt is repeated with every word after it, labels fastest, as `training_arrays` lays it out. Prompt
+    [2 7 5], words [8 6] and [9], length 5:
+
+        token_ids [[2 7 5 8 6]   positions [[2 3]   targets [[8 6]   weights [[1 1]
+                   [2 7 5 9 0]]             [2 0]]           [9 0]]           [1 0]]
     """
     if words.single_token:
         chosen = prompts if rows is None else [prompts[row] for row in rows]
@@ -480,7 +489,17 @@ def pack_arrays(
     length: int,  # tokens of a line
     rows_a_line: int,  # r, places for rows in a line
 ) -> dict[str, np.ndarray]:  # token_ids, padding_mask (lines, length); positions (lines, r * p); others (lines, r, p)
-    "The same rows, several in a line; `padding_mask` numbers them."
+    """The same rows, several in a line; `padding_mask` numbers them.
+
+    Prompts [2 7 5] and [2 5] with their responses [8 1] and [9 1], `lines` [[0, 1]], length 10, two rows a line:
+
+        token_ids    [[2 7 5 8 1]      token_ids    [[2 7 5 8 1 2 5 9 1 0]]
+                      [2 5 9 1 0]]     padding_mask [[1 1 1 1 1 2 2 2 2 0]]
+        positions    [[2 3]        to  positions    [[2 3 6 7]]
+                      [1 2]]           targets      [[[8 1]
+        targets      [[8 1]                           [9 1]]]
+                      [9 1]]
+    """
     lengths = arrays["padding_mask"].sum(axis=1)
     shapes = {name: (length,) if name in ("token_ids", "padding_mask") else (rows_a_line, array.shape[1])
               for name, array in arrays.items()}  # fmt: skip

@@ -418,33 +418,24 @@ def _predict_parts(
     score: Callable[[_ChunkScorer, Iterator[Chunk]], Iterator[_Scored]],
     progress: Callable[[str], None] | None,
 ) -> tuple[int, list[Path]]:  # rows in all, the parts in order
-    done, folder, rows, parts = journal.parts(), journal.folder, 0, []
     clock, say = _Clock(progress), progress or (lambda text: None)
-    for number, finished in enumerate(done):
-        if (chunk := next(chunks, None)) is None:
-            problem = f"{path} has fewer rows than are finished in {folder}."
-            raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
-        parts.append(folder / f"part-{number:06}{suffix}")
-        _compare(chunk, finished, parts[-1])
-        rows += len(chunk.table)
-        clock.start(rows, chunk.fraction)
-    scorer = _ChunkScorer(clf, settings["batch_size"])
-    ahead = list(islice(chunks, 1 if done else 2))
+    rows, parts = _past_finished(chunks, path, journal, suffix, clock)
+    goes_on, scorer = bool(parts), _ChunkScorer(clf, settings["batch_size"])
+    ahead = list(islice(chunks, 1 if goes_on else 2))
     if ahead:
-        counts = ahead[0].counts if len(ahead) == 1 else {}
-        say(reading_text(path, ahead[0].form, counts))
-    if not done and len(ahead) == 1:
+        say(reading_text(path, ahead[0].form, ahead[0].counts if len(ahead) == 1 else {}))
+    if len(ahead) == 1 and not goes_on:
         say(f"scoring {len(ahead[0].table)} comments")
         results = iter([(ahead[0], clf.predict_proba(ahead[0].table["comment"].tolist()))])
     else:
-        say(f"scoring the comments of {path.name}" + (f" after the first {rows:,}" if done else ""))
+        say(f"scoring the comments of {path.name}" + (f" after the first {rows:,}" if goes_on else ""))
         results = score(scorer, chain(ahead, chunks))
-    if not done:
+    if not goes_on:
         journal.begin({**settings, "several": len(ahead) > 1})
     counts = {}  # of each file
     for number, (chunk, probabilities) in enumerate(results, start=len(parts)):
         counts[chunk.file] = chunk.counts
-        parts.append(folder / f"part-{number:06}{suffix}")
+        parts.append(journal.folder / f"part-{number:06}{suffix}")
         _check_ids(chunk, journal, path)
         table = _predictions(chunk, probabilities, clf.classes_, decision)
         _write_part(parts[-1], table, suffix, parts[0])
@@ -452,15 +443,33 @@ def _predict_parts(
         rows += len(chunk.table)
         clock.tell(rows, min(chunk.fraction, 0.999))
     clock.tell(rows, 1.0)
-    if done or len(ahead) > 1:
-        together = sum(counts.values(), Counter())
-        if +together:
-            say(reading_text(path, "", together))
+    if (goes_on or len(ahead) > 1) and +(together := sum(counts.values(), Counter())):
+        say(reading_text(path, "", together))
     _warn_of_truncated(scorer, rows)
     return rows, parts
 
 # %% ../nbs/08_scale.ipynb #0933a8cb
 _FILE = 1 << 40  # more rows than a file has: the journal knows a row of a folder by one number
+
+
+def _past_finished(
+    chunks: Iterator[Chunk],
+    path: Path,  # of the input
+    journal: _Journal,
+    suffix: str,
+    clock: _Clock,  # which counts from the end of what is finished
+) -> tuple[int, list[Path]]:  # rows, finished parts in order
+    "Read past the chunks that are finished. Raises `RunError` where the input is another one."
+    rows, parts = 0, []
+    for number, finished in enumerate(journal.parts()):
+        if (chunk := next(chunks, None)) is None:
+            problem = f"{path} has fewer rows than are finished in {journal.folder}."
+            raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
+        parts.append(journal.folder / f"part-{number:06}{suffix}")
+        _compare(chunk, finished, parts[-1])
+        rows += len(chunk.table)
+        clock.start(rows, chunk.fraction)
+    return rows, parts
 
 
 def _compare(chunk: Chunk, done: tuple[int, str], part: Path) -> None:

@@ -126,6 +126,31 @@ def _steps(
             empty = empty or {name: np.zeros_like(array) for name, array in batches[-1].items()}
         yield {name: np.stack([batch[name] for batch in batches]) for name in empty}, places
 
+# %% ../nbs/04c_side_by_side.ipynb #b10c0007
+_Logged = list[tuple[list[tuple[int, int]], np.ndarray, jax.Array]]  # a step: epoch and batch, which run, losses
+
+
+def _run(
+    program: Callable[..., Any],  # see _program
+    state: Any,  # of all fits, an axis of fits before the others
+    base: Base,
+    numbers: Any,  # of all fits, see step_numbers
+    fits: Sequence[BatchSequence],
+    epochs: Sequence[int],  # of each fit
+) -> tuple[Any, _Logged, list[list[dict[str, Any]]]]:  # state; what each step logged; of each fit, its epochs
+    "All steps of all fits; a fit that has none left is computed and thrown away."
+    histories: list[list[dict[str, Any]]] = [[] for _ in fits]
+    logged, started = [], time.perf_counter()
+    for batch, places in _steps(fits, epochs):
+        runs = np.array([epoch < most for (epoch, _), most in zip(places, epochs, strict=True)])
+        begins = np.array([number == 0 for _, number in places])
+        state, logs = program(state, base.arrays, batch, numbers, runs, begins)
+        logged.append((places, runs, logs["step_loss"]))
+        for i, (epoch, number) in enumerate(places):
+            if runs[i] and number + 1 == len(fits[i]):
+                histories[i].append({"epoch": epoch + 1, **logs, "seconds": time.perf_counter() - started})
+    return state, logged, histories
+
 # %% ../nbs/04c_side_by_side.ipynb #5b500011
 def train_side_by_side(
     base: Base,
@@ -153,16 +178,7 @@ def train_side_by_side(
         ]
         state, numbers = (jax.device_put(_stack(each)) for each in (map(first_state, loras), numbers))
         program = _program(base.config, layout, bool(lora_dropout), base.dtype == "float16", again)
-        histories: list[list[dict[str, Any]]] = [[] for _ in fits]
-        logged, started = [], time.perf_counter()
-        for batch, places in _steps(fits, [recipe.epochs for recipe in recipes]):
-            runs = np.array([epoch < recipe.epochs for (epoch, _), recipe in zip(places, recipes, strict=True)])
-            begins = np.array([number == 0 for _, number in places])
-            state, logs = program(state, base.arrays, batch, numbers, runs, begins)
-            logged.append((places, runs, logs["step_loss"]))
-            for i, (epoch, number) in enumerate(places):
-                if runs[i] and number + 1 == len(fits[i]):
-                    histories[i].append({"epoch": epoch + 1, **logs, "seconds": time.perf_counter() - started})
+        state, logged, histories = _run(program, state, base, numbers, fits, [recipe.epochs for recipe in recipes])
         vectors = np.asarray(state["adapter"])
     _check_losses(logged, base.dtype)
     arrays = [unstacked_lora(layout.cut(vector), start, base.config)

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -267,6 +268,33 @@ def _handle_file(
         said += " " + texts["asked"].format(n=n)
     return str(made), f'<div class="gls"><p>{html.escape(said)}</p></div>'
 
+# %% ../nbs/12_web.ipynb #b10c0006
+def _parts(gr: Any, i18n: Any) -> SimpleNamespace:  # of Gradio's components, by what they are for
+    "What is asked on the left, what is answered on the right; made within `gr.Blocks`."
+    with gr.Row():
+        with gr.Column():
+            hint = TEXTS["ko"]["hint"]
+            written = gr.Textbox(label=i18n("gls_comments"), placeholder=hint, lines=4, elem_id="comments")
+            ask = gr.Button(i18n("gls_ask"), variant="primary", elem_id="ask")
+            file = gr.File(label=i18n("gls_file"), file_types=_SUFFIXES, type="filepath", elem_id="file")
+            label_file = gr.Button(i18n("gls_label_file"), elem_id="label_file")
+        with gr.Column():
+            answers = gr.HTML(elem_id="answers")
+            result = gr.File(label=i18n("gls_result"), interactive=False, visible="hidden", elem_id="result")
+    return SimpleNamespace(
+        written=written, ask=ask, file=file, label_file=label_file, answers=answers, result=result
+    )  # fmt: skip
+
+
+_QUIET = {"run_history": False, "footer_links": [], "show_error": False, "ssr_mode": False, "mcp_server": False,
+          "pwa": False, "enable_monitoring": False}  # fmt: skip
+
+
+def _looks(gr: Any) -> dict[str, Any]:  # of what launch is given
+    "Fonts that are on the machine, so that none is fetched."
+    font = ["system-ui", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "sans-serif"]
+    return {"css": _STYLE, "theme": gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])}
+
 # %% ../nbs/12_web.ipynb #c677ac04
 def page(
     service: ScoringService,  # which answers
@@ -278,16 +306,7 @@ def page(
     i18n = gr.I18n(**{name: {f"gls_{key}": text for key, text in texts.items()} for name, texts in TEXTS.items()})
     with gr.Blocks(title="gemma_lora_sentiment", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
         heading = gr.HTML()
-        with gr.Row():
-            with gr.Column():
-                hint = TEXTS["ko"]["hint"]
-                written = gr.Textbox(label=i18n("gls_comments"), placeholder=hint, lines=4, elem_id="comments")
-                ask = gr.Button(i18n("gls_ask"), variant="primary", elem_id="ask")
-                file = gr.File(label=i18n("gls_file"), file_types=_SUFFIXES, type="filepath", elem_id="file")
-                label_file = gr.Button(i18n("gls_label_file"), elem_id="label_file")
-            with gr.Column():
-                answers = gr.HTML(elem_id="answers")
-                result = gr.File(label=i18n("gls_result"), interactive=False, visible="hidden", elem_id="result")
+        parts = _parts(gr, i18n)
 
         def on_load(request: gr.Request) -> str:
             texts = TEXTS[language_of(request.headers.get("accept-language"))]
@@ -310,15 +329,12 @@ def page(
 
         # Before a function is called, Gradio fetches the paths and addresses in what a browser sent: not here.
         given = {"api_visibility": "private", "concurrency_limit": 8, "preprocess": False}
+        told = [parts.result, parts.answers, parts.file]
         blocks.load(on_load, None, heading, show_progress="hidden", **given)
-        ask.click(on_ask, written, answers, **given)
-        label_file.click(on_file, file, [result, answers, file], show_progress_on=answers, **given)
+        parts.ask.click(on_ask, parts.written, parts.answers, **given)
+        parts.label_file.click(on_file, parts.file, told, show_progress_on=parts.answers, **given)
     blocks.has_launched = True  # as a page that was launched by itself: the paths it is given are checked
-    font = ["system-ui", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "sans-serif"]
-    theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
-    return blocks, {"css": _STYLE, "theme": theme, "i18n": i18n, "run_history": False, "footer_links": [],
-                    "max_file_size": service.limits.file, "show_error": False, "ssr_mode": False,
-                    "mcp_server": False, "pwa": False, "enable_monitoring": False}  # fmt: skip
+    return blocks, {**_looks(gr), **_QUIET, "i18n": i18n, "max_file_size": service.limits.file}
 
 # %% ../nbs/12_web.ipynb #3bb81556
 @contextmanager

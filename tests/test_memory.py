@@ -102,7 +102,7 @@ def test_training_with_blocks_computed_twice_ends_where_it_would(tiny, base):
     clf = GemmaLoraClassifier(preset=tiny, lora_rank=4, epochs=1, batch_size=4, learning_rate=0.01)
     plain = clf.fit(comments, labels).adapter_
     _, _, recipe, words, start = clf.prepare(clf.classes_)
-    prompts = clf._encode(comments, base, words, recipe)
+    prompts = clf.encode(comments, base)
     index = np.array([int(label) for label in labels])
     rows = training.Rows(prompts, [words.trained_ids[i] for i in index], index, np.ones(len(index), np.float32))
     adapter, _, _ = train_adapter(base, start, rows, words, recipe, rematerialize=True)
@@ -176,7 +176,7 @@ def test_probabilities_are_those_of_one_by_one_scoring(words, tiny):
     comments = [*COMMENTS, *(f"{comment}{i % 3}!" for i, comment in enumerate(COMMENTS * 6)), *COMMENTS[:3]]
     together = clf.predict_proba(comments)
     base = load_base(tiny)
-    prompts = clf._encode(comments, base, clf.words_, clf.recipe_)
+    prompts = clf.encode(comments, base)
     known: dict[str, np.ndarray] = {}
     for comment, prompt in zip(comments, prompts, strict=True):
         if comment not in known:
