@@ -193,7 +193,7 @@ def prepare_peft(
     from gemma_lora_sentiment.data import composed
     from gemma_lora_sentiment.export import export_checkpoint
     from gemma_lora_sentiment.model import load_base
-    from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, forged_endings, label_words
+    from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, forged_copies, label_words
 
     base = load_base(preset, "float32")
     export_checkpoint(folder, base, new_adapter(base, 1), [], ours["dtype"], "The base as it is.")
@@ -204,12 +204,15 @@ def prepare_peft(
     share = (ours.get("choices") or {}).get("forged", 0.0)
     found: dict[str, Any] = {"classes": classes, "parts": {}}
     for name, part in parts.items():
-        comments = [composed(comment) for comment in part["comment"]]
-        if name == "train":
-            comments = forged_endings(comments, words, template, share, seed)
+        comments, labels = [composed(comment) for comment in part["comment"]], list(part["label"])
+        if name == "train":  # on the copies too, as ours
+            copies = forged_copies(comments, words, template, share, seed)
+            comments, labels = comments + list(copies.values()), labels + [labels[row] for row in copies]
         prompts = encode_prompts(comments, tokenizer, template, ours["recipe"]["max_length"], longest).token_ids
-        labels = [classes.index(label) for label in part["label"]]
-        found["parts"][name] = {"prompts": [prompt.tolist() for prompt in prompts], "labels": labels}
+        found["parts"][name] = {
+            "prompts": [prompt.tolist() for prompt in prompts],
+            "labels": [classes.index(label) for label in labels],
+        }
     found["responses"] = [list(map(int, ids)) for ids in words.trained_ids]
     found["words"] = [list(map(int, ids)) for ids in words.scored_ids]
     return found | {"modules": peft_targets(base, ours["targets"]), "recipe": ours["recipe"], "dtype": ours["dtype"]}

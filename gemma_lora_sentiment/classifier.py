@@ -35,7 +35,7 @@ from gemma_lora_sentiment.prompt import (
     PromptTemplate,
     TextTokenizer,
     encode_prompts,
-    forged_endings,
+    forged_copies,
     label_words,
 )
 from .scoring import generate, label_probabilities, log_softmax, score_labels
@@ -310,45 +310,13 @@ def _held_apart(
     comments: Sequence[str],  # of these rows
     fraction: float,  # held out
     seed: int,
-) -> tuple[Rows, Rows | None]:  # to train on, to watch; duplicates on one side
+) -> tuple[Rows, list[str], Rows | None]:  # to train on, with their comments; to watch; duplicates on one side
     "Hold out a share of the rows, of each label alike."
     if not fraction:
-        return rows, None
+        return rows, list(comments), None
     table = pd.DataFrame({"id": np.arange(len(rows)), "comment": comments, "label": rows.label_index})
     kept, held_out = split_comments(table, fraction, seed)
-    return rows.take(kept["id"].to_numpy()), rows.take(held_out["id"].to_numpy())
-
-# %% ../nbs/05_classifier.ipynb #59ff9bcd
-class _Fitted(NamedTuple):
-    "What a fit leaves: each field is an attribute of the estimator, with an underscore behind its name."
-
-    classes: np.ndarray  # sorted labels, the columns of the probabilities
-    words: LabelWords
-    recipe_name: str
-    recipe: Recipe  # with the numbers that were trained with
-    choices: dict[str, Any]  # by which evidence words, steps and strength were chosen
-    dtype: str  # of the base
-    quantization: str | None  # of the base
-    base_fingerprint: str
-    adapter: Adapter
-    history: pd.DataFrame  # a row an epoch
-    buckets: tuple[int, ...]  # tokens that rows were padded to
-    best_epoch: int  # 1-based; 0 when nothing was trained
-
-
-def _best_epoch(history: pd.DataFrame) -> int:  # 1-based; 0 when nothing was trained
-    if not len(history):
-        return 0
-    return int(history.epoch[history.val_loss.idxmin()] if "val_loss" in history else history.epoch.iloc[-1])
-
-
-def _fitted(job: _Job, adapter: Adapter, history: pd.DataFrame, buckets: tuple[int, ...]) -> _Fitted:
-    "The state after training, in which the adapter speaks with the strength that was chosen."
-    if job.recipe.epochs:
-        adapter = replace(adapter, alpha=adapter.alpha * job.choices.get("strength", 1.0))
-    base, best = job.base, _best_epoch(history)
-    how = (job.recipe_name, job.recipe, job.choices, base.dtype, base.quantization, base.fingerprint)
-    return _Fitted(job.classes, job.words, *how, adapter, history, buckets, best)
+    return rows.take(kept["id"].to_numpy()), kept["comment"].tolist(), rows.take(held_out["id"].to_numpy())
 
 # %% ../nbs/05_classifier.ipynb #797d5bc3
 class Prepared(NamedTuple):
@@ -372,6 +340,7 @@ class _Job:
     start: Adapter
     classes: np.ndarray  # sorted
     rows: Rows
+    comments: Sequence[str]  # of the rows
     validation: Rows | None
     template: str
     lora_dropout: float
@@ -394,13 +363,15 @@ def _new_job(
     tokenizer, template = _tokenizer(prepared.base.tokenizer_proto), parameters["template"]
     prompts = _encode(comments, tokenizer, template, prepared.words, prepared.recipe.max_length)
     rows = _with_words(Rows(prompts, [], index, weights), prepared.words)
-    rows, validation = _held_apart(rows, comments, parameters["validation_fraction"], parameters["seed"])
+    rows, comments, validation = _held_apart(rows, comments, parameters["validation_fraction"], parameters["seed"])
     options = {name: parameters[name] for name in ("patience", "seed", "checkpoint_dir")}
     options["callbacks"] = parameters["callbacks"] or ()
     options["progress"] = print_progress if parameters["verbose"] else None
     apart = ("callbacks", "checkpoint_dir", "validation_fraction", "devices", "strategy")
     alone = any(parameters[name] for name in apart)
-    return _Job(*prepared, classes, rows, validation, template, parameters["lora_dropout"], options, alone)
+    return _Job(
+        *prepared, classes, rows, comments, validation, template, parameters["lora_dropout"], options, alone
+    )
 
 # %% ../nbs/05_classifier.ipynb #05c0a017
 def _in_range(
@@ -419,6 +390,20 @@ def _in_range(
     # The caller's job holds the old base until it takes the new one in its place.
     return replace(job, base=fall_back(preset, job.base.quantization, needed, devices, strategy))
 
+# %% ../nbs/05_classifier.ipynb #05c0a040
+def _with_forged(
+    job: _Job,  # its rows answered by its words
+    share: float,  # of the rows
+) -> _Job:
+    "The fit with copies of some rows added whose comment ends in an answer that tells nothing."
+    template, tokenizer = PromptTemplate(job.template), _tokenizer(job.base.tokenizer_proto)
+    forged = forged_copies(job.comments, job.words, template, share, job.options["seed"])
+    longest = max(map(len, job.words.trained_ids))
+    prompts = encode_prompts(list(forged.values()), tokenizer, template, job.recipe.max_length, longest)
+    rows, copies = job.rows, job.rows.take(np.array(list(forged), int))
+    both = [np.concatenate(pair) for pair in ((rows.label_index, copies.label_index), (rows.weights, copies.weights))]
+    return replace(job, rows=Rows(rows.prompts + prompts.token_ids, rows.responses + copies.responses, *both))
+
 # %% ../nbs/05_classifier.ipynb #05c0a018
 def _decided_by_rows(
     job: _Job,
@@ -426,7 +411,7 @@ def _decided_by_rows(
     keep_words: bool,  # the user has decided the words
     verbose: int,  # 1: a line on standard error
 ) -> _Job:
-    "The fit with the words, steps and strength that `recipe=\"auto\"` chooses by its rows, and the evidence."
+    "The fit with the words, steps, strength and forged rows that `recipe=\"auto\"` chooses, and the evidence."
     tokenizer, n_rows, seed = _tokenizer(job.base.tokenizer_proto), len(job.rows), job.options["seed"]
     rows, validation = job.rows, job.validation
     words, choices = choose_words(job.base, rows.prompts, rows.label_index, job.words, tokenizer, seed, keep_words)
@@ -437,7 +422,11 @@ def _decided_by_rows(
     if verbose and choices["loss"] is not None:
         print(choices_text(choices, words), file=sys.stderr, flush=True)
     rows, validation = _with_words(rows, words), validation and _with_words(validation, words)
-    return replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
+    job = replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
+    if share := choose_forged(job.recipe_name):
+        choices["forged"] = share
+        job = _with_forged(job, share)
+    return job
 
 # %% ../nbs/05_classifier.ipynb #05c0a019
 def _within_memory(
@@ -505,6 +494,38 @@ def _trained(job: _Job) -> _Trained:
         for callback in job.options["callbacks"]:
             callback.set_model(None)  # or cloning and pickling would take the base along
 
+# %% ../nbs/05_classifier.ipynb #59ff9bcd
+class _Fitted(NamedTuple):
+    "What a fit leaves: each field is an attribute of the estimator, with an underscore behind its name."
+
+    classes: np.ndarray  # sorted labels, the columns of the probabilities
+    words: LabelWords
+    recipe_name: str
+    recipe: Recipe  # with the numbers that were trained with
+    choices: dict[str, Any]  # by which evidence words, steps and strength were chosen
+    dtype: str  # of the base
+    quantization: str | None  # of the base
+    base_fingerprint: str
+    adapter: Adapter
+    history: pd.DataFrame  # a row an epoch
+    buckets: tuple[int, ...]  # tokens that rows were padded to
+    best_epoch: int  # 1-based; 0 when nothing was trained
+
+
+def _best_epoch(history: pd.DataFrame) -> int:  # 1-based; 0 when nothing was trained
+    if not len(history):
+        return 0
+    return int(history.epoch[history.val_loss.idxmin()] if "val_loss" in history else history.epoch.iloc[-1])
+
+
+def _fitted(job: _Job, adapter: Adapter, history: pd.DataFrame, buckets: tuple[int, ...]) -> _Fitted:
+    "The state after training, in which the adapter speaks with the strength that was chosen."
+    if job.recipe.epochs:
+        adapter = replace(adapter, alpha=adapter.alpha * job.choices.get("strength", 1.0))
+    base, best = job.base, _best_epoch(history)
+    how = (job.recipe_name, job.recipe, job.choices, base.dtype, base.quantization, base.fingerprint)
+    return _Fitted(job.classes, job.words, *how, adapter, history, buckets, best)
+
 # %% ../nbs/05_classifier.ipynb #8daafa5d
 def _program(job: _Job) -> tuple[Any, ...] | None:  # None: it must train by itself
     "What a program of several fits depends on: equal for those that one program can train."
@@ -535,264 +556,6 @@ def _trained_together(
                 for i, result in zip(chunk, trained, strict=True):
                     results[i] = result
     return results
-
-# %% ../nbs/05_classifier.ipynb #34da8d72
-class _Fitting:
-    "From comments and labels to a trained adapter."
-
-    def fit(
-        self,
-        X: Sequence[str],  # n comments
-        y: Sequence[Any],  # n labels
-        sample_weight: Sequence[float] | None = None,  # (n,), of each row, on top of class_weight
-    ) -> GemmaLoraClassifier:
-        """Fine-tune; every call starts from the untrained adapter, or ends what a killed one began.
-
-        With `warm_start=True` and a fitted adapter it goes on from that, on rows of the same labels.
-
-        With `checkpoint_dir`, a fit of the same data and settings goes on from its checkpoint, and a finished one is
-        read: the result has the same bits, on the CPU. What `callbacks` remember themselves is not in a checkpoint.
-
-        Raises `DataError` for comments, labels, template or words that cannot work, `ModelError` for parameters,
-        `RunError` when training does not converge to finite numbers, memory is short (then it is a `MemoryError`
-        too), or a checkpoint is damaged or in use; `OSError` when none can be written.
-        """
-        job = self._ready(X, y, sample_weight)
-        return self._take(job, *self._trained(job))
-
-    def fit_many(
-        self,
-        parts: Sequence[tuple[Sequence[str], Sequence[Any]]],  # comments and labels of each fit
-        parameters: Sequence[Mapping[str, Any]] | None = None,  # of each fit, in place of this classifier's
-    ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
-        """Fit clones to several sets of rows, or with several settings: the folds of a cross-validation, a sweep.
-
-        One after another; on a GPU side by side, as many as there is room for, where
-        `GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=1` asks for it (see Side by side, which says what is wrong with it) and not
-        validation, callbacks, checkpoints or several devices. Raises as `fit` does.
-        """
-        clones = [clone(self).set_params(**each) for each in parameters or [{}] * len(parts)]
-        if not gains_side_by_side():
-            for each, part in zip(clones, parts, strict=True):
-                yield each.fit(*part)
-            return
-        jobs = [each._ready(*part) for each, part in zip(clones, parts, strict=True)]
-        results = _trained_together(jobs, clones)
-        for each, job, result in zip(clones, jobs, results, strict=True):
-            yield each._take(job, *(each._trained(job) if result is None else result))
-
-    def refitted(
-        self,
-        X: Sequence[str],  # n comments, those of `fit` and others
-        y: Sequence[Any],  # n labels
-    ) -> GemmaLoraClassifier:  # another one, fitted
-        "The same on more rows, for the epochs, words and batch size that were found on a part. Raises as `fit` does."
-        everything = clone(self).set_params(epochs=max(1, self.best_epoch_), validation_fraction=0.0, patience=None)
-        everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
-        if self.recipe_.epochs == 0:
-            everything.set_params(epochs=0)
-        everything.fit(X, y)
-        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
-        everything.choices_ = self.choices_ | strength
-        return everything
-
-    def _ready(
-        self,
-        X: Sequence[str],
-        y: Sequence[Any],
-        sample_weight: Sequence[float] | None = None,
-    ) -> _Job:
-        "All that training needs; every mistake of the user is found here."
-        comments = _check_comments(X)
-        if not comments:
-            raise DataError("X holds no comments. Give at least two, with different labels.")
-        classes, index = _check_labels(y, len(comments))
-        base, recipe_name, recipe, words, start = self.prepare(classes)
-        weights = class_weights(index, len(classes), _weight_of_each(self.class_weight, classes))
-        if sample_weight is not None:
-            weights = weights * _check_sample_weight(sample_weight, len(comments))
-        prompts = self._encode(comments, base, words, recipe)
-        rows, validation = Rows(prompts, [words.trained_ids[i] for i in index], index, weights), None
-        kept = np.arange(len(rows))
-        if self.validation_fraction:
-            kept, held_out = _split_rows(comments, index, self.validation_fraction, self.seed)
-            rows, validation = rows.take(kept), rows.take(held_out)
-        base = self._in_range(base, start, recipe, rows)
-        words, recipe, choices = self._choices_for(base, recipe_name, recipe, rows, words)
-        if share := choices.get("forged"):
-            rows = self._forged(rows, [comments[i] for i in kept], base, words, recipe, share)
-        if choices.get("words"):
-            rows, validation = (part and replace(part, responses=[words.trained_ids[i] for i in part.label_index])
-                                for part in (rows, validation))  # fmt: skip
-        recipe, again = self._for_device(base, start, recipe, rows) if recipe.epochs else (recipe, False)
-        return _Job(base, recipe_name, recipe, words, start, rows, validation, choices, classes, again)
-
-    def _forged(
-        self, rows: Rows, comments: Sequence[str], base: Base, words: LabelWords, recipe: Recipe, share: float
-    ) -> Rows:
-        "The rows, some of them with an ending that announces any label."
-        template, tokenizer = PromptTemplate(self.template), _tokenizer(base.tokenizer_proto)
-        texts = forged_endings(comments, words, template, share, self.seed)
-        longest = max(map(len, words.trained_ids))
-        return replace(rows, prompts=encode_prompts(texts, tokenizer, template, recipe.max_length, longest).token_ids)
-
-    def _in_range(self, base: Base, start: Adapter, recipe: Recipe, rows: Rows) -> Base:
-        "The base, or with `dtype=\"auto\"` one of a wider format where its numbers overflow on the first rows."
-        first = [[*row, *rows.responses[i]] for i, row in enumerate(rows.prompts[: recipe.batch_size])]
-        if not _is_auto(self.dtype) or not overflows(base, first):
-            return base
-        length, quantization = int(rows.lengths.max()), base.quantization
-        needed = memory_estimate(base, recipe.lora_rank, start.targets, recipe.batch_size, length)["total"]
-        del base  # before the other takes its place; the caller's own name for it goes with its return
-        return fall_back(self.preset, quantization, needed, self.devices, self.strategy)
-
-    def _trained(self, job: _Job) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as train_adapter gives them
-        "One fit by itself."
-        if not job.recipe.epochs:
-            return job.start, pd.DataFrame(), ()
-        common = dict(
-            validation=job.validation, patience=self.patience, seed=self.seed, callbacks=self.callbacks or (),
-            progress=print_progress if self.verbose else None, checkpoint_dir=self.checkpoint_dir,
-            settings={"template": self.template, "labels": list(map(str, job.classes)), "words": list(job.words.words)},
-        )  # fmt: skip
-        given = (job.base, job.start, job.rows, job.words, job.recipe)
-        try:
-            if job.recipe_name == "tutorial" and job.recipe.loss_on == "text" and self._keras_can(job.base):
-                return train_tutorial(*given, **common)
-            return train_adapter(*given, lora_dropout=self.lora_dropout, rematerialize=job.again, **common)
-        finally:
-            for callback in self.callbacks or ():
-                callback.set_model(None)  # or cloning and pickling would take the base along
-
-    def _take(
-        self, job: _Job, adapter: Adapter, history: pd.DataFrame, buckets: tuple[int, ...]
-    ) -> GemmaLoraClassifier:  # itself
-        "Be fitted. Only now, so that a fit that fails leaves an earlier one as it was."
-        if job.recipe.epochs:
-            adapter = replace(adapter, alpha=adapter.alpha * job.choices.get("strength", 1.0))
-        self.classes_, self.words_, self.dtype_ = job.classes, job.words, job.base.dtype
-        self.base_fingerprint_, self.quantization_, self.choices_ = (
-            job.base.fingerprint, job.base.quantization, job.choices
-        )  # fmt: skip
-        self.recipe_name_, self.recipe_ = job.recipe_name, job.recipe
-        self.adapter_, self.history_, self.buckets_ = adapter, history, buckets
-        self.best_epoch_ = _best_epoch(history)
-        return self
-
-    def _choices_for(
-        self, base: Base, name: str, recipe: Recipe, rows: Rows, words: LabelWords
-    ) -> tuple[LabelWords, Recipe, dict[str, Any]]:  # words, recipe, and by which evidence they were chosen
-        "What `recipe=\"auto\"` decides by the rows: words, steps and strength, where they are not given."
-        if not _is_auto(self.recipe) or not recipe.epochs or (self.warm_start and hasattr(self, "adapter_")):
-            return words, recipe, {}
-        tokenizer, given = _tokenizer(base.tokenizer_proto), self.label_words is not None
-        words, choices = choose_words(base, rows.prompts, rows.label_index, words, tokenizer, self.seed, given)
-        of_rows = choose_steps(name, recipe, choices, len(words.labels), len(rows))
-        free = {field: getattr(of_rows, field) for field in ("epochs", "batch_size") if _is_auto(getattr(self, field))}
-        if _is_auto(self.lora_alpha):
-            choices["strength"] = choose_strength(choices, len(words.labels), len(rows))
-        if share := choose_forged(name):
-            choices["forged"] = share
-        if self.verbose and choices["loss"] is not None:
-            print(choices_text(choices, words), file=sys.stderr, flush=True)
-        return words, replace(recipe, **free), choices
-
-    def _keras_can(self, base: Base) -> bool:
-        "Whether the tutorial's recipe can be computed as the tutorial does, by Keras's own `fit`."
-        return not base.quantization and base.mesh is None and not self.lora_dropout
-
-    def _for_device(
-        self, base: Base, start: Adapter, recipe: Recipe, rows: Rows
-    ) -> tuple[Recipe, bool]:  # the recipe with a batch that fits, and whether blocks are computed twice
-        "With `batch_size=\"auto\"`, lower what does not fit the device's memory, and say so."
-        keep = not _is_auto(self.batch_size)
-        fitted, rematerialize, estimate = fit_to_device(base, start, recipe, rows, keep)
-        if self.verbose:
-            twice = ", decoder blocks computed twice" if rematerialize else ""
-            text = f"{fitted.batch_size} rows a step, memory estimated: {memory_text(estimate)}{twice}"
-            print(text, file=sys.stderr, flush=True)
-        if fitted.batch_size != recipe.batch_size:
-            warnings.warn(
-                f"batch_size is lowered from {recipe.batch_size} to {fitted.batch_size}, to fit the device's memory. "
-                "Give batch_size to decide yourself.",
-                stacklevel=3,
-            )
-        return fitted, rematerialize
-
-    def prepare(
-        self,
-        classes: np.ndarray,  # sorted
-    ) -> Prepared:
-        """All that a fit needs beside its rows; every mistake in the parameters is found here.
-
-        Raises `DataError` for template or words that cannot work, `ModelError` for parameters and base.
-        """
-        self._check_parameters()
-        _weight_of_each(self.class_weight, classes)
-        template = PromptTemplate(self.template)
-        base = self.choose_base()
-        recipe_name, recipe = self.resolve_recipe(base)
-        alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
-        start = new_adapter(base, recipe.lora_rank, recipe.targets(base), alpha, self.seed)
-        if self.warm_start and hasattr(self, "adapter_"):
-            start = self._fitted_adapter(base, start, classes)
-        words = label_words([_plain(c) for c in classes], _tokenizer(base.tokenizer_proto), template, self.label_words)
-        self._encode([], base, words, recipe)  # is there room for a comment?
-        return Prepared(base, recipe_name, recipe, words, start)
-
-    def _fitted_adapter(self, base: Base, new: Adapter, classes: np.ndarray) -> Adapter:
-        "The adapter to go on from, if it fits what the parameters ask for; a `ModelError` otherwise."
-        remedy = "Fit with warm_start=False to start anew."
-        if classes.tolist() != self.classes_.tolist():
-            then, now = (", ".join(map(repr, values.tolist())) for values in (self.classes_, classes))
-            raise ModelError(f"warm_start=True, and the labels were {then}, now {now}. {remedy}")
-        if base.fingerprint != self.base_fingerprint_:
-            raise ModelError(f"warm_start=True, and {self.preset} is another base than that of the adapter. {remedy}")
-        then, now = ({name: array.shape for name, array in each.arrays.items()} for each in (self.adapter_, new))
-        if then != now:
-            raise ModelError(f"warm_start=True, and lora_rank or target_layers are not the adapter's. {remedy}")
-        return self.adapter_
-
-    def encode(
-        self,
-        X: Sequence[str],  # n comments
-        base: Base | None = None,  # whose tokenizer is used; None: the base this was fitted on
-    ) -> list[np.ndarray]:  # n prompts, int32 token ids (length,), with the beginning of a text and without padding
-        "What the fitted classifier shows its base. Raises scikit-learn's `NotFittedError` before `fit`."
-        check_is_fitted(self, "adapter_")
-        return self._encode(_check_comments(X), base or self.fitted_base(), self.words_, self.recipe_)
-
-    def _encode(
-        self,
-        comments: Sequence[str],
-        base: Base,
-        words: LabelWords,
-        recipe: Recipe,
-        times: np.ndarray | None = None,  # int (n,), how often each comment stands in the user's rows
-    ) -> list[np.ndarray]:  # prompts as int32 token ids
-        "Prompts as token ids; a warning counts the comments that had to be shortened."
-        tokenizer, template = _tokenizer(base.tokenizer_proto), PromptTemplate(self.template)
-        response_length = max(len(ids) for ids in words.trained_ids)
-        encoded = encode_prompts(comments, tokenizer, template, recipe.max_length, response_length)
-        if encoded.truncated.any():
-            times = np.ones(len(comments), int) if times is None else times
-            warnings.warn(
-                f"{int(times[encoded.truncated].sum())} of {int(times.sum())} comments were longer than "
-                f"max_length={recipe.max_length} tokens allow; their middle was left out.",
-                stacklevel=3,
-            )
-        return encoded.token_ids
-
-    def fitted_base(self) -> Base:
-        "The base this classifier was fitted on. Raises `RunError` where another one has taken its place."
-        _check_not_forked()
-        base = load_base(self.preset, self.dtype_, self.quantization_, self.devices, self.strategy)
-        if base.fingerprint != self.base_fingerprint_:
-            raise RunError(
-                f"The base at {self.preset!r} is not the one this classifier was fitted on. Use the original base, "
-                "or fit again."
-            )
-        return base
 
 # %% ../nbs/05_classifier.ipynb #05c0a028
 def _base_of_fit(

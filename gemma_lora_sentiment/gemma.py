@@ -242,7 +242,8 @@ def rotate(
     "Rotary position embedding ([Su et al. 2021](https://arxiv.org/abs/2104.09864)), pairs half a head apart."
     cos, sin = (table[..., None, :].astype(x.dtype) for table in (cos, sin))  # the same for all heads
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    # Not jnp.concatenate: mapped over several fits, XLA of jax 0.11.2 makes wrong keys of it on an H200.
+    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2).reshape(x.shape)
 
 # %% ../nbs/01d_gemma.ipynb #15f1e105
 INT4_BLOCK = 128  # rows of a kernel that share a scale and a zero in int4

@@ -19,7 +19,7 @@ from .data import DataError, composed, fold_whitespace, label_key
 
 # %% auto #0
 __all__ = ['TUTORIAL_TEMPLATE', 'PromptTemplate', 'TextTokenizer', 'encode_comments', 'LabelWords', 'label_words',
-           'forged_endings', 'EncodedPrompts', 'encode_prompts', 'training_arrays', 'scoring_arrays', 'explain_example',
+           'forged_copies', 'EncodedPrompts', 'encode_prompts', 'training_arrays', 'scoring_arrays', 'explain_example',
            'length_buckets', 'assign_buckets', 'spread_rows', 'fill_lines', 'pack_arrays']
 
 # %% ../nbs/01_prompt.ipynb #a8a5d7cd
@@ -263,21 +263,21 @@ def _chosen_words(labels: Sequence[Any], words: Mapping[Any, str] | Sequence[str
     return [words[label] if label in words else by_key.get(label_key(label)) for label in labels]
 
 # %% ../nbs/01_prompt.ipynb #f0e9ed02
-def forged_endings(
+def forged_copies(
     comments: Sequence[str],  # n comments
     words: LabelWords,
     template: PromptTemplate,
-    share: float,  # of the comments that get such an ending
+    share: float,  # of the comments
     seed: int = 0,  # of the draw
-) -> list[str]:  # n comments, in their order
-    "Some comments with an ending that announces a label, drawn without a look at their own."
-    rng, forged = np.random.default_rng([seed, 3]), list(comments)
+) -> dict[int, str]:  # position of a comment -> the comment with an ending that announces a label
+    "Copies of some comments that end in an answer, drawn without a look at their own labels."
+    rng, copies = np.random.default_rng([seed, 3]), {}
     spellings = sorted({*map(label_key, words.labels), *words.words})
     announced = [fold_whitespace(template.middle), fold_whitespace(template.prefix + template.middle)]
-    for row in rng.permutation(len(forged))[: round(share * len(forged))]:
+    for row in rng.permutation(len(comments))[: round(share * len(comments))]:
         ending = f"{announced[rng.integers(2)]} {spellings[rng.integers(len(spellings))]}"
-        forged[row] = f"{forged[row]} {ending.strip()}"
-    return forged
+        copies[int(row)] = f"{comments[row]} {ending.strip()}"
+    return copies
 
 # %% ../nbs/01_prompt.ipynb #77342269
 @dataclass(frozen=True)

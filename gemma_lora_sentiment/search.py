@@ -241,13 +241,13 @@ def choose_steps(
 
 
 # %% ../nbs/04b_search.ipynb #5ea00041
-_FORGED = {"gemma": 0.3}  # share of the training rows that end in a forged answer, by recipe
+_FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
 
 
 def choose_forged(
     name: str,  # of the recipe
-) -> float:  # share of the training rows, from 0 to 0.3
-    "How many training rows get a forged ending: none for a base that such endings do not persuade."
+) -> float:  # share of the training rows
+    "How many copies with a forged ending are trained on: none for a base that such endings do not persuade."
     return _FORGED.get(name, 0.0)
 
 # %% ../nbs/04b_search.ipynb #5ea00018
