@@ -390,7 +390,7 @@ def _in_range(
     # The caller's job holds the old base until it takes the new one in its place.
     return replace(job, base=fall_back(preset, job.base.quantization, needed, devices, strategy))
 
-# %% ../nbs/05_classifier.ipynb #05c0a040
+# %% ../nbs/05_classifier.ipynb #f0e9ed40
 def _with_forged(
     job: _Job,  # its rows answered by its words
     share: float,  # of the rows
