@@ -386,7 +386,7 @@ def _origin(description: Mapping[str, Any]) -> list[tuple[str, str, list[Element
     choices = description.get("choices") or {}
     names = {"words": "words, in the order of the labels", "loss": "loss of the base by the words"}
     names |= {"own_loss": "loss by the labels' own", "strength": "strength of the adapter"}
-    names |= {"rows": "training rows asked"}
+    names |= {"rows": "training rows asked", "forged": "copies with a forged answer, of the rows"}
     if shown := {names[name]: choices[name] for name in names if choices.get(name) is not None}:
         tables.append(_pairs("What the rows decided", shown))
     names = "epochs held_out refit folds repeats seed dtype base_fingerprint seconds finished".split()

@@ -733,3 +733,21 @@ def test_logits_are_those_of_keras_hub_for_blocks_of_one_kind(tmp_path):
         causal_lm = keras_nlp.models.GemmaCausalLM.from_preset(folder, dtype="float32", preprocessor=None)
     reference = np.asarray(jax.jit(causal_lm)({name: batch[name] for name in ("token_ids", "padding_mask")}))
     np.testing.assert_allclose(np.asarray(ours), picked(reference), atol=2e-5)
+
+
+@pytest.mark.parametrize("lines, length", [(6, 80), (6, 96), (3, 160), (4, 112)])
+def test_keys_turned_for_several_fits_at_once_are_those_of_each_alone(lines, length, tmp_path):
+    """Joined by jnp.concatenate, every second one was wrong for the first three shapes: jax 0.11.2 on an H200."""
+    base = load_base(tiny_gemma(tmp_path / "base", "gemma3", num_key_value_heads=1))
+    config, layer = base.config, base.config.layers[0]
+    arrays = jax.tree.map(lambda array: array[0], base.arrays["groups"][0])
+
+    def keys(token_ids):
+        x = gemma.rms_norm(base.arrays["embedding"][token_ids], arrays["pre_attention_norm"])
+        projected = gemma.project(x, arrays["key"], "bld,kdh->blkh")
+        turned = gemma.rms_norm(projected, arrays["key_norm"])
+        return gemma.rotate(turned, *gemma.rotary_angles(token_ids.shape[1], layer))
+
+    token_ids = np.random.default_rng(0).integers(0, config.vocabulary_size, (2, lines, length))
+    together, alone = jax.jit(jax.vmap(keys))(token_ids), [jax.jit(keys)(each) for each in token_ids]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-4)
