@@ -423,7 +423,7 @@ def _decided_by_rows(
         print(choices_text(choices, words), file=sys.stderr, flush=True)
     rows, validation = _with_words(rows, words), validation and _with_words(validation, words)
     job = replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
-    if share := choose_forged(job.recipe_name):
+    if share := choose_forged(job.recipe_name, n_rows):
         choices["forged"] = share
         job = _with_forged(job, share)
     return job

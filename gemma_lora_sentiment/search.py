@@ -242,13 +242,15 @@ def choose_steps(
 
 # %% ../nbs/04b_search.ipynb #5ea00041
 _FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
+_FORGED_FROM = 256  # rows; fewer have the task to learn, and no step to spare
 
 
 def choose_forged(
     name: str,  # of the recipe
+    n_rows: int,  # to train on
 ) -> float:  # share of the training rows
-    "How many copies with a forged ending are trained on: none for a base that such endings do not persuade."
-    return _FORGED.get(name, 0.0)
+    "How many copies with a forged ending are trained on: none of few rows, or for a base that they do not persuade."
+    return _FORGED.get(name, 0.0) if n_rows >= _FORGED_FROM else 0.0
 
 # %% ../nbs/04b_search.ipynb #5ea00018
 def choices_text(
