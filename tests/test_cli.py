@@ -1095,7 +1095,8 @@ def test_version():
 def test_the_module_is_the_command(tmp_path):
     command = [sys.executable, "-m", "gemma_lora_sentiment"]
     assert subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == f"{__version__}\n"
-    refused = subprocess.run([*command, "train", "lost.tsv", "--out", "run"], capture_output=True, text=True, cwd=tmp_path)
+    command += ["train", "lost.tsv", "--out", "run"]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("error: lost.tsv: no such file.")
 
 
