@@ -843,8 +843,9 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         everything = clone(self).set_params(epochs=epochs, validation_fraction=0.0, patience=None)
         everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
         everything.fit(X, y)
-        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
-        everything.choices_ = self.choices_ | strength
+        judged = {name: value for name, value in self.choices_.items() if name != "forged"}  # by the number of rows
+        anew = {name: value for name, value in everything.choices_.items() if name in ("strength", "forged")}
+        everything.choices_ = judged | anew
         return everything
 
     def prepare(
