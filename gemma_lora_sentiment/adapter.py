@@ -280,7 +280,9 @@ def _saved_in_order(
     metadata: Mapping[str, str],
 ) -> bytes:
     "A safetensors file whose metadata are sorted: safetensors writes them in another order each time (0.8.0)."
-    data = safetensors.numpy.save(dict(tensors), dict(metadata))
+    # A transposed array would be written in the order of its memory (0.8.0).
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    data = safetensors.numpy.save(tensors, dict(metadata))
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -63,7 +63,9 @@ def save_checkpoint(
     progress: Mapping[str, Any],  # the rest of its state, as JSON can hold it
 ) -> None:
     "Put a checkpoint in the place of the one before. Raises `OSError` when it cannot; then the one before stays."
-    folder, data = Path(folder), safetensors.numpy.save(dict(arrays))
+    # A transposed array would be written in the order of its memory (safetensors 0.8.0).
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    folder, data = Path(folder), safetensors.numpy.save(arrays)
     sha256 = digest(data)
     name = f"state-{sha256[:16]}.safetensors"
     content = {

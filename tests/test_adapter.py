@@ -31,6 +31,7 @@ from gemma_lora_sentiment.adapter import (
     to_peft,
     to_textbook,
 )
+from gemma_lora_sentiment.checkpoint import load_checkpoint, save_checkpoint
 from gemma_lora_sentiment.gemma import gemma_config
 from gemma_lora_sentiment.model import load_base, tiny_gemma
 
@@ -205,6 +206,17 @@ def test_saving_over_a_saved_adapter_replaces_it(folder, base):
     loaded = load_adapter(folder, base)
     assert all(np.array_equal(loaded.arrays[path], other.arrays[path]) for path in other.arrays)
     assert sorted(path.name for path in folder.iterdir()) == [SUMS, CONFIG, TENSORS]
+
+
+def test_arrays_that_lie_otherwise_in_memory_are_saved_as_they_are_read(trained, base, tmp_path):
+    """safetensors 0.8.0 writes a transposed array in the order of its memory, without a word."""
+    turned = {path: np.asfortranarray(array) for path, array in trained.arrays.items()}
+    folder = save_adapter(tmp_path / "turned", Adapter(turned, trained.rank, trained.alpha, trained.targets), "tiny")
+    loaded = load_adapter(folder, base)
+    assert all(np.array_equal(loaded.arrays[path], array) for path, array in trained.arrays.items())
+    save_checkpoint(tmp_path / "fit", {"rate": 1}, turned, {"epoch": 0})
+    arrays, _ = load_checkpoint(tmp_path / "fit", {"rate": 1})
+    assert all(np.array_equal(arrays[path], array) for path, array in trained.arrays.items())
 
 
 @pytest.mark.parametrize("layer, a_shape, outputs", [
