@@ -397,10 +397,12 @@ def _with_forged(
 ) -> _Job:
     "The fit with copies of some rows added whose comment ends in an answer that tells nothing."
     template, tokenizer = PromptTemplate(job.template), _tokenizer(job.base.tokenizer_proto)
-    forged = forged_copies(job.comments, job.words, template, share, job.options["seed"])
+    counted = np.flatnonzero(job.rows.weights > 0)
+    comments = [job.comments[row] for row in counted]
+    forged = forged_copies(comments, job.words, template, share, job.options["seed"])
     longest = max(map(len, job.words.trained_ids))
     prompts = encode_prompts(list(forged.values()), tokenizer, template, job.recipe.max_length, longest)
-    rows, copies = job.rows, job.rows.take(np.array(list(forged), int))
+    rows, copies = job.rows, job.rows.take(counted[list(forged)])
     both = [np.concatenate(pair) for pair in ((rows.label_index, copies.label_index), (rows.weights, copies.weights))]
     return replace(job, rows=Rows(rows.prompts + prompts.token_ids, rows.responses + copies.responses, *both))
 
@@ -410,6 +412,7 @@ def _decided_by_rows(
     free: Sequence[str],  # of "epochs", "batch_size" and "lora_alpha" those that the user has not decided
     keep_words: bool,  # the user has decided the words
     verbose: int,  # 1: a line on standard error
+    forged: float | None = None,  # share of the rows that get a forged copy; None: as the rows decide
 ) -> _Job:
     "The fit with the words, steps, strength and forged rows that `recipe=\"auto\"` chooses, and the evidence."
     tokenizer, n_rows, seed = _tokenizer(job.base.tokenizer_proto), len(job.rows), job.options["seed"]
@@ -419,14 +422,13 @@ def _decided_by_rows(
     recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
     if "lora_alpha" in free:
         choices["strength"] = choose_strength(choices, len(words.labels), n_rows)
-    if verbose and choices["loss"] is not None:
-        print(choices_text(choices, words), file=sys.stderr, flush=True)
+    if share := choose_forged(job.recipe_name, n_rows) if forged is None else forged:
+        choices["forged"] = share
+    if verbose and (choices["loss"] is not None or recipe != job.recipe):
+        print(choices_text(choices, words, recipe), file=sys.stderr, flush=True)
     rows, validation = _with_words(rows, words), validation and _with_words(validation, words)
     job = replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
-    if share := choose_forged(job.recipe_name, n_rows):
-        choices["forged"] = share
-        job = _with_forged(job, share)
-    return job
+    return _with_forged(job, share) if share else job
 
 # %% ../nbs/05_classifier.ipynb #05c0a019
 def _within_memory(
@@ -842,10 +844,10 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         epochs = max(1, self.best_epoch_) if self.recipe_.epochs else 0
         everything = clone(self).set_params(epochs=epochs, validation_fraction=0.0, patience=None)
         everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
-        everything.fit(X, y)
-        judged = {name: value for name, value in self.choices_.items() if name != "forged"}  # by the number of rows
-        anew = {name: value for name, value in everything.choices_.items() if name in ("strength", "forged")}
-        everything.choices_ = judged | anew
+        job = everything._job(X, y, forged=self.choices_.get("forged", 0.0))
+        everything._take(_fitted(job, *_trained(job)))
+        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
+        everything.choices_ = self.choices_ | strength
         return everything
 
     def prepare(
@@ -870,7 +872,13 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         _encode([], tokenizer, self.template, words, recipe.max_length)  # is there room for a comment?
         return Prepared(base, recipe_name, recipe, words, start)
 
-    def _job(self, X: Sequence[str], y: Sequence[Any], sample_weight: Sequence[float] | None = None) -> _Job:
+    def _job(
+        self,
+        X: Sequence[str],
+        y: Sequence[Any],
+        sample_weight: Sequence[float] | None = None,
+        forged: float | None = None,  # share of the rows that get a forged copy; None: as the rows decide
+    ) -> _Job:
         "All that training needs; every mistake of the user is found here."
         comments, classes, index = _check_rows(X, y)
         job = _new_job(self.prepare(classes), comments, classes, index, sample_weight, vars(self))
@@ -880,7 +888,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
             return job
         if _is_auto(self.recipe) and not (self.warm_start and hasattr(self, "adapter_")):
             free = [name for name in ("epochs", "batch_size", "lora_alpha") if _is_auto(getattr(self, name))]
-            job = _decided_by_rows(job, free, self.label_words is not None, self.verbose)
+            job = _decided_by_rows(job, free, self.label_words is not None, self.verbose, forged)
         return _within_memory(job, not _is_auto(self.batch_size), self.verbose)
 
     def _take(self, fitted: _Fitted) -> GemmaLoraClassifier:  # itself

@@ -228,7 +228,9 @@ def choose_steps(
     n_rows: int,  # to train on
 ) -> Recipe:  # with its rows a step and its epochs
     "Smaller steps and more of them, where the base has the task to learn."
-    loss, is_said = evidence.get("loss"), evidence.get("said", float(name == "mini_ko")) > _SPOKEN
+    loss, is_said = evidence.get("loss"), evidence.get("said", 1.0) > _SPOKEN
+    if loss is None:  # nothing was asked: Google's weights have most tasks to learn, mini_ko has not
+        is_said = name == "mini_ko"
     is_known = loss is not None and loss < _KNOWN * np.log(n_labels)
     if name not in _STEPS or (is_said and (is_known or not evidence["words"])):
         return recipe
@@ -256,13 +258,15 @@ def choose_forged(
 def choices_text(
     evidence: Mapping[str, Any],  # from choose_words
     words: LabelWords,
+    steps: Recipe | None = None,  # as chosen; None: they are not told
 ) -> str:  # one line
-    "Which words speak for the labels, how strongly the adapter speaks, and why."
-    guessing = np.log(len(words.labels))
-    if evidence.get("loss") is None:
-        return "Too few rows of a label to decide anything by them."
-    strength = evidence.get("strength", 1.0)
+    "Which words speak for the labels, how strongly the adapter speaks, what is trained on, and why."
+    guessing, strength = np.log(len(words.labels)), evidence.get("strength", 1.0)
     part = f" The trained adapter speaks with {strength:.0%} of its strength." if strength < 1 else ""
+    part += f" {steps.epochs} epochs of {steps.batch_size} rows a step." if steps else ""
+    part += f" Copies of {share:.0%} of the rows end in a forged answer." if (share := evidence.get("forged")) else ""
+    if evidence.get("loss") is None:
+        return f"Too few rows of a label to look for words by them.{part}"
     if not evidence["words"]:
         loss = f"has a loss of {evidence['loss']:.3f} ({guessing:.3f} is guessing)"
         return f"By the words for the labels the base alone {loss}.{part}"
