@@ -864,11 +864,13 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         recipe_name, recipe = self.resolve_recipe(base)
         alpha = None if _is_auto(self.lora_alpha) else self.lora_alpha
         start = new_adapter(base, recipe.lora_rank, recipe.targets(base), alpha, self.seed)
+        chosen = self.label_words
         if self.warm_start and hasattr(self, "adapter_"):
             then = (self.classes_, self.base_fingerprint_, self.adapter_)
             start = _check_goes_on(then, (classes, base.fingerprint, start), self.preset)
+            chosen = list(self.words_.words) if chosen is None else chosen  # those that the adapter has learned
         tokenizer = _tokenizer(base.tokenizer_proto)
-        words = label_words([_plain(label) for label in classes], tokenizer, template, self.label_words)
+        words = label_words([_plain(label) for label in classes], tokenizer, template, chosen)
         _encode([], tokenizer, self.template, words, recipe.max_length)  # is there room for a comment?
         return Prepared(base, recipe_name, recipe, words, start)
 

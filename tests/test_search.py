@@ -79,8 +79,19 @@ def test_a_base_that_does_not_say_the_words_takes_more_and_smaller_steps(base, t
         assert asked(base, tokenizer, names)[1]["said"] > 0.3
 
 
+def test_a_warm_start_goes_on_with_the_words_that_were_found():
+    rows = ROWS.groupby("label").head(12)
+    clf = GemmaLoraClassifier(epochs=1, max_length=64, warm_start=True)
+    exchanged = rows.label.map({"0": "1", "1": "0"})
+    words = clf.fit(rows.comment, exchanged).words_.words
+    assert words != ("0", "1"), "words were found"
+    assert clf.fit(rows.comment, exchanged).words_.words == words
+    assert clf.set_params(warm_start=False, recipe="mini_ko").fit(rows.comment, exchanged).words_.words == ("0", "1")
+
+
 @pytest.mark.parametrize(
-    "rows, batch_size, epochs", [(20, 4, 12), (100, 4, 12), (128, 4, 9), (270, 16, 8), (300, 16, 8), (5000, 16, 4)]
+    "rows, batch_size, epochs",
+    [(16, 4, 24), (64, 4, 18), (100, 4, 12), (128, 4, 9), (270, 16, 8), (300, 16, 8), (5000, 16, 4)],
 )
 def test_gemma_gets_the_steps_that_it_was_measured_with(rows, batch_size, epochs):
     evidence = {"loss": 0.69, "words": None, "said": 0.01}
