@@ -672,7 +672,7 @@ def _saved_recipe(fields: Mapping[str, Any]) -> Recipe:
             raise TypeError(f"{name} is {value!r}")
     return recipe
 
-
+# %% ../nbs/05_classifier.ipynb #f80536c7
 def _read_saved(
     folder: Path,
     verify: bool,  # False: take files that were edited since they were saved

@@ -196,7 +196,7 @@ def _of_status(
         return ConnectionError(f"{host} answers {status}. Run this again later.")
     return None
 
-
+# %% ../nbs/02b_credentials.ipynb #1477ab5e
 def _explanation(
     error: BaseException,
     handle: str,  # kaggle://... or hf://...

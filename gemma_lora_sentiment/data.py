@@ -419,7 +419,7 @@ def _is_label(label: Any, row: object, at: _Place, labelled: bool, keep_na: bool
         raise _missing_label(label, row, at)
     return not missing
 
-
+# %% ../nbs/00_data.ipynb #d53e32d4
 def _checked_labels(
     values: list, places: Sequence, at: _Place, labels: Sequence | None, labelled: bool, reading: Reading
 ) -> list:

@@ -271,7 +271,7 @@ def _devices_and_strategy(
         strategy = "model" if limit and needed > limit / 2 else "data"
     return names, strategy
 
-
+# %% ../nbs/02_model.ipynb #070f1d79
 def _named(
     devices: int | Sequence[Any] | None,  # how many, or which
     known: Sequence[str],  # names of all

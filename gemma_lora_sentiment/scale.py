@@ -480,7 +480,7 @@ def _compare(chunk: Chunk, done: tuple[int, str], part: Path) -> None:
     if not part.exists():
         raise RunError(f"{part} is missing. Remove {part.parent} to start anew.")
 
-
+# %% ../nbs/08_scale.ipynb #fcae69dd
 def _check_ids(chunk: Chunk, journal: _Journal, path: Path) -> None:
     ids = [] if chunk.numbered else chunk.table["id"].tolist()
     rows = chunk.table.index[: len(ids)].to_numpy()
