@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from test_intervals import simulated, some_rows
 
 from gemma_lora_sentiment.decision import (
     _mean_cost,
@@ -17,21 +17,6 @@ from gemma_lora_sentiment.decision import (
     expected_calibration_error,
     fit_temperature,
 )
-
-
-def simulated(n, random, separation=1.3, share=0.5, copies=1):
-    """Labels 0 and 1, and probabilities of a classifier whose accuracy depends on `separation` alone."""
-    positions = (random.random(n) < share).astype(int)
-    scores = expit(1.3 * (random.normal(size=n) + separation * (2 * positions - 1)))
-    return np.repeat(positions, copies), np.repeat(np.stack([1 - scores, scores], axis=1), copies, axis=0)
-
-
-def some_rows(n=120, n_classes=3, seed=0):
-    random = np.random.default_rng(seed)
-    positions = np.arange(n) % n_classes
-    scores = random.normal(size=(n, n_classes)) + 1.5 * np.eye(n_classes)[positions]
-    return positions, np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-
 
 # calibration and decisions --------------------------------------------------------------------------------------------
 
