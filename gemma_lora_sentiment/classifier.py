@@ -48,11 +48,11 @@ from gemma_lora_sentiment.training import (
     choose_shapes,
     class_weights,
     fit_to_device,
+    parts_labels,
     print_progress,
     recipe_for,
     train_adapter,
 )
-from .tutorial import train_tutorial
 
 # %% auto #0
 __all__ = ['Prepared', 'GemmaLoraClassifier']
@@ -417,7 +417,8 @@ def _decided_by_rows(
     "The fit with the words, steps, strength and forged rows that `recipe=\"auto\"` chooses, and the evidence."
     tokenizer, n_rows, seed = _tokenizer(job.base.tokenizer_proto), len(job.rows), job.options["seed"]
     rows, validation = job.rows, job.validation
-    words, choices = choose_words(job.base, rows.prompts, rows.label_index, job.words, tokenizer, seed, keep_words)
+    asked = (rows.prompts, rows.label_index, job.words, tokenizer, seed, keep_words, job.start)
+    words, choices = choose_words(job.base, *asked)
     steps = choose_steps(job.recipe_name, job.recipe, choices, len(words.labels), n_rows)
     recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
     if "lora_alpha" in free:
@@ -490,6 +491,8 @@ def _trained(job: _Job) -> _Trained:
     given = (job.base, job.start, job.rows, job.words, job.recipe)
     try:
         if _keras_can(job):
+            from gemma_lora_sentiment.tutorial import train_tutorial  # which imports Keras
+
             return train_tutorial(*given, **options)
         return train_adapter(*given, **options, lora_dropout=job.lora_dropout, rematerialize=job.again)
     finally:
@@ -535,7 +538,8 @@ def _program(job: _Job) -> tuple[Any, ...] | None:  # None: it must train by its
     if job.alone or not job.recipe.epochs or choose_shapes(job.rows, job.recipe, seed)[1] is None:
         return None
     shape = (job.recipe.batch_size, max(map(len, job.rows.responses)), job.again, job.lora_dropout)
-    return id(job.base), job.start.rank, job.start.targets, *shape
+    loss = (bool(job.recipe.global_clipnorm), parts_labels(job.recipe, job.words) and len(job.classes))
+    return id(job.base), job.start.rank, job.start.targets, *shape, *loss
 
 
 def _trained_together(
@@ -552,7 +556,7 @@ def _trained_together(
         room = fits_together(first.base, first.start.rank, first.start.targets, shape)
         for chunk in (members[i : i + room] for i in range(0, len(members), room)):
             if len(chunk) > 1:
-                several = zip(*[fits[i] for i in chunk], strict=True)
+                several = zip(*[(*fits[i], jobs[i].words) for i in chunk], strict=True)
                 starts = [jobs[i].start for i in chunk]
                 trained = train_side_by_side(first.base, starts, *several, first.lora_dropout, first.again)
                 for i, result in zip(chunk, trained, strict=True):
@@ -822,9 +826,8 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
     ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
         """Fit clones to several sets of rows, or with several settings: the folds of a cross-validation, a sweep.
 
-        One after another; on a GPU side by side, as many as there is room for, where
-        `GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=1` asks for it (see Side by side, which says what is wrong with it) and not
-        validation, callbacks, checkpoints or several devices. Raises as `fit` does.
+        One after another; on a GPU side by side, as many as there is room for (see Side by side), but with validation,
+        callbacks, checkpoints or several devices. Raises as `fit` does.
         """
         clones = [clone(self).set_params(**each) for each in parameters or [{}] * len(parts)]
         if not gains_side_by_side():

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from .prompt import LabelWords, fill_lines, pack_arrays, scoring_arrays
 
 # %% auto #0
 __all__ = ['compiler_options', 'lend', 'put', 'score_labels', 'scoring_batch_size', 'line_lengths', 'log_softmax',
-           'label_probabilities', 'score_tokens', 'mean_states', 'generate']
+           'label_probabilities', 'next_states', 'next_log_probabilities', 'mean_states', 'generate']
 
 # %% ../nbs/03d_scoring.ipynb #4a7272c5
 def compiler_options(
@@ -65,10 +65,17 @@ def put(
 
 # %% ../nbs/03d_scoring.ipynb #d12739a8
 @lru_cache(maxsize=128)
+def _hidden_program(config: GemmaConfig) -> Callable[..., jax.Array]:
+    def hidden(base: Any, adapter: Any, batch: Any) -> jax.Array:  # float32 (b * p, d)
+        return hidden_at(base, adapter, batch, config).astype(jnp.float32).reshape(-1, config.hidden_dim)
+
+    return jax.jit(hidden, compiler_options=compiler_options())
+
+
+@lru_cache(maxsize=128)
 def _label_program(config: GemmaConfig) -> Callable[..., jax.Array]:
-    def scores(base: Any, adapter: Any, batch: Any, label_ids: jax.Array) -> jax.Array:  # float32 (b * p, labels)
-        hidden = hidden_at(base, adapter, batch, config).astype(jnp.float32)
-        return logits_of(base, hidden, config, label_ids).reshape(-1, label_ids.shape[0])
+    def scores(base: Any, hidden: jax.Array, label_ids: jax.Array) -> jax.Array:  # float32 (n, labels)
+        return logits_of(base, hidden[None], config, label_ids)[0]
 
     return jax.jit(scores, compiler_options=compiler_options())
 
@@ -83,62 +90,75 @@ def _sequence_program(config: GemmaConfig) -> Callable[..., jax.Array]:
 
     return jax.jit(scores, compiler_options=compiler_options())
 
+
 # %% ../nbs/03d_scoring.ipynb #2f622e52
+def _each_row(
+    base: Base,
+    prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
+    words: LabelWords,
+    compute: Callable[[Any], jax.Array],  # of a step's arrays: float32 (rows of all lines, ...)
+    buckets: Sequence[int] = (),
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:  # float32 (rows, ...); a row a prompt where every word is one token, else one a prompt and label
+    "Compute something of every row, `_STEPS_AHEAD` steps ahead of what is fetched."
+    n, each = len(prompts), 1 if words.single_token else len(words.labels)  # rows of a prompt
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if not words.single_token:
+        lengths = np.add.outer(lengths, [len(ids) for ids in words.scored_ids]).ravel()
+    values, waiting, done = None, deque(), 0
+
+    def collect(at_most: int) -> None:
+        nonlocal values, done
+        while len(waiting) > at_most:
+            lines, places, result = waiting.popleft()
+            rows = [row for line in lines for row in line]
+            at = [line * places + place for line, members in enumerate(lines) for place in range(len(members))]
+            found = np.asarray(result)[at]
+            values = np.zeros((len(lengths), *found.shape[1:]), np.float32) if values is None else values
+            values[rows], done = found, done + len(rows)
+            if progress is not None:
+                progress(done // each, n)
+
+    steps = _scoring_steps(lengths, buckets, batch_size or scoring_batch_size(), base.replicas, min(each, 2))
+    for length, places, lines in steps:
+        rows = [row for line in lines for row in line]
+        numbered = iter(range(len(rows)))
+        local = [[next(numbered) for _ in line] for line in lines]
+        batch = pack_arrays(scoring_arrays(prompts, words, int(lengths[rows].max()), rows), local, length, places)
+        waiting.append((lines, places, on_every_process(compute(put(base, dict(batch), rows=True)))))
+        collect(_STEPS_AHEAD)
+    collect(0)
+    return values
+
+
+# %% ../nbs/03d_scoring.ipynb #f7993a9a
 def score_labels(
     base: Base,
     adapter: Adapter,
     prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
     words: LabelWords,
     buckets: Sequence[int] = (),  # tokens of a line, ascending; longer rows get longer lines. By default 128
-    batch_size: int = 32,  # a step on each device takes as many tokens as so many prompts of mean length have
+    batch_size: int | None = None,  # a device's step has the tokens of so many rows; by default scoring_batch_size()
     progress: Callable[[int, int], None] | None = None,  # called with rows done and rows in all
 ) -> np.ndarray:  # float32 (n, labels), log-scores up to a constant a row
     "Score every label for every prompt."
-    n, n_labels, single = len(prompts), len(words.labels), words.single_token
-    if n == 0:
-        return np.zeros((n, n_labels), np.float32)
-    of_prompts = np.array([len(prompt) for prompt in prompts])
-    rows_each = 1 if single else n_labels  # rows of a prompt
-    lengths = of_prompts if single else np.add.outer(of_prompts, [len(ids) for ids in words.scored_ids]).ravel()
+    if not len(prompts):
+        return np.zeros((0, len(words.labels)), np.float32)
     with base.lock:
-        arrays = lend(base, adapter)
-        label_ids = put(base, np.array([ids[0] for ids in words.scored_ids], np.int32)) if single else None
-        values = np.zeros((len(lengths), n_labels) if single else len(lengths), np.float32)
-        waiting: deque[tuple[list[list[int]], int, jax.Array]] = deque()
-        done = 0
+        arrays, config = lend(base, adapter), base.config
+        if words.single_token:
+            hidden, scores = _hidden_program(config), _label_program(config)
+            label_ids = put(base, np.array([ids[0] for ids in words.scored_ids], np.int32))
 
-        def collect(at_most: int) -> None:
-            nonlocal done
-            while len(waiting) > at_most:
-                lines, places, result = waiting.popleft()
-                rows = [row for line in lines for row in line]
-                at = [line * places + place for line, members in enumerate(lines) for place in range(len(members))]
-                values[rows] = np.asarray(result)[at]
-                done += len(rows)
-                if progress is not None:
-                    progress(done // rows_each, n)
+            def compute(batch: Any) -> jax.Array:
+                return scores(base.arrays, hidden(base.arrays, arrays, batch), label_ids)
 
-        for length, places, lines in _scoring_steps(lengths, buckets, batch_size, base.replicas, 1 if single else 2):
-            rows = [row for line in lines for row in line]
-            numbered = iter(range(len(rows)))
-            local = [[next(numbered) for _ in line] for line in lines]
-            batch = scoring_arrays(prompts, words, int(lengths[rows].max()), rows)
-            waiting.append((lines, places, _score(base, arrays, pack_arrays(batch, local, length, places), label_ids)))
-            collect(_STEPS_AHEAD)
-        collect(0)
-    return values.reshape(n, n_labels)
+        else:
+            compute = partial(_sequence_program(config), base.arrays, arrays)
+        values = _each_row(base, prompts, words, compute, buckets, batch_size, progress)
+    return values.reshape(len(prompts), len(words.labels))
 
-# %% ../nbs/03d_scoring.ipynb #f7993a9a
-def _score(
-    base: Base,
-    adapter: Any,  # as lend gives it
-    batch: Mapping[str, np.ndarray],
-    label_ids: jax.Array | None,  # int32 (labels,) when every word is one token
-) -> jax.Array:  # float32 (positions of all lines, labels), or (rows of all lines,) without label_ids
-    batch = put(base, dict(batch), rows=True)
-    if label_ids is None:
-        return on_every_process(_sequence_program(base.config)(base.arrays, adapter, batch))
-    return on_every_process(_label_program(base.config)(base.arrays, adapter, batch, label_ids))
 
 # %% ../nbs/03d_scoring.ipynb #4db420e2
 def scoring_batch_size() -> int:  # prompts a step on each device
@@ -214,23 +234,38 @@ def label_probabilities(
     return np.exp(log_softmax(scores)).astype(np.float32)
 
 # %% ../nbs/03d_scoring.ipynb #7be10002
-class _NextTokens(NamedTuple):
-    "Tokens as `score_labels` takes label words."
-
-    labels: Sequence[int]
-    scored_ids: Sequence[tuple[int]]
-    single_token: bool = True
+_NEXT = LabelWords(("",), ("",), ((0,),), (0,))  # some token, so that prompts end where the next one is predicted
 
 
-def score_tokens(
+def next_states(
     base: Base,
     adapter: Adapter,
-    prompts: Sequence[np.ndarray],  # n prompts, int32 token ids
-    token_ids: Sequence[int],  # of m tokens
-) -> np.ndarray:  # float32 (n, m), log-scores up to a constant a row
-    "How well each token goes on each prompt."
-    asked = _NextTokens(token_ids, [(token_id,) for token_id in token_ids])
-    return score_labels(base, adapter, prompts, asked, batch_size=8)
+    prompts: Sequence[np.ndarray],  # n prompts, int32 token ids; at least one
+) -> np.ndarray:  # float32 (n, d)
+    "The hidden states after each prompt, by which its next token is predicted."
+    with base.lock:
+        compute = partial(_hidden_program(base.config), base.arrays, lend(base, adapter))
+        return _each_row(base, prompts, _NEXT, compute)
+
+
+@lru_cache(maxsize=16)
+def _vocabulary_program(config: GemmaConfig, size: int) -> Callable[..., jax.Array]:
+    def log_probabilities(base: Any, states: jax.Array) -> jax.Array:  # float32 (n, size)
+        return jax.nn.log_softmax(logits_of(base, states[None], config)[0, :, :size])
+
+    return jax.jit(log_probabilities, compiler_options=compiler_options())
+
+
+def next_log_probabilities(
+    base: Base,
+    states: np.ndarray,  # float32 (n, d), of next_states
+    size: int | None = None,  # the first so many tokens of the vocabulary, which share the probability; None: all
+) -> jax.Array:  # float32 (n, size), on the base's devices
+    "Log-probabilities of the vocabulary as the next token."
+    program = _vocabulary_program(base.config, size or base.config.vocabulary_size)
+    with base.lock:
+        return on_every_process(program(base.arrays, put(base, states)))
+
 
 # %% ../nbs/03d_scoring.ipynb #7be10012
 @lru_cache(maxsize=16)

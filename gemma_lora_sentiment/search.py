@@ -5,17 +5,26 @@
 # %% ../nbs/04b_search.ipynb #5ea00004
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .adapter import new_adapter
+from .adapter import Adapter, new_adapter
 from .model import Base
 from .prompt import LabelWords, TextTokenizer
-from .scoring import log_softmax, score_labels, score_tokens
+from gemma_lora_sentiment.scoring import (
+    compiler_options,
+    log_softmax,
+    next_log_probabilities,
+    next_states,
+    score_labels,
+)
 from .training import Recipe
 
 # %% auto #0
@@ -87,34 +96,34 @@ _SETTLED = 0.2  # of the loss of guessing: own words of less are kept without a 
 _KNOWN = 0.35  # of the loss of guessing: words of less leave little to learn
 _BELIEVED = 0.75  # of the loss of guessing: words that are found must have less
 _CANDIDATES = 64  # tokens
+_LOOKED_AT = 16  # times as many tokens are looked at, since most are parts of words
 
 
-def _best_first(values: np.ndarray, first: int) -> Iterator[int]:  # positions; of equals, the lower one first
-    "Positions by value, of which the first are sorted at once and the others only when asked for."
-    if first < len(values):
-        last = np.partition(values, -first)[-first]  # all that are above it, and it, come first
-        above = np.flatnonzero(values >= last)
-        yield from above[np.argsort(-values[above], kind="stable")]
-    below = np.flatnonzero(values < last) if first < len(values) else np.arange(len(values))
-    yield from below[np.argsort(-values[below], kind="stable")]
+@lru_cache(maxsize=16)
+def _liked_best(first: int) -> Callable[..., jax.Array]:  # a program, of so many tokens
+    def token_ids(log_probabilities: jax.Array, shares: jax.Array) -> jax.Array:  # int32 (parts, first)
+        exact = jax.lax.Precision.HIGHEST  # on a GPU products of float32 are rounded otherwise
+        means = jnp.einsum("pln,nv->plv", shares, log_probabilities, precision=exact)  # of each label's rows
+        return jax.lax.top_k(means.max(axis=1), first)[1]  # of equals, the lower one first
+
+    return jax.jit(token_ids, compiler_options=compiler_options())
 
 
 def _candidates(
-    scores: np.ndarray,  # float (n, vocabulary), log-probabilities
-    label_index: np.ndarray,  # int (n,)
-    n_labels: int,
+    token_ids: Sequence[int],  # best first
     tokenizer: TextTokenizer,
+    wanted: int,
 ) -> list[tuple[int, str]]:  # token id, word
-    "The tokens that the base likes best after the comments of any label, as far as they are words."
-    best = np.max([scores[label_index == label].mean(axis=0) for label in range(n_labels)], axis=0)
-    found, wanted = [], max(_CANDIDATES, 4 * n_labels)
-    for token_id in _best_first(best, 16 * wanted):
-        word = tokenizer.decode([int(token_id)]).strip()
-        if word and tokenizer.encode([word])[0] == [int(token_id)]:
-            found.append((int(token_id), word))
+    "The first of these tokens that are words."
+    found = []
+    for token_id in map(int, token_ids):
+        word = tokenizer.decode([token_id]).strip()
+        if word and tokenizer.encode([word])[0] == [token_id]:
+            found.append((token_id, word))
         if len(found) == wanted:
             break
     return found
+
 
 # %% ../nbs/04b_search.ipynb #5ea00031
 _PARTS = 5
@@ -128,35 +137,60 @@ def _parts(label_index: np.ndarray) -> np.ndarray:  # int (n,), from 0 to 4; a f
     return part
 
 
+def _shares(label_index: np.ndarray, part: np.ndarray, n_labels: int) -> np.ndarray:  # float32 (parts, labels, n)
+    "Each row's share in the mean of its label when one part is left out."
+    kept = (part != np.arange(_PARTS)[:, None])[:, None] & (label_index == np.arange(n_labels)[:, None])
+    return (kept / kept.sum(axis=2, keepdims=True)).astype(np.float32)
+
+
 def _most_often_found(
-    scores: np.ndarray,  # float (n, vocabulary), log-probabilities
+    log_probabilities: jax.Array,  # float32 (n, vocabulary), on the base's devices
     label_index: np.ndarray,  # int (n,)
     n_labels: int,
     tokenizer: TextTokenizer,
 ) -> tuple[tuple[tuple[int, str], ...], np.ndarray]:  # token id and word of each label; bool (n,), rows that judge them
     "What four fifths of the rows find most often, and the fifths that were left out when they did."
-    part, found = _parts(label_index), {}
-    for judge in range(_PARTS):
-        kept = part != judge
-        candidates = _candidates(scores[kept], label_index[kept], n_labels, tokenizer)
-        columns = [token for token, _ in candidates]
-        assigned = _assigned(scores[kept][:, columns], label_index[kept], n_labels)
-        found.setdefault(tuple(candidates[column] for column in assigned), []).append(judge)
+    part, wanted, found = _parts(label_index), max(_CANDIDATES, 4 * n_labels), {}
+    first = min(_LOOKED_AT * wanted, log_probabilities.shape[1])
+    best = np.asarray(_liked_best(first)(log_probabilities, _shares(label_index, part, n_labels)))
+    candidates = [_candidates(token_ids, tokenizer, wanted) for token_ids in best]
+    for judge, each in enumerate(candidates):
+        kept, columns = part != judge, np.array([token for token, _ in each])
+        scores = np.asarray(log_probabilities[:, columns])[kept]
+        assigned = _assigned(scores, label_index[kept], n_labels)
+        found.setdefault(tuple(each[column] for column in assigned), []).append(judge)
     words = max(found, key=lambda each: len(found[each]))  # the first of those found as often
     return words, np.isin(part, found[words])
 
+
 # %% ../nbs/04b_search.ipynb #5ea00032
-def _log_probabilities(scores: np.ndarray) -> np.ndarray:  # float32 (n, vocabulary), in the place of the scores
-    "As `log_softmax`, at a third of its time: a vocabulary is large."
-    scores -= scores.max(axis=1, keepdims=True)
-    scores -= np.log(np.exp(scores).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
-    return scores
-
-
-def _said(scores: np.ndarray, words: LabelWords) -> float:  # of log-probabilities over the vocabulary
+def _said(log_probabilities: jax.Array, words: LabelWords) -> float:  # float32 (n, vocabulary), on the base's devices
     "How probable it is that the base goes on with the first token of one of the words, in the mean."
-    first = sorted({ids[0] for ids in words.word_ids})
-    return round(float(np.exp(scores[:, first]).sum(axis=1).mean()), 4)
+    first = np.array(sorted({ids[0] for ids in words.word_ids}))
+    return round(float(np.exp(np.asarray(log_probabilities[:, first])).sum(axis=1).mean()), 4)
+
+
+# %% ../nbs/04b_search.ipynb #5ea00046
+def _words_found(
+    likes: jax.Array,  # float32 (n, vocabulary), log-probabilities of the next token, on the base's devices
+    index: np.ndarray,  # int (n,), position of each row's label
+    words: LabelWords,  # the labels' own
+    tokenizer: TextTokenizer,
+    own: np.ndarray,  # float64 (n,), losses by the labels' own words
+    evidence: dict[str, Any],
+) -> tuple[LabelWords, dict[str, Any]]:  # words; the evidence
+    "Words in the place of the labels' own, where rows that did not find them say that they are better."
+    n_labels, guessing = len(words.labels), np.log(len(words.labels))
+    found, judges = _most_often_found(likes, index, n_labels, tokenizer)
+    ids, spoken = zip(*found, strict=True)
+    tried = _losses(np.asarray(likes[:, np.array(ids)])[judges], index[judges])
+    gain, loss = own[judges] - tried, _evenly(index[judges], n_labels) @ tried
+    if loss > _BELIEVED * guessing or gain.mean() < 2 * gain.std(ddof=1) / np.sqrt(len(gain)):
+        return words, evidence
+    chosen = replace(words, words=spoken, word_ids=tuple((token,) for token in ids))
+    evidence |= {"own_loss": evidence["loss"], "loss": round(float(loss), 4), "words": list(spoken)}
+    return chosen, {**evidence, "said": _said(likes, chosen)}
+
 
 # %% ../nbs/04b_search.ipynb #5ea00014
 def choose_words(
@@ -167,9 +201,10 @@ def choose_words(
     tokenizer: TextTokenizer,
     seed: int = 0,
     keep: bool = False,  # True: the words are given, and only the evidence is wanted
+    untrained: Adapter | None = None,  # an adapter that changes nothing; the fit's own saves a compilation
 ) -> tuple[LabelWords, dict[str, Any]]:  # words; the evidence, as JSON can hold it
     "The labels' own words, or tokens that the base already ties to these rows."
-    n_labels, untrained = len(words.labels), new_adapter(base, 1)
+    n_labels, untrained = len(words.labels), untrained or new_adapter(base, 1)
     asked = rows_to_ask(np.asarray(label_index), seed)
     given, index = [prompts[row] for row in asked], np.asarray(label_index)[asked]
     if min(np.bincount(index, minlength=n_labels)) < ROWS_OF_A_LABEL:
@@ -183,19 +218,10 @@ def choose_words(
     if weights @ own < _SETTLED * guessing:
         return words, evidence
     size = min(base.config.vocabulary_size, tokenizer.processor.get_piece_size())
-    scores = _log_probabilities(score_tokens(base, untrained, given, range(size)))
-    evidence["said"] = _said(scores, words)
-    if keep:
-        return words, evidence
-    found, judges = _most_often_found(scores, index, n_labels, tokenizer)
-    ids, spoken = zip(*found, strict=True)
-    tried = _losses(scores[judges][:, ids], index[judges])
-    gain, loss = own[judges] - tried, _evenly(index[judges], n_labels) @ tried
-    if loss > _BELIEVED * guessing or gain.mean() < 2 * gain.std(ddof=1) / np.sqrt(len(gain)):
-        return words, evidence
-    chosen = replace(words, words=spoken, word_ids=tuple((token,) for token in ids))
-    evidence |= {"own_loss": evidence["loss"], "loss": round(float(loss), 4), "words": list(spoken)}
-    return chosen, {**evidence, "said": _said(scores, chosen)}
+    likes = next_log_probabilities(base, next_states(base, untrained, given), size)
+    evidence["said"] = _said(likes, words)
+    return (words, evidence) if keep else _words_found(likes, index, words, tokenizer, own, evidence)
+
 
 # %% ../nbs/04b_search.ipynb #5ea00021
 _ROWS_OF_KNOWLEDGE = 300  # rows that weigh as much as what a base knows

@@ -24,6 +24,7 @@ import pandas as pd
 from .adapter import Adapter, stacked_lora, unstacked_lora
 from .gemma import GemmaConfig
 from .memory import memory_estimate
+from .prompt import LabelWords
 from .scoring import compiler_options
 from gemma_lora_sentiment.training import (
     BatchSequence,
@@ -58,9 +59,9 @@ def _shared_packing(
 def gains_side_by_side(
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
 ) -> bool:
-    "Never, unless GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=1 is set; and then not on a CPU, which is busy with one fit."
-    wanted = os.environ.get("GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE", "").strip() == "1"
-    return wanted and (platform or jax.default_backend()) != "cpu"
+    "On a GPU, unless GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE=0 is set; a CPU is busy with one fit."
+    wanted = os.environ.get("GEMMA_LORA_SENTIMENT_SIDE_BY_SIDE", "").strip() != "0"
+    return wanted and (platform or jax.default_backend()) == "gpu"
 
 
 def shape_of_fits(
@@ -158,6 +159,7 @@ def train_side_by_side(
     rows: Sequence[Rows],  # of each fit; their longest responses have as many tokens
     recipes: Sequence[Recipe],  # of each fit: one batch size, loss on the response
     seeds: Sequence[int],  # of each fit
+    words: Sequence[LabelWords],  # of each fit, as many labels each
     lora_dropout: float = 0.0,  # share of the input features that A does not see in a step
     again: bool = False,  # blocks are computed again in the backward pass, for less memory
 ) -> list[tuple[Adapter, pd.DataFrame, tuple[int, ...]]]:  # of each fit as train_adapter gives them
@@ -173,8 +175,8 @@ def train_side_by_side(
         loras = [stacked_lora(start, base.config) for start in starts]
         layout = LoraLayout.of(loras[0])
         numbers = [
-            step_numbers(base, start, recipe, total, lora_dropout, seed)
-            for start, recipe, total, seed in zip(starts, recipes, totals, seeds, strict=True)
+            step_numbers(base, start, recipe, total, lora_dropout, seed, spoken)
+            for start, recipe, total, seed, spoken in zip(starts, recipes, totals, seeds, words, strict=True)
         ]
         state, numbers = (jax.device_put(_stack(each)) for each in (map(first_state, loras), numbers))
         program = _program(base.config, layout, bool(lora_dropout), base.dtype == "float16", again)

@@ -311,11 +311,11 @@ def test_few_shapes_and_no_comment_twice(tmp_path, clf, monkeypatch):
 
     def counting(base, adapter, prompts, *rest, **named):
         result = real(base, adapter, prompts, *rest, **named)
-        programs = scoring._label_program(base.config), scoring._sequence_program(base.config)
+        programs = scoring._hidden_program(base.config), scoring._sequence_program(base.config)
         scored.append((len(prompts), sum(program._cache_size() for program in programs)))
         return result
 
-    scoring._label_program.cache_clear()
+    scoring._hidden_program.cache_clear()
     scoring._sequence_program.cache_clear()
     monkeypatch.setattr(scale, "label_probabilities", counting)
     texts = comments(400)
