@@ -72,6 +72,7 @@ def train_peft(
     learning_rate: float,  # at its highest
     weight_decay: float = 0.01,  # as in AdamW
     linear: bool = False,  # warm-up, then down to zero
+    global_clipnorm: float = 0.0,  # the gradient of a step is cut down to this norm; 0: it is not
     seed: int = 0,  # of the order of the batches
     autocast: str | None = None,  # number format of the forward passes, where it is not that of the weights
 ) -> None:
@@ -88,6 +89,8 @@ def train_peft(
             with _autocast(torch, model, autocast):
                 loss = model(**batch).loss
             loss.backward()
+            if global_clipnorm:
+                torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], global_clipnorm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

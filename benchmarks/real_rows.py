@@ -284,7 +284,8 @@ def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog)
     autocast = None if dtype == "float32" else dtype
     texts, targets = peft_rows(given, how)
     log(import_seconds=log.elapsed(), dtype=dtype, recipe=recipe)
-    of_fit = {name: recipe[name] for name in ("epochs", "batch_size", "learning_rate", "weight_decay")}
+    shared = ("epochs", "batch_size", "learning_rate", "weight_decay", "global_clipnorm")
+    of_fit = {name: recipe[name] for name in shared}
     of_fit |= dict(linear=recipe["schedule"] == "linear", seed=settings["seed"], autocast=autocast)
     words = given["words"] if how == "words" else None
     for which in ("", "re"):

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 # %% auto #0
-__all__ = ['without_tensorflow', 'ModelError', 'check_backend', 'choose_dtype', 'device_bytes']
+__all__ = ['keras', 'keras_nlp', 'without_tensorflow', 'ModelError', 'check_backend', 'choose_dtype', 'device_bytes']
 
 # %% ../nbs/01b_backend.ipynb #0ea47c57
 @contextlib.contextmanager
@@ -39,15 +41,29 @@ def _wrong_backend(name: str) -> ModelError:
 # %% ../nbs/01b_backend.ipynb #ed5ad7c1
 if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
     raise _wrong_backend(os.environ["KERAS_BACKEND"])
-with without_tensorflow():
-    import jax
-    import keras
-    import keras_nlp  # noqa: F401
+
+import jax  # noqa: E402
+
+
+class _Later:
+    "A module that is imported, without TensorFlow, when something of it is asked for."
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if self._name not in sys.modules:
+            with without_tensorflow():
+                importlib.import_module(self._name)
+        return getattr(sys.modules[self._name], attribute)
+
+
+keras, keras_nlp = _Later("keras"), _Later("keras_nlp")
 
 # %% ../nbs/01b_backend.ipynb #24a989c8
 def check_backend() -> None:
-    "Raise `ModelError` unless Keras runs on JAX."
-    if keras.config.backend() != "jax":
+    "Raise `ModelError` where a Keras that is imported already runs on something else than JAX."
+    if "keras" in sys.modules and keras.config.backend() != "jax":
         raise _wrong_backend(keras.config.backend())
 
 # %% ../nbs/01b_backend.ipynb #56a66520

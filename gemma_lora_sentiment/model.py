@@ -20,10 +20,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gemma_lora_sentiment.backend import (  # isort: skip  # first: it chooses Keras's backend
+    ModelError,
+    check_backend,
+    choose_dtype,
+    device_bytes,
+    keras,
+    keras_nlp,
+    without_tensorflow,
+)
+
+import jax
 import numpy as np
 import sentencepiece
 
-from .backend import ModelError, check_backend, choose_dtype, device_bytes, without_tensorflow
 from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
 from .files import digest
@@ -45,12 +55,6 @@ __all__ = ['BUNDLED_PRESETS', 'GEMMA3_270M_GGUF', 'LayerRanks', 'GEMMA_2B_CONFIG
            'preset_shapes', 'lora_targets', 'lora_shapes', 'complete_arguments', 'lora_parameter_count', 'mesh_for',
            'Base', 'on_every_process', 'check_conversion', 'quantized_kernel', 'load_base', 'held_bases',
            'release_bases']
-
-# %% ../nbs/02_model.ipynb #bdd8d6b4
-with without_tensorflow():
-    import jax
-    import keras
-    import keras_nlp
 
 # %% ../nbs/02_model.ipynb #b3b422e1
 _TINY_TEXT = (

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -34,7 +35,6 @@ from gemma_lora_sentiment.training import (
     train_adapter,
 )
 
-keras = room.keras
 WORDS = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
 RECIPE = Recipe(lora_rank=4, learning_rate=0.02, weight_decay=0.01, epochs=3, batch_size=4)
 STILL = replace(RECIPE, learning_rate=1e-12, weight_decay=0.0, schedule="constant", epochs=1)  # losses of the base
@@ -370,7 +370,7 @@ def test_the_tutorial_s_recipe_is_the_tutorial_s():
     assert name == "tutorial"
     assert vars(recipe) == dict(lora_rank=4, learning_rate=5e-5, weight_decay=0.01, epochs=5, batch_size=1,
                                 max_length=512, loss_on="text", schedule="constant",
-                                target_layers=("query", "value"))  # fmt: skip
+                                target_layers=("query", "value"), global_clipnorm=0.0, among_labels=0.0)  # fmt: skip
 
 
 def test_the_tutorial_s_recipe_trains(base):
@@ -487,3 +487,49 @@ def test_scoring_shapes_do_not_depend_on_the_rows():
     of_long = [(length, lines) for length, _, lines in steps if length > 128]
     used = sum(lengths[line].sum() for _, lines in of_long for line in lines)
     assert used > 0.9 * sum(length * len(lines) for length, lines in of_long), "short rows take what long ones leave"
+
+
+# --- clipping, and the loss among the label words
+
+
+def test_the_loss_among_labels_is_that_of_their_softmax():
+    rng = np.random.default_rng(0)
+    logits, label_ids = rng.normal(size=(4, 3, 50)).astype(np.float32), np.array([7, 40, 41])
+    targets = np.array([[7, 1, 0], [41, 1, 0], [40, 40, 1], [3, 7, 41]])
+    found = np.asarray(room.losses_among_labels(logits, targets, label_ids))
+    among = log_softmax(logits[..., label_ids].reshape(-1, 3)).reshape(4, 3, 3)
+    for place in np.ndindex(targets.shape):
+        hit = np.flatnonzero(label_ids == targets[place])
+        expected = -among[place][hit[0]] if len(hit) else 0.0
+        assert found[place] == pytest.approx(expected, abs=1e-5)
+
+
+def test_words_of_several_tokens_and_the_whole_text_get_the_whole_loss(base):
+    several = LabelWords(("0", "1"), ("0", "1"), ((20, 22), (21, 22)), (1,))
+    parts = replace(RECIPE, among_labels=0.9)
+    assert room.parts_labels(parts, WORDS)
+    assert not room.parts_labels(parts, several)
+    assert not room.parts_labels(replace(parts, loss_on="text"), WORDS)
+    assert not room.parts_labels(RECIPE, WORDS)
+    rows = rows_of()
+    of_several = [several.trained_ids[label] for label in rows.label_index]
+    rows = replace(rows, responses=of_several)
+    start = new_adapter(base, rank=4, seed=0)
+    ours, plain = (train_adapter(base, start, rows, several, recipe)[0] for recipe in (parts, RECIPE))
+    assert all(np.array_equal(ours.arrays[path], plain.arrays[path]) for path in plain.arrays)
+
+
+def test_a_large_gradient_is_remembered_no_longer_than_a_clipped_one(base):
+    """Adam's second moment holds the square of the first gradients for hundreds of steps; clipping bounds it."""
+    start, batch = new_adapter(base, rank=4, seed=0), BatchSequence(rows_of(), (16,), 8)[0]
+    batch = {**batch[0], "targets": batch[1], "weights": batch[2]}
+    lora = stacked_lora(start, base.config)
+    layout = room.LoraLayout.of(lora)
+    moments = {}
+    for clipnorm in (0.0, 1e-3, 1e3):
+        numbers = room.step_numbers(base, start, replace(RECIPE, global_clipnorm=clipnorm), 10, 0.0, 0, WORDS)
+        state, _ = room.train_step(room.first_state(lora), base.arrays, batch, numbers, base.config, layout)
+        moments[clipnorm] = np.asarray(state["adam"].nu) / 0.001
+    assert np.sqrt(moments[1e-3].sum()) == pytest.approx(1e-3, rel=1e-3)
+    assert np.sqrt(moments[0.0].sum()) > 1e-2
+    np.testing.assert_array_equal(moments[1e3], moments[0.0])
