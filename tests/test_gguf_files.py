@@ -194,6 +194,51 @@ def test_a_large_tensor_is_read_in_parts(monkeypatch):
     assert np.array_equal(read, numbers)
 
 
+@each_family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_arrays_are_the_same_whatever_the_number_of_threads(tiny, tmp_path, monkeypatch, architecture, dtype):
+    family, config, arrays, proto = tiny(architecture)
+    path = write_gguf(tmp_path / "m.gguf", family, config, arrays, proto, "q8_0")
+    monkeypatch.setattr(gguf_files, "_NUMBERS_AT_A_TIME", 64)  # many parts of each tensor
+    read = {}
+    for cores in (1, 2, 3, 16):
+        monkeypatch.setattr(gguf_files, "_cores", lambda cores=cores: cores)
+        read[cores] = read_gguf(path, dtype)
+    for model in read.values():
+        assert list(model.arrays) == list(read[1].arrays)
+        assert (model.fingerprint, model.tokenizer_proto) == (read[1].fingerprint, read[1].tokenizer_proto)
+        for name, array in model.arrays.items():
+            assert array.dtype.name == dtype and array.tobytes() == read[1].arrays[name].tobytes(), name
+
+
+def test_gemma3_270m_is_the_same_in_one_thread_and_in_the_plain_order(real):
+    path = assembled_gemma3_270m()
+    data = np.fromfile(path, np.uint8)
+    _, tensors = gguf_files._header(data)
+    alone = gguf_files._model(data, np.dtype(np.float32), threads=1)
+    for name, (keras_path, shape) in gguf_files._places("gemma3", real.config).items():
+        tensor, array = tensors[name], real.arrays[keras_path]
+        assert np.array_equal(array, alone.arrays[keras_path]), keras_path
+        if name != "token_embd.weight":  # as `gguf` unpacks it, row by row
+            rows = data[tensor.begin : tensor.end].reshape(*tensor.shape[:-1], -1)
+            numbers = gguf.quants.dequantize(np.ascontiguousarray(rows), tensor.kind)
+            numbers = numbers - 1 if keras_path.endswith("scale") else numbers
+            assert np.array_equal(gguf_files._to_keras(keras_path, numbers, shape), array), keras_path
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_the_error_is_that_of_the_first_tensor(tiny, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(gguf_files, "_cores", lambda: cores)
+    path = write_gguf(tmp_path / "m.gguf", *tiny("gemma3"), "f32")
+    data = np.fromfile(path, np.uint8)
+    _, tensors = gguf_files._header(data)
+    for name in ("output_norm.weight", "blk.1.ffn_up.weight", "blk.0.attn_k.weight", "token_embd.weight"):
+        data[tensors[name].end - 4 : tensors[name].end].view("<f4")[0] = np.nan
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=f"its tensor {name} holds numbers that are not finite"):
+            read_gguf(path)
+
+
 # --- damage
 
 
@@ -481,6 +526,9 @@ def test_the_file_is_made_once_and_its_terms_are_named_once(real, tmp_path, monk
     before = path.stat().st_mtime_ns
     assert assembled_gemma3_270m() == path and path.stat().st_mtime_ns == before
     assert capsys.readouterr().err == ""
+    with monkeypatch.context() as patched:  # a file that has not changed is not read again
+        patched.setattr(gguf_files, "file_digest", lambda path: pytest.fail("read again"))
+        assert assembled_gemma3_270m() == path
     with open(path, "r+b") as file:  # damage is mended
         file.write(b"XXXX")
     assert assembled_gemma3_270m() == path
