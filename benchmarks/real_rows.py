@@ -144,7 +144,8 @@ def _classifier(system: str, spec: Mapping[str, Any], labels: Sequence[Any], aga
 def _settings_of(clf: Any) -> dict[str, Any]:  # what a fit of ours arrived at, as JSON holds it
     if not hasattr(clf, "recipe_"):
         return {}
-    found = {"recipe": vars(clf.recipe_), "recipe_name": clf.recipe_name_, "dtype": clf.dtype_}
+    recipe = vars(clf.recipe_) | {"epochs": clf.best_epoch_}  # those that were trained
+    found = {"recipe": recipe, "recipe_name": clf.recipe_name_, "dtype": clf.dtype_}
     found |= {"quantization": clf.quantization_, "words": list(clf.words_.words), "template": clf.template}
     found |= {"targets": list(clf.adapter_.targets), "choices": clf.choices_}
     return found | {"fingerprint": clf.base_fingerprint_}

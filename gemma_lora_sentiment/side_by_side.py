@@ -33,6 +33,7 @@ from gemma_lora_sentiment.training import (
     Recipe,
     Rows,
     first_state,
+    has_learned,
     not_finite,
     runs_apart,
     step_numbers,
@@ -110,11 +111,11 @@ def _program(
 
 def _steps(
     fits: Sequence[BatchSequence],
-    epochs: Sequence[int],  # of each fit
+    epochs: Sequence[int],  # of each fit; they may become fewer meanwhile
 ) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, int]]]]:  # arrays (fits, ...); epoch and batch of each
     "The batches of all fits, step by step; zeros for a fit that has none left."
-    empty = None
-    for number in range(max(len(fit) * most for fit, most in zip(fits, epochs, strict=True))):
+    empty, number = None, -1
+    while (number := number + 1) < max(len(fit) * most for fit, most in zip(fits, epochs, strict=True)):
         places = [divmod(number, len(fit)) for fit in fits]
         batches = []
         for fit, (epoch, batch), most in zip(fits, places, epochs, strict=True):
@@ -137,20 +138,30 @@ def _run(
     base: Base,
     numbers: Any,  # of all fits, see step_numbers
     fits: Sequence[BatchSequence],
-    epochs: Sequence[int],  # of each fit
+    epochs: list[int],  # of each fit at most; fewer afterwards where one learned its rows sooner
+    learned: Callable[[int, float], bool],  # by fit and mean loss of an epoch, whether one more is enough
 ) -> tuple[Any, _Logged, list[list[dict[str, Any]]]]:  # state; what each step logged; of each fit, its epochs
     "All steps of all fits; a fit that has none left is computed and thrown away."
     histories: list[list[dict[str, Any]]] = [[] for _ in fits]
-    logged, started = [], time.perf_counter()
+    logged, started, most = [], time.perf_counter(), list(epochs)
     for batch, places in _steps(fits, epochs):
-        runs = np.array([epoch < most for (epoch, _), most in zip(places, epochs, strict=True)])
+        runs = np.array([epoch < last for (epoch, _), last in zip(places, epochs, strict=True)])
         begins = np.array([number == 0 for _, number in places])
         state, logs = program(state, base.arrays, batch, numbers, runs, begins)
         logged.append((places, runs, logs["step_loss"]))
         for i, (epoch, number) in enumerate(places):
             if runs[i] and number + 1 == len(fits[i]):
                 histories[i].append({"epoch": epoch + 1, **logs, "seconds": time.perf_counter() - started})
+                if epochs[i] == most[i] and learned(i, logs["loss"][i]):
+                    epochs[i] = min(epoch + 2, most[i])
+                    numbers = {**numbers, "total_steps": _ending(numbers["total_steps"], i, epochs[i] * len(fits[i]))}
     return state, logged, histories
+
+
+def _ending(total_steps: Any, fit: int, steps: int) -> np.ndarray:  # float32 (fits,); 0: a constant rate stays one
+    found = np.array(total_steps)
+    found[fit] = steps if found[fit] else 0
+    return found
 
 # %% ../nbs/04c_side_by_side.ipynb #5b500011
 def train_side_by_side(
@@ -180,7 +191,12 @@ def train_side_by_side(
         ]
         state, numbers = (jax.device_put(_stack(each)) for each in (map(first_state, loras), numbers))
         program = _program(base.config, layout, bool(lora_dropout), base.dtype == "float16", again)
-        state, logged, histories = _run(program, state, base, numbers, fits, [recipe.epochs for recipe in recipes])
+        epochs = [recipe.epochs for recipe in recipes]
+
+        def learned(fit: int, loss: Any) -> bool:  # a loss is waited for only where it counts
+            return recipes[fit].learned_at > 0 and has_learned(float(loss), recipes[fit], words[fit])
+
+        state, logged, histories = _run(program, state, base, numbers, fits, epochs, learned)
         vectors = np.asarray(state["adapter"])
     _check_losses(logged, base.dtype)
     arrays = [unstacked_lora(layout.cut(vector), start, base.config)

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
            'LoraLayout', 'first_state', 'losses_among_labels', 'train_step', 'runs_apart', 'FitHandle', 'not_finite',
-           'OutOfMemory', 'validation_numbers', 'part_of_checkpoint', 'fit_identity', 'fit_to_device', 'train_adapter',
-           'step_numbers', 'parts_labels', 'print_progress']
+           'OutOfMemory', 'validation_numbers', 'has_learned', 'part_of_checkpoint', 'fit_identity', 'fit_to_device',
+           'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Recipe:
     target_layers: tuple[str, ...] | str = ("query", "value")  # layers with LoRA, or "all" that can carry it
     global_clipnorm: float = 0.0  # the gradient of a step is cut down to this norm; 0: it is not
     among_labels: float = 0.0  # share of the loss that is computed among the label words alone, from 0 to 1
+    learned_at: float = 0.0  # share of the loss of guessing; an epoch of less is followed by one more, 0: by all
 
     def __post_init__(self):
         if not isinstance(self.target_layers, str):  # JSON makes lists of tuples
@@ -89,6 +90,7 @@ RECIPES = {
     # Google's weights; rate, clipping and loss as chosen with Gemma 3 270M, for whose width the rate is
     "gemma": Recipe(
         lora_rank=8, learning_rate=2.5e-4, epochs=8, target_layers="all", global_clipnorm=0.3, among_labels=0.9,
+        learned_at=0.15,
     ),
     # the bundled base; chosen among eight settings, then among six near these, on held-out comments; see Pretraining
     "mini_ko": Recipe(lora_rank=8, learning_rate=2.5e-3, epochs=3, target_layers="all"),
@@ -680,6 +682,15 @@ def validation_numbers(
     return {"val_loss": float((losses * rows.weights).sum() / rows.weights.sum()), "val_accuracy": accuracy}
 
 
+def has_learned(
+    loss: float,  # mean of an epoch, of the rows as they are met
+    recipe: Recipe,
+    words: LabelWords,
+) -> bool:
+    "Whether one more epoch is enough."
+    return loss < recipe.learned_at * np.log(len(words.labels))
+
+
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints within an epoch
 
 # %% ../nbs/04_training.ipynb #f795f46f
@@ -703,6 +714,7 @@ class _Fit:
     history: list[dict[str, float]] = field(default_factory=list)
     best: tuple[float, int, dict[str, np.ndarray]] | None = None  # val_loss, epoch, arrays
     earlier: float = 0.0  # seconds of this epoch before a resume
+    epochs: int = 0  # that are trained; fewer than the recipe's once the rows are learned
 
     def __post_init__(self):
         self.guard = _Guard(self.start, self.base.dtype)
@@ -711,6 +723,7 @@ class _Fit:
         self.state = put(self.base, first_state(lora))
         self.handle = FitHandle(self)
         self.due = time.monotonic() + CHECKPOINT_SECONDS
+        self.epochs = self.recipe.epochs
 
     @property
     def seconds(self) -> float:  # of this epoch, so far
@@ -733,10 +746,10 @@ class _Fit:
             shapes = self.batches.shapes
             _compile_side_by_side([partial(program.lower, *self._given(shape)) for shape in shapes])
         callbacks.on_train_begin()
-        for number in range(epoch, self.recipe.epochs):
+        number = epoch
+        while number < self.epochs and not self.handle.stop_training:
             self._run_epoch(program, callbacks, number, batch if number == epoch else 0)
-            if self.handle.stop_training:
-                break
+            number += 1
         callbacks.on_train_end(self.history[-1])
 
     def _given(self, batch: Any) -> tuple[Any, ...]:  # arguments of a step, with arrays or their shapes
@@ -772,12 +785,20 @@ class _Fit:
                 self.best = (logs["val_loss"], epoch, arrays)
             elif self.patience is not None and epoch - self.best[1] >= self.patience:
                 self.handle.stop_training = True
+        if self.epochs == self.recipe.epochs and has_learned(logs["loss"], self.recipe, self.words):
+            self.end_with(epoch + 2)
         self.history.append({"epoch": epoch + 1, **logs, "seconds": self.seconds})
         if self.progress:
             self.progress(self.history[-1])
         callbacks.on_epoch_end(epoch, logs)
         if self.save is not None:  # after the user's callbacks, which may have changed something
             self.checkpoint(epoch + 1, 0)
+
+    def end_with(self, epochs: int) -> None:
+        "Train so many epochs in all, the learning rate falling to zero until then."
+        self.epochs = min(epochs, self.recipe.epochs)
+        if self.numbers["total_steps"]:
+            self.numbers["total_steps"] = np.float32(self.epochs * len(self.batches))
 
     def _validate(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
         scores = score_labels(self.base, replace(self.start, arrays=arrays), self.validation.prompts, self.words)
@@ -813,6 +834,7 @@ def _state_of(
         arrays |= {f"best/{path}": array for path, array in fit.best[2].items()}
     return arrays, {
         "finished": False, "epoch": epoch, "batch": batch, "stopped": bool(batch == 0 and fit.handle.stop_training),
+        "epochs": fit.epochs,
         "seconds": fit.seconds if batch else 0.0, "history": fit.history,
         "best": None if fit.best is None else {"val_loss": float(fit.best[0]), "epoch": fit.best[1]},
     }  # fmt: skip
@@ -853,6 +875,7 @@ def _restore(
     fit.state["metrics"] |= put(fit.base, metrics)
     fit.write(adapter)
     fit.history, fit.earlier = list(progress["history"]), progress["seconds"]
+    fit.end_with(progress["epochs"])
     if progress["best"]:
         fit.best = (progress["best"]["val_loss"], progress["best"]["epoch"], best)
 
@@ -927,7 +950,7 @@ def _train(
     lengths: tuple[int, ...],  # tokens that rows are padded to
 ) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # as train_adapter returns it
     "One fit, from its checkpoint if there is one. The base's lock is held."
-    start, recipe, together = fit.start, fit.recipe, fit.base.processes > 1
+    start, together = fit.start, fit.base.processes > 1
 
     def save(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> None:
         if not (together and progress.get("batch")):
@@ -944,7 +967,7 @@ def _train(
     if saved:
         epoch, batch = saved[1]["epoch"], saved[1]["batch"]
         _restore(fit, *saved)
-    if epoch < recipe.epochs and not (saved and saved[1]["stopped"]):
+    if epoch < fit.epochs and not (saved and saved[1]["stopped"]):
         fit.run(epoch, batch)
     arrays = fit.read() if fit.best is None else fit.best[2]
     if keep:
