@@ -29,8 +29,8 @@ from .backend import ModelError
 from .files import cache_dir, digest, file_digest, whole_file
 
 # %% auto #0
-__all__ = ['GEMMA3_270M_SHA256', 'Piece', 'pieces_of_proto', 'with_control_pieces', 'GgufModel', 'read_gguf', 'gguf_architecture',
-           'write_gguf', 'write_gguf_lora', 'proto_of_tokenizer_json', 'assembled_gemma3_270m']
+__all__ = ['GEMMA3_270M_SHA256', 'aligned_empty', 'Piece', 'pieces_of_proto', 'with_control_pieces', 'GgufModel', 'read_gguf',
+           'gguf_architecture', 'write_gguf', 'write_gguf_lora', 'proto_of_tokenizer_json', 'assembled_gemma3_270m']
 
 # %% ../nbs/01e_gguf_files.ipynb #9f0600aa
 class _Damaged(Exception):
@@ -152,6 +152,17 @@ def _header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:  # s
     }
     return settings, placed
 
+# %% ../nbs/01e_gguf_files.ipynb #9f1210aa
+def aligned_empty(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    "`np.empty`, at an address that JAX takes over without a copy."
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
 # %% ../nbs/01e_gguf_files.ipynb #9f1300aa
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _PLAIN = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
@@ -186,7 +197,7 @@ def _array(
 ) -> np.ndarray:  # of the tensor's shape
     "Unpack a tensor. Raises `_Damaged` for numbers that are not finite, or not in `dtype`."
     block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
-    out, packed = np.empty(tensor.shape, dtype), data[tensor.begin : tensor.end].reshape(-1, block_bytes)
+    out, packed = aligned_empty(tensor.shape, dtype), data[tensor.begin : tensor.end].reshape(-1, block_bytes)
     flat, blocks = out.reshape(-1), max(1, _NUMBERS_AT_A_TIME // block)
 
     def unpack(start: int) -> None:  # number of a block
