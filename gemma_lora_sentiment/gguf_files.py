@@ -63,8 +63,7 @@ class _Cursor:
     def texts(self, count: int) -> list[str]:
         found, data, end, size = [], self.data, self.position, len(self.data)
         for _ in range(count):
-            begin = end + 8
-            if begin <= size:
+            if (begin := end + 8) <= size:
                 end = begin + _LENGTH.unpack_from(data, end)[0]
             if begin > size or end > size:
                 raise _Damaged("it ends inside its header")
@@ -454,7 +453,7 @@ def _field(number: int, value: int | str | bytes) -> bytes:  # of a protocol buf
 def _message(fields: Mapping[int, Any]) -> bytes:
     return b"".join(_field(number, value) for number, value in fields.items())
 
-
+# %% ../nbs/01e_gguf_files.ipynb #9f2310aa
 def _encoded(texts: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> bytes:  # one of each a piece
     "Pieces, each as field 1 of the model, with no call for each: Gemma 3 has 262,144."
     encoded = [text.encode() for text in texts]
