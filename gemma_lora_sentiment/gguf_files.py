@@ -153,9 +153,9 @@ def _header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, _Tensor]]:  # s
 
 # %% ../nbs/01e_gguf_files.ipynb #9f1210aa
 def aligned_empty(
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> np.ndarray:
+    shape: tuple[int, ...],  # of the array
+    dtype: np.dtype,  # of its numbers
+) -> np.ndarray:  # of that shape, its numbers whatever stood there
     "`np.empty`, at an address that JAX takes over without a copy."
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 63, np.uint8)
