@@ -47,7 +47,7 @@ from gemma_lora_sentiment.gemma import (
     gemma_config,
     stacked,
 )
-from .gguf_files import assembled_gemma3_270m, proto_of_tokenizer_json, read_gguf
+from .gguf_files import aligned_empty, assembled_gemma3_270m, proto_of_tokenizer_json, read_gguf
 from .upstream import without_drawing, without_values
 
 # %% auto #0
@@ -628,7 +628,7 @@ def _stack(
     pool: ThreadPoolExecutor,
 ) -> np.ndarray:  # what np.stack gives
     "The arrays of several blocks as one, copied side by side."
-    whole = np.empty((len(parts), *parts[0].shape), parts[0].dtype)
+    whole = aligned_empty((len(parts), *parts[0].shape), parts[0].dtype)
 
     def copy(number: int) -> None:
         whole[number] = parts[number]
