@@ -1052,7 +1052,10 @@ def step_numbers(
     return {**numbers, "seed": np.uint32(seed), "scales": lora_scales(start, base.config)}
 
 
-def parts_labels(recipe: Recipe, words: LabelWords | None) -> bool:
+def parts_labels(
+    recipe: Recipe,
+    words: LabelWords | None,
+) -> bool:
     "Whether part of the loss is computed among the label words."
     return words is not None and words.single_token and recipe.loss_on == "response" and recipe.among_labels > 0
 

@@ -61,7 +61,7 @@ ROOM_IMPORTS = {
         *("files", "data", "prompt", "model", "memory", "precision", "adapter", "checkpoint", "scoring", "training"),
         *("tutorial", "search", "side_by_side"),
     },
-    "side_by_side": {"adapter", "backend", "gemma", "memory", "model", "scoring", "training"},
+    "side_by_side": {"adapter", "backend", "gemma", "memory", "model", "prompt", "scoring", "training"},
     "features": {"adapter", "data", "model", "precision", "prompt", "scoring"},
     "analysis": set(),  # the old door: it imports a room when it is asked for a name of it
     "evaluation": {"data", "analysis"},
