@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import sentencepiece
 from . import __version__
 from .adapter import PEFT_MODULES, PER_HEAD, Adapter, lora_scales, stacked_lora
 from .files import RunError, new_folder
-from .gemma import array_shapes, hidden_at, logits_of, stacked, with_scales
+from .gemma import GemmaConfig, array_shapes, hidden_at, logits_of, stacked, with_scales
 from .model import BUNDLED_PRESETS, Base, ModelError
 
 # %% auto #0
@@ -275,14 +276,19 @@ def write_notices(
         (folder / "NOTICE").write_text(f"{_NOTICE}\n\n{changed}\n{terms}\n", encoding="utf-8")
 
 # %% ../nbs/03b_export.ipynb #ex0023ab
+@partial(jax.jit, static_argnums=3)  # op by op, each op of each length would be compiled by itself
+def _whole_logits(arrays: Any, lora: Any, batch: Any, config: GemmaConfig) -> jax.Array:
+    return logits_of(arrays, hidden_at(arrays, lora, batch, config), config)
+
+
 def _logits(base: Base, arrays: Any, lora: Any, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
     "Logits over the vocabulary, float32 (length, vocabulary) each."
-    found = []
+    found, longest = [], max(map(len, prompts), default=0)  # of one length: compiled once
     with jax.default_matmul_precision("highest"):  # a GPU would use fewer digits
         for prompt in prompts:
-            batch = {"token_ids": prompt[None], "padding_mask": np.ones_like(prompt)[None]}
-            hidden = hidden_at(arrays, lora, batch, base.config)
-            found.append(np.asarray(logits_of(arrays, hidden, base.config))[0])
+            ids, mask = (np.pad(part, (0, longest - len(prompt)))[None] for part in (prompt, np.ones_like(prompt)))
+            logits = _whole_logits(arrays, lora, {"token_ids": ids, "padding_mask": mask}, base.config)
+            found.append(np.asarray(logits)[0, : len(prompt)])
     return found
 
 

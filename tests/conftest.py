@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +17,20 @@ os.environ["GEMMA_LORA_SENTIMENT_CACHE"] = _cache.name
 # One compilation of a program is enough for all tests and their subprocesses.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["GEMMA_LORA_SENTIMENT_CACHE"] + "/jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what they cost
+
+
+def _known_to_xla(flags: str) -> bool:
+    """XLA ends the process at a flag that it does not know, so one is asked that is no loss."""
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    asked = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(asked, env=environment, capture_output=True).returncode == 0
+
+
+# Compiling is most of what they cost: the first flag makes it three times as fast, the second twice as fast again.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+    _flags = f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = _flags if _known_to_xla(_flags) else os.environ["XLA_FLAGS"]
 
 
 def pytest_collection_finish():

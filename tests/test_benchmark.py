@@ -19,7 +19,7 @@ from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 from gemma_lora_sentiment.cli import _benchmarks, app
 from gemma_lora_sentiment.data import DataError, duplicate_groups, fingerprint
 from gemma_lora_sentiment.gemma import hidden_at
-from gemma_lora_sentiment.model import GEMMA_2B_CONFIG, load_base, lora_parameter_count, tiny_gemma
+from gemma_lora_sentiment.model import GEMMA_2B_CONFIG, jax, load_base, lora_parameter_count, tiny_gemma
 
 ROOT = Path(__file__).resolve().parents[1]
 # By the shell's own door, so that what is patched here is what the shell calls.
@@ -321,7 +321,8 @@ def test_random_base_works_and_leaves_random_state_alone():
     assert random.random() == expected
     ids = np.arange(20, 36, dtype=np.int32).reshape(2, 8)
     batch = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-    hidden = np.asarray(hidden_at(base.arrays, [{} for _ in base.config.groups], batch, base.config))
+    program = jax.jit(hidden_at, static_argnums=3)
+    hidden = np.asarray(program(base.arrays, [{} for _ in base.config.groups], batch, base.config))
     assert np.isfinite(hidden).all() and 0.1 < hidden.std() < 10
     again = shapes.random_base("tiny", "float32")
     for (path, one), (_, other) in zip(base.weights(), again.weights(), strict=True):

@@ -1184,7 +1184,7 @@ def test_a_signal_in_a_callback_of_the_collector_comes_again(monkeypatch):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_interrupted_training_leaves_only_its_checkpoint(sent, tmp_path, good, tiny, run):
     before = tree(tmp_path)
-    arguments = [*map(str, train_arguments(tiny, good, 20_000)), "--out", str(run)]
+    arguments = [*map(str, train_arguments(tiny, good, 2_000)), "--out", str(run)]  # more take long to plan
     # A test run in the background passes on that Ctrl-C is ignored.
     heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     program = [*PROGRAM[:2], heeding + PROGRAM[2]]

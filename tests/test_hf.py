@@ -17,7 +17,7 @@ from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment.adapter import load_adapter, new_adapter, save_adapter
 from gemma_lora_sentiment.export import export_checkpoint, merged_tensors, transformers_config
 from gemma_lora_sentiment.gemma import hidden_at, logits_of
-from gemma_lora_sentiment.model import load_base
+from gemma_lora_sentiment.model import jax, load_base
 from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
 from gemma_lora_sentiment.scoring import lend, log_softmax, score_labels
 
@@ -66,7 +66,8 @@ def test_logits_over_the_vocabulary(folder):
     positions = np.array([[len(prompt) - 1] for prompt, _ in chosen], np.int32)
     batch = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
     with base.lock:
-        hidden = hidden_at(base.arrays, lend(base, new_adapter(base)), batch, base.config)
+        program = jax.jit(hidden_at, static_argnums=3)
+        hidden = program(base.arrays, lend(base, new_adapter(base)), batch, base.config)
         logits = logits_of(base.arrays, hidden, base.config)
     close(np.asarray(logits)[:, 0], [logits for _, logits in chosen])
 

@@ -165,28 +165,30 @@ def test_logits_are_those_of_keras_hub_padded_or_not(family):
         causal_lm = causal_lm_class.from_preset(folder, dtype="float32", preprocessor=None)
     rng, n = np.random.default_rng(0), 24  # longer than the sliding window of 16
     ids = np.concatenate([np.full((2, 1), 2), rng.integers(4, 200, (2, n - 1))], axis=1).astype(np.int32)
-    reference = np.asarray(jax.jit(causal_lm)({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    theirs = jax.jit(causal_lm)  # of two rows of 24 tokens, so that it is compiled once
+    reference = np.asarray(theirs({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
     padded, mask = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.int32)
     padded[:, :n], mask[:, :n] = ids, 1
     positions = np.array([[0, 5, n - 1], [7, n - 1, 3]], np.int32)
     expected = np.take_along_axis(reference, positions[..., None], axis=1)
     lora = lend(base, new_adapter(base))
-    for token_ids, padding_mask in ((ids, np.ones_like(ids)), (padded, mask)):
-        inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
-        np.testing.assert_allclose(logits_at(base, inputs), expected, atol=1e-4)
-        labels = np.array([20, 150, 21], np.int32)
-        given = {**inputs, "positions": positions[:, -1:]}
-        hidden = jax.jit(hidden_at, static_argnums=3)(base.arrays, lora, given, base.config)
-        columns = np.asarray(logits_of(base.arrays, hidden, base.config, labels))[:, 0]
-        np.testing.assert_allclose(columns, expected[:, -1][:, labels], atol=1e-4)
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "positions": positions}
+    np.testing.assert_allclose(logits_at(base, inputs), expected, atol=1e-4)
+    labels = np.array([20, 150, 21], np.int32)
+    given = {"token_ids": padded, "padding_mask": mask, "positions": positions[:, -1:]}
+    hidden = jax.jit(hidden_at, static_argnums=3)(base.arrays, lora, given, base.config)
+    columns = np.asarray(logits_of(base.arrays, hidden, base.config, labels))[:, 0]
+    np.testing.assert_allclose(columns, expected[:, -1][:, labels], atol=1e-4)
     words = LabelWords((0, 1), ("a", "b"), ((30, 31), (32, 33, 34)), (1,))  # of several tokens
     rows = [np.array([2, 10, 11, 12, 13], np.int32), ids[0, :20]]
     scores = score_labels(base, new_adapter(base), rows, words)
     for row, prompt in enumerate(rows):
+        whole, filled = np.zeros((2, n), np.int32), np.zeros((2, n), np.int32)
         for label, word in enumerate(words.scored_ids):
-            whole = np.array([[*prompt, *word]], np.int32)
-            theirs = np.asarray(jax.jit(causal_lm)({"token_ids": whole, "padding_mask": np.ones_like(whole)}))[0]
-            log_softmax = theirs - np.log(np.exp(theirs).sum(axis=-1, keepdims=True))
+            whole[label, : len(prompt) + len(word)], filled[label, : len(prompt) + len(word)] = [*prompt, *word], 1
+        found = np.asarray(theirs({"token_ids": whole, "padding_mask": filled}))
+        for label, word in enumerate(words.scored_ids):
+            log_softmax = found[label] - np.log(np.exp(found[label]).sum(axis=-1, keepdims=True))
             at = len(prompt) - 1 + np.arange(len(word))
             np.testing.assert_allclose(scores[row, label], log_softmax[at, list(word)].sum(), atol=1e-4)
 
@@ -498,7 +500,7 @@ def test_quantized_bases_train_and_predict(quantization, tiny):
 def test_hidden_states_have_the_format_of_their_base_and_logits_are_float32(dtype, quantization, tiny):
     base = load_base(tiny, dtype, quantization)
     inputs, _, _ = BatchSequence(ROWS, (16,), 8)[0]
-    hidden = hidden_at(base.arrays, lend(base, new_adapter(base)), inputs, base.config)
+    hidden = jax.jit(hidden_at, static_argnums=3)(base.arrays, lend(base, new_adapter(base)), inputs, base.config)
     assert str(hidden.dtype) == dtype
     assert str(logits_of(base.arrays, hidden, base.config).dtype) == "float32"
     assert score(base, new_adapter(base)).dtype == np.float32

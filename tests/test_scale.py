@@ -488,7 +488,7 @@ def python(code, *arguments):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("times", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed(times, tmp_path, clf, run):
     path = write_tsv(tmp_path / "in.tsv", comments(500 * times))
     predict_file(clf, path, tmp_path / "expected.tsv", chunk_rows=50)
@@ -569,9 +569,7 @@ print("equal")
 """
 )
 
-RESUMED = (
-    DEVICES
-    + """
+RESUMED = """
 class Stop(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
@@ -583,7 +581,7 @@ class Stop(keras.callbacks.Callback):
 from gemma_lora_sentiment import training
 training.CHECKPOINT_SECONDS = 0  # at every step
 whole = fitted(callbacks=[Stop()])
-for number, (before, after) in enumerate(cases):
+for number, (before, after) in enumerate(json.loads(sys.argv[4])):
     before, after = (dict(zip(("devices", "strategy"), each)) for each in (before, after))
     os.environ["STOP"] = "2"
     try:
@@ -598,7 +596,6 @@ for number, (before, after) in enumerate(cases):
     same(whole, again)
 print("resumed")
 """
-)
 
 
 def on_devices(code, *arguments):
@@ -616,21 +613,20 @@ def tiny(tmp_path_factory):
     return tiny_gemma(tmp_path_factory.mktemp("bases") / "tiny")
 
 
-def test_eight_devices_equal_one(tiny, tmp_path):
-    assert "equal" in on_devices(EQUAL, tiny, tmp_path, json.dumps([(8, "data"), (2, "model")]))
+def equal_and_resumed(tiny, folder, equal, resumed):  # in one process, which compiles each program once
+    said = on_devices(EQUAL + RESUMED, tiny, folder, json.dumps(equal), json.dumps(resumed))
+    assert "equal" in said and "resumed" in said
 
 
-def test_checkpoints_go_on_on_other_devices(tiny, tmp_path):
-    cases = [((8, "data"), (2, "model")), ((2, "model"), (2, "model"))]
-    assert "resumed" in on_devices(RESUMED, tiny, tmp_path, json.dumps(cases))
+def test_eight_devices_equal_one_and_checkpoints_go_on_on_others(tiny, tmp_path):
+    resumed = [((8, "data"), (2, "model")), ((2, "model"), (2, "model"))]
+    equal_and_resumed(tiny, tmp_path, [(8, "data"), (2, "model")], resumed)
 
 
 @pytest.mark.slow
 def test_other_numbers_of_devices(tiny, tmp_path):
-    cases = [(5, "data", 8), (8, "model", 2), (["cpu:3", "cpu:5", "cpu:6"], "auto", 4)]
-    assert "equal" in on_devices(EQUAL, tiny, tmp_path, json.dumps(cases))
-    cases = [((4, "data"), (4, "data")), ((2, "model"), ()), ((), (8, "data"))]
-    assert "resumed" in on_devices(RESUMED, tiny, tmp_path, json.dumps(cases))
+    equal = [(5, "data", 8), (8, "model", 2), (["cpu:3", "cpu:5", "cpu:6"], "auto", 4)]
+    equal_and_resumed(tiny, tmp_path, equal, [((4, "data"), (4, "data")), ((2, "model"), ()), ((), (8, "data"))])
 
 
 @pytest.mark.slow

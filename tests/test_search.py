@@ -171,8 +171,8 @@ def test_what_is_given_is_not_decided(given, monkeypatch):
     assert clf.fit(ROWS.comment[:8], ["다시 옴", "안 옴"] * 4).choices_ == {}
 
 
-@pytest.mark.parametrize("given", [["good", "bad"], {"다시 옴": "good", "안 옴": "bad"}], ids=str)
-def test_words_that_are_given_are_kept(given, base, tokenizer):
+def test_words_that_are_given_are_kept():  # in either form: test_classifier
+    given = {"다시 옴": "good", "안 옴": "bad"}
     clf = GemmaLoraClassifier(epochs=1, max_length=64, label_words=given).fit(ROWS.comment, ROWS.label.map(NAMES))
     assert clf.words_.words == ("good", "bad") and clf.choices_["words"] is None and clf.choices_["loss"] > 0
 

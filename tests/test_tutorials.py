@@ -10,12 +10,14 @@ from test_docs import TUTORIALS, name_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Many fits and rows enough for them, or whole texts of full length: by hand before a release.
-SLOW = ("first_look_to_decision", "five_suggestions", "from_37_minutes")
+# The Korean page is the English one: test_docs.test_both_languages_run_the_same_code compares them cell by cell.
+SLOW = ("first_look_to_decision", "five_suggestions", "from_37_minutes", "fine_tune_on_colab_ko")
 ROWS = {"first_look_to_decision": 24, "five_suggestions": 8}  # of each label and kind; 2 for the others
 OF_LABEL = {"from_37_minutes": 2}  # of each label
 SHORTER = {  # what a slice writes otherwise than the page: text of a cell -> what stands there instead
     "from_37_minutes": {"512": "128"},
     "your_own_labels": {
+        '        "as it comes": {},\n': "",  # the English rows below are fitted as they come
         '"learning_rate": [3e-3], "epochs": [6], "batch_size": [4]': '"epochs": [1]'
     },
 }
