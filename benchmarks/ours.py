@@ -158,7 +158,7 @@ def run_classifier(spec: Mapping[str, Any], rows: Mapping[str, Any], log: Proces
     clf.fit(comments, labels)
     log(fit_seconds=time.perf_counter() - started, process_seconds=log.elapsed(), peak_bytes=device_peak_bytes())
     log(epochs=clf.history_.seconds.tolist(), dtype=clf.dtype_, batch_size=clf.recipe_.batch_size)
-    log(fit_epochs=clf.best_epoch_, quantization=clf.quantization_)
+    log(fit_epochs=len(clf.history_), quantization=clf.quantization_)
     if spec["cache"] == "warm" or log.is_over():
         return
     texts = {

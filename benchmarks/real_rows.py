@@ -144,7 +144,7 @@ def _classifier(system: str, spec: Mapping[str, Any], labels: Sequence[Any], aga
 def _settings_of(clf: Any) -> dict[str, Any]:  # what a fit of ours arrived at, as JSON holds it
     if not hasattr(clf, "recipe_"):
         return {}
-    recipe = vars(clf.recipe_) | {"epochs": clf.best_epoch_}  # those that were trained
+    recipe = vars(clf.recipe_) | {"epochs": len(clf.history_)}  # those that were trained
     found = {"recipe": recipe, "recipe_name": clf.recipe_name_, "dtype": clf.dtype_}
     found |= {"quantization": clf.quantization_, "words": list(clf.words_.words), "template": clf.template}
     found |= {"targets": list(clf.adapter_.targets), "choices": clf.choices_}
@@ -286,7 +286,7 @@ def _run_peft(spec: Mapping[str, Any], rows: Mapping[str, Any], log: ProcessLog)
     texts, targets = peft_rows(given, how)
     log(import_seconds=log.elapsed(), dtype=dtype, recipe=recipe)
     shared = ("epochs", "batch_size", "learning_rate", "weight_decay", "global_clipnorm")
-    of_fit = {name: recipe[name] for name in shared}
+    of_fit = {name: recipe[name] for name in shared if name in recipe}
     of_fit |= dict(linear=recipe["schedule"] == "linear", seed=settings["seed"], autocast=autocast)
     words = given["words"] if how == "words" else None
     for which in ("", "re"):

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,9 @@ if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
 import jax  # noqa: E402
 
 
+_IMPORTING = threading.RLock()  # another thread waits until a module is whole
+
+
 class _Later:
     "A module that is imported, without TensorFlow, when something of it is asked for."
 
@@ -52,10 +56,16 @@ class _Later:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        if self._name not in sys.modules:
-            with without_tensorflow():
-                importlib.import_module(self._name)
-        return getattr(sys.modules[self._name], attribute)
+        if attribute.startswith("__") and attribute != "__version__":  # who copies or inspects the name
+            raise AttributeError(attribute)
+        with _IMPORTING:
+            if "_module" not in vars(self):
+                with without_tensorflow():
+                    self._module = importlib.import_module(self._name)
+        return getattr(self._module, attribute)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Later, (self._name,)
 
 
 keras, keras_nlp = _Later("keras"), _Later("keras_nlp")

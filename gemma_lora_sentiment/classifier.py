@@ -542,6 +542,23 @@ def _program(job: _Job) -> tuple[Any, ...] | None:  # None: it must train by its
     return id(job.base), job.start.rank, job.start.targets, *shape, *loss
 
 
+def _side_by_side(jobs: Sequence[_Job]) -> list[_Trained | None]:  # of each; None where memory did not do
+    first = jobs[0]
+    several = zip(*[(job.rows, job.recipe, job.options["seed"], job.words) for job in jobs], strict=True)
+    try:
+        starts = [job.start for job in jobs]
+        trained = train_side_by_side(first.base, starts, *several, first.lora_dropout, first.again)
+    except (RuntimeError, MemoryError, ValueError) as error:  # as JAX says it, on one platform or the other
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        warnings.warn(f"Too little memory for {len(jobs)} fits side by side; training one by one.", stacklevel=2)
+        return [None] * len(jobs)
+    for job, (_, history, _) in zip(jobs, trained, strict=True):
+        for numbers in history.to_dict("records") if job.options["progress"] else ():
+            job.options["progress"](numbers)
+    return trained
+
+
 def _trained_together(
     jobs: Sequence[_Job],
 ) -> list[_Trained | None]:  # of each; None: to be trained by itself
@@ -556,10 +573,7 @@ def _trained_together(
         room = fits_together(first.base, first.start.rank, first.start.targets, shape)
         for chunk in (members[i : i + room] for i in range(0, len(members), room)):
             if len(chunk) > 1:
-                several = zip(*[(*fits[i], jobs[i].words) for i in chunk], strict=True)
-                starts = [jobs[i].start for i in chunk]
-                trained = train_side_by_side(first.base, starts, *several, first.lora_dropout, first.again)
-                for i, result in zip(chunk, trained, strict=True):
+                for i, result in zip(chunk, _side_by_side([jobs[i] for i in chunk]), strict=True):
                     results[i] = result
     return results
 
@@ -826,8 +840,8 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
     ) -> Iterator[GemmaLoraClassifier]:  # a fitted clone for each part, in their order
         """Fit clones to several sets of rows, or with several settings: the folds of a cross-validation, a sweep.
 
-        One after another; on a GPU side by side, as many as there is room for (see Side by side), but with validation,
-        callbacks, checkpoints or several devices. Raises as `fit` does.
+        One after another; on a GPU side by side, as many as there is room for (see Side by side), where there is no
+        validation, callback, checkpoint or second device. Raises as `fit` does.
         """
         clones = [clone(self).set_params(**each) for each in parameters or [{}] * len(parts)]
         if not gains_side_by_side():

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
-from .model import resolve_preset, without_tensorflow  # isort: skip
+from .backend import keras, keras_nlp, without_tensorflow  # isort: skip
+from .model import resolve_preset  # isort: skip
 
 import jax
-import keras
-import keras_nlp
 import numpy as np
 import pandas as pd
 import scipy.sparse

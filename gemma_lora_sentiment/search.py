@@ -148,12 +148,14 @@ def _most_often_found(
     label_index: np.ndarray,  # int (n,)
     n_labels: int,
     tokenizer: TextTokenizer,
-) -> tuple[tuple[tuple[int, str], ...], np.ndarray]:  # token id and word of each label; bool (n,), rows that judge them
+) -> tuple[tuple[tuple[int, str], ...] | None, np.ndarray]:  # token id and word of each label; bool (n,), which judge
     "What four fifths of the rows find most often, and the fifths that were left out when they did."
     part, wanted, found = _parts(label_index), max(_CANDIDATES, 4 * n_labels), {}
     first = min(_LOOKED_AT * wanted, log_probabilities.shape[1])
     best = np.asarray(_liked_best(first)(log_probabilities, _shares(label_index, part, n_labels)))
     candidates = [_candidates(token_ids, tokenizer, wanted) for token_ids in best]
+    if min(map(len, candidates)) < n_labels:
+        return None, part < 0
     for judge, each in enumerate(candidates):
         kept, columns = part != judge, np.array([token for token, _ in each])
         scores = np.asarray(log_probabilities[:, columns])[kept]
@@ -182,6 +184,8 @@ def _words_found(
     "Words in the place of the labels' own, where rows that did not find them say that they are better."
     n_labels, guessing = len(words.labels), np.log(len(words.labels))
     found, judges = _most_often_found(likes, index, n_labels, tokenizer)
+    if found is None:  # hardly any of the tokens that it likes is a word
+        return words, evidence
     ids, spoken = zip(*found, strict=True)
     tried = _losses(np.asarray(likes[:, np.array(ids)])[judges], index[judges])
     gain, loss = own[judges] - tried, _evenly(index[judges], n_labels) @ tried

@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # First: it chooses Keras's backend before keras is imported.
-from .backend import device_bytes  # isort: skip
+from .backend import device_bytes, keras  # isort: skip
 from .model import Base, lora_targets  # isort: skip
 
 import jax
@@ -44,9 +44,6 @@ from gemma_lora_sentiment.prompt import (
 )
 from .scoring import compiler_options, log_softmax, put, score_labels
 
-if TYPE_CHECKING:
-    import keras
-
 # %% auto #0
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
@@ -70,7 +67,7 @@ class Recipe:
     target_layers: tuple[str, ...] | str = ("query", "value")  # layers with LoRA, or "all" that can carry it
     global_clipnorm: float = 0.0  # the gradient of a step is cut down to this norm; 0: it is not
     among_labels: float = 0.0  # share of the loss that is computed among the label words alone, from 0 to 1
-    learned_at: float = 0.0  # share of the loss of guessing; an epoch of less is followed by one more, 0: by all
+    learned_at: float = 0.0  # share of the loss of guessing a label; an epoch of less is the last but one; 0: never
 
     def __post_init__(self):
         if not isinstance(self.target_layers, str):  # JSON makes lists of tuples
@@ -90,7 +87,7 @@ RECIPES = {
     # Google's weights; rate, clipping and loss as chosen with Gemma 3 270M, for whose width the rate is
     "gemma": Recipe(
         lora_rank=8, learning_rate=2.5e-4, epochs=8, target_layers="all", global_clipnorm=0.3, among_labels=0.9,
-        learned_at=0.25,
+        learned_at=0.5,
     ),
     # the bundled base; chosen among eight settings, then among six near these, on held-out comments; see Pretraining
     "mini_ko": Recipe(lora_rank=8, learning_rate=2.5e-3, epochs=3, target_layers="all"),
@@ -592,8 +589,6 @@ def _callbacks(
     "Keras's own list of callbacks."
     if not given:
         return _NobodyCalled()
-    import keras
-
     return keras.callbacks.CallbackList(
         list(given), add_history=True, model=handle, epochs=epochs, steps=steps, verbose=0
     )
@@ -683,12 +678,13 @@ def validation_numbers(
 
 
 def has_learned(
-    loss: float,  # mean of an epoch, of the rows as they are met
+    loss: float,  # mean of an epoch over the tokens of responses, of the rows as they are met
     recipe: Recipe,
     words: LabelWords,
 ) -> bool:
-    "Whether one more epoch is enough."
-    return loss < recipe.learned_at * np.log(len(words.labels))
+    "Whether one more epoch is enough: one token of a response parts the labels, whatever follows or precedes it."
+    of_a_response = loss * np.mean([len(ids) for ids in words.trained_ids])
+    return of_a_response < recipe.learned_at * np.log(len(words.labels))
 
 
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints within an epoch
@@ -747,8 +743,10 @@ class _Fit:
             _compile_side_by_side([partial(program.lower, *self._given(shape)) for shape in shapes])
         callbacks.on_train_begin()
         number = epoch
-        while number < self.epochs and not self.handle.stop_training:
+        while number < self.epochs:
             self._run_epoch(program, callbacks, number, batch if number == epoch else 0)
+            if self.handle.stop_training:
+                break
             number += 1
         callbacks.on_train_end(self.history[-1])
 

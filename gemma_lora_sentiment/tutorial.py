@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .backend import without_tensorflow  # isort: skip  # first: it chooses Keras's backend
+# First: it chooses Keras's backend.
+from .backend import keras, keras_nlp, without_tensorflow  # isort: skip
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -46,8 +46,6 @@ def causal_lm(
     "The base as KerasHub's own model. Raises `RunError` for a base or adapter that Keras cannot hold."
     if base.quantization or base.mesh is not None or (adapter and isinstance(adapter.rank, Mapping)):
         raise RunError("KerasHub's own model takes a base that is not quantized, on one device, and LoRA of one rank.")
-    import keras_nlp
-
     with without_tensorflow(), without_drawing():
         backbone = getattr(keras_nlp.models, f"{base.config.family}Backbone")(**base.arguments, dtype=base.dtype)
         variables = {variable.path: variable for variable in backbone.variables}

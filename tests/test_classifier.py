@@ -15,6 +15,7 @@ import unicodedata
 import warnings
 from pathlib import Path
 
+import jax
 import joblib
 import numpy as np
 import pandas as pd
@@ -1007,6 +1008,30 @@ def test_fits_side_by_side_are_fits_one_by_one(make, as_on_a_gpu):
         np.testing.assert_allclose(fitted.history_.loss, alone.history_.loss, atol=1e-3)
         assert fitted.best_epoch_ == alone.best_epoch_
         assert np.abs(fitted.predict_proba(COMMENTS) - make().fit(COMMENTS, LABELS).predict_proba(COMMENTS)).max() > 0
+
+
+def test_fits_that_have_no_room_side_by_side_are_made_one_by_one(make, as_on_a_gpu, monkeypatch):
+    from gemma_lora_sentiment import classifier as room
+
+    def full(*given):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
+
+    def broken(*given):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(room, "train_side_by_side", full)
+    with pytest.warns(UserWarning, match="2 fits side by side; training one by one"):
+        fitted = list(make().fit_many(PARTS[:2]))
+    assert (fitted[0].predict_proba(COMMENTS) == make().fit(*PARTS[0]).predict_proba(COMMENTS)).all()
+    monkeypatch.setattr(room, "train_side_by_side", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        list(make().fit_many(PARTS[:2]))
+
+
+def test_epochs_of_fits_side_by_side_are_told(make, as_on_a_gpu, capsys):
+    list(make(verbose=1, epochs=3).fit_many(PARTS[:2]))
+    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert told == ["epoch 1", "epoch 2", "epoch 3"] * 2
 
 
 @pytest.mark.parametrize(

@@ -658,3 +658,19 @@ def test_the_bundled_base_is_a_preset_of_plain_keras_hub():
     base = load_base("mini_ko")
     assert base.parameter_count == sum(array.size for _, array in base.weights()) < 2e7
     assert load_base("mini_ko") is base and base.dtype == "float32"
+
+
+@pytest.mark.parametrize("room", ["classifier", "tutorial", "pretraining", "training"])
+def test_no_room_imports_tensorflow(room, tmp_path):
+    """A TensorFlow that is installed is not imported: it takes seconds, and memory of the GPU."""
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')", encoding="utf-8")
+    code = f"""if True:
+        import gemma_lora_sentiment.{room} as room
+        from gemma_lora_sentiment.backend import keras, keras_nlp
+        print(keras.config.backend(), keras_nlp.models.GemmaBackbone.__name__)
+    """
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["jax", "GemmaBackbone"]

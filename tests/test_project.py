@@ -78,7 +78,7 @@ ROOM_IMPORTS = {
     "submission": {"files", "data", "tables"},
     "scale": {"files", "tables", "data", "prompt", "checkpoint", "scoring", "classifier", "decision"},
     "service": {"files", "tables", "scoring", "classifier", "decision", "run"},
-    "pretraining": {"model", "prompt"},
+    "pretraining": {"backend", "model", "prompt"},
     "cli": {
         *("files", "data", "prompt", "backend", "cache", "credentials", "model", "memory", "precision", "adapter"),
         *("export", "classifier", "labelling", "submission", "pretraining", "scale"),

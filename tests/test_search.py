@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment import GemmaLoraClassifier, read_comments
+from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, search
 from gemma_lora_sentiment.model import load_base
-from gemma_lora_sentiment.prompt import PromptTemplate, TextTokenizer, encode_prompts, label_words
+from gemma_lora_sentiment.prompt import LabelWords, PromptTemplate, TextTokenizer, encode_prompts, label_words
 from gemma_lora_sentiment.search import choices_text, choose_steps, choose_strength, choose_words, rows_to_ask
 from gemma_lora_sentiment.training import RECIPES
 
@@ -192,3 +192,12 @@ def test_a_refit_takes_the_words_and_steps_that_were_judged(tmp_path):
     assert run["recipe"]["batch_size"] == saved["recipe"]["batch_size"] == 4
     assert run["choices"]["said"] == saved["choices"]["said"] < 0.2 and saved["words"] == ["오른쪽 문", "왼쪽 문"]
     assert "training rows asked" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_vocabulary_with_hardly_a_word_keeps_the_labels_own(monkeypatch):
+    likes = np.log(np.random.default_rng(0).dirichlet(np.ones(40), 60)).astype(np.float32)
+    index = np.arange(60) % 3
+    monkeypatch.setattr(search, "_candidates", lambda *given: [(7, "seven"), (8, "eight")])
+    own = LabelWords(("a", "b", "c"), ("a", "b", "c"), ((1,), (2,), (3,)), (0,))
+    evidence = {"loss": 1.2, "words": None}
+    assert search._words_found(likes, index, own, None, np.full(60, 1.2), evidence) == (own, evidence)

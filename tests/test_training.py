@@ -537,3 +537,24 @@ def test_a_large_gradient_is_remembered_no_longer_than_a_clipped_one(base):
     assert np.sqrt(moments[1e-3].sum()) == pytest.approx(1e-3, rel=1e-3)
     assert np.sqrt(moments[0.0].sum()) > 1e-2
     np.testing.assert_array_equal(moments[1e3], moments[0.0])
+
+
+def test_a_base_that_guesses_has_learned_nothing_however_long_a_response_is():
+    """One token of a response parts the labels; those beside it are soon certain."""
+    recipe, guessing = replace(RECIPE, learned_at=0.5), np.log(2)
+    for word_ids, end_ids in (((20,), (21,)), (1,)), (((20, 22, 23), (21, 22, 23)), (1,)), (((20,), (21,)), (5, 6, 1)):
+        words = LabelWords(("0", "1"), ("a", "b"), word_ids, end_ids)
+        tokens = len(words.trained_ids[0])
+        assert not room.has_learned(guessing / tokens, recipe, words)
+        assert not room.has_learned(0.51 * guessing / tokens, recipe, words)
+        assert room.has_learned(0.49 * guessing / tokens, recipe, words)
+        assert not room.has_learned(0.0, RECIPE, words)
+
+
+def test_a_callback_that_stops_at_once_stops_after_an_epoch_as_in_keras(base):
+    class Impatient(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.stop_training = True
+
+    _, history, _ = fit(base, replace(RECIPE, epochs=3), callbacks=[Impatient()])
+    assert len(history) == 1
