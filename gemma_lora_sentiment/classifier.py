@@ -558,7 +558,7 @@ def _side_by_side(jobs: Sequence[_Job]) -> list[_Trained | None]:  # of each; No
             job.options["progress"](numbers)
     return trained
 
-
+# %% ../nbs/05_classifier.ipynb #8daafa5e
 def _trained_together(
     jobs: Sequence[_Job],
 ) -> list[_Trained | None]:  # of each; None: to be trained by itself
@@ -568,8 +568,8 @@ def _trained_together(
     for program in dict.fromkeys(program for program in programs if program is not None):
         members = [i for i, each in enumerate(programs) if each == program]
         first = jobs[members[0]]
-        fits = {i: (jobs[i].rows, jobs[i].recipe, jobs[i].options["seed"]) for i in members}
-        shape = shape_of_fits(*zip(*fits.values(), strict=True))
+        fits = [(jobs[i].rows, jobs[i].recipe, jobs[i].options["seed"]) for i in members]
+        shape = shape_of_fits(*zip(*fits, strict=True))
         room = fits_together(first.base, first.start.rank, first.start.targets, shape)
         for chunk in (members[i : i + room] for i in range(0, len(members), room)):
             if len(chunk) > 1:
