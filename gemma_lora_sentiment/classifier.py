@@ -43,6 +43,7 @@ from .side_by_side import fits_together, gains_side_by_side, shape_of_fits, trai
 from .search import choices_text, choose_forged, choose_steps, choose_strength, choose_words
 from gemma_lora_sentiment.training import (
     RECIPES,
+    OutOfMemory,
     Recipe,
     Rows,
     choose_shapes,
@@ -548,9 +549,7 @@ def _side_by_side(jobs: Sequence[_Job]) -> list[_Trained | None]:  # of each; No
     try:
         starts = [job.start for job in jobs]
         trained = train_side_by_side(first.base, starts, *several, first.lora_dropout, first.again)
-    except (RuntimeError, MemoryError, ValueError) as error:  # as JAX says it, on one platform or the other
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except OutOfMemory:
         warnings.warn(f"Too little memory for {len(jobs)} fits side by side; training one by one.", stacklevel=2)
         return [None] * len(jobs)
     for job, (_, history, _) in zip(jobs, trained, strict=True):

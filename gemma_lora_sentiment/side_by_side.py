@@ -34,6 +34,7 @@ from gemma_lora_sentiment.training import (
     Rows,
     first_state,
     has_learned,
+    memory_explained,
     not_finite,
     runs_apart,
     step_numbers,
@@ -174,14 +175,15 @@ def train_side_by_side(
     lora_dropout: float = 0.0,  # share of the input features that A does not see in a step
     again: bool = False,  # blocks are computed again in the backward pass, for less memory
 ) -> list[tuple[Adapter, pd.DataFrame, tuple[int, ...]]]:  # of each fit as train_adapter gives them
-    "Train under the base's lock, without validation and checkpoints. Raises `RunError` where a loss is not finite."
+    "Train under the base's lock, without validation and checkpoints. Raises as `train_adapter` does."
     packing = _shared_packing(rows, recipes, seeds)
     fits = [
         BatchSequence(each, (packing.length,), recipe.batch_size, recipe.loss_on, seed, packing=packing)
         for each, recipe, seed in zip(rows, recipes, seeds, strict=True)
     ]
     totals = [len(fit) * recipe.epochs for fit, recipe in zip(fits, recipes, strict=True)]
-    with base.lock:
+    shape = shape_of_fits(rows, recipes, seeds)
+    with base.lock, memory_explained(base, starts[0], recipes[0].batch_size, shape):
         base.lay_out(runs_apart(base, max(totals)))
         loras = [stacked_lora(start, base.config) for start in starts]
         layout = LoraLayout.of(loras[0])

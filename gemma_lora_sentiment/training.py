@@ -48,8 +48,8 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
            'LoraLayout', 'first_state', 'losses_among_labels', 'train_step', 'runs_apart', 'FitHandle', 'not_finite',
-           'OutOfMemory', 'validation_numbers', 'has_learned', 'part_of_checkpoint', 'fit_identity', 'fit_to_device',
-           'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
+           'OutOfMemory', 'memory_explained', 'validation_numbers', 'has_learned', 'part_of_checkpoint', 'fit_identity',
+           'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -639,7 +639,7 @@ class OutOfMemory(RunError, MemoryError):
 
 
 @contextmanager
-def _memory_explained(
+def memory_explained(
     base: Base,
     start: Adapter,
     batch_size: int,  # rows a step
@@ -1004,7 +1004,7 @@ def train_adapter(
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
     more |= {"rematerialize": True} if rematerialize else {}
-    with base.lock, _memory_explained(base, start, recipe.batch_size, shape):
+    with base.lock, memory_explained(base, start, recipe.batch_size, shape):
         apart = runs_apart(base, steps)
         more |= {"blocks_apart": True} if apart else {}
         base.lay_out(apart)

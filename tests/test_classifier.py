@@ -1011,7 +1011,7 @@ def test_fits_side_by_side_are_fits_one_by_one(make, as_on_a_gpu):
 
 
 def test_fits_that_have_no_room_side_by_side_are_made_one_by_one(make, as_on_a_gpu, monkeypatch):
-    from gemma_lora_sentiment import classifier as room
+    from gemma_lora_sentiment import side_by_side as room
 
     def full(*given):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
@@ -1019,11 +1019,11 @@ def test_fits_that_have_no_room_side_by_side_are_made_one_by_one(make, as_on_a_g
     def broken(*given):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(room, "train_side_by_side", full)
+    monkeypatch.setattr(room, "_run", full)
     with pytest.warns(UserWarning, match="2 fits side by side; training one by one"):
         fitted = list(make().fit_many(PARTS[:2]))
     assert (fitted[0].predict_proba(COMMENTS) == make().fit(*PARTS[0]).predict_proba(COMMENTS)).all()
-    monkeypatch.setattr(room, "train_side_by_side", broken)
+    monkeypatch.setattr(room, "_run", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         list(make().fit_many(PARTS[:2]))
 
