@@ -15,10 +15,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name as mark
 
 # %% auto #0
-__all__ = ['LORA_LAYERS', 'INT4_BLOCK', 'KEPT', 'OUTSIDE', 'Layer', 'GemmaConfig', 'gemma_config', 'array_shapes', 'block_shapes',
-           'rms_norm', 'rotary_angles', 'rotate', 'unpack', 'project', 'may_see', 'attend', 'soft_cap', 'feed_forward',
-           'route', 'experts', 'block', 'hidden_at', 'through_blocks', 'row_means', 'embedded', 'logits_of',
-           'with_scales', 'drop_inputs', 'array_name', 'stacked', 'block_bytes']
+__all__ = ['LORA_LAYERS', 'INT4_BLOCK', 'SAME_INPUT', 'KEPT', 'OUTSIDE', 'Layer', 'GemmaConfig', 'gemma_config', 'array_shapes',
+           'block_shapes', 'rms_norm', 'rotary_angles', 'rotate', 'unpack', 'project', 'joined', 'project_all',
+           'may_see', 'attend', 'soft_cap', 'feed_forward', 'route', 'experts', 'block', 'hidden_at', 'through_blocks',
+           'row_means', 'embedded', 'logits_of', 'with_scales', 'drop_inputs', 'array_name', 'stacked', 'block_bytes']
 
 # %% ../nbs/01d_gemma.ipynb #5ba365c1
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class GemmaConfig:
     experts_per_token: int = 0
     expert_dim: int = 0
     apart: bool = False  # no blocks are stacked: more to compile, less to compute
+    on_gpu: bool = False  # small products are joined and the vocabulary's is divided, for a GPU without a mesh
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -288,6 +289,55 @@ def project(
     low = jnp.einsum(f"{inputs},{of_kernel[:-1]}r->{output[:-1]}r", x, lora["a"].astype(x.dtype))
     return y + low @ (lora["b"] * lora["scale"]).astype(x.dtype)
 
+# %% ../nbs/01d_gemma.ipynb #7c4d97f1
+SAME_INPUT = (("query", "key", "value"), ("ffw_gating", "ffw_gating_2"))  # kernels that read one input
+_JOINED_COLUMNS = 128  # of A; with more of them the zeros in B cost more than they save
+
+
+def joined(
+    lora: Mapping[str, Mapping[str, jax.Array]],  # of a group of blocks: layer -> a, b, scale, stacked
+    dtype: Any,  # float format to compute in
+    apart: Sequence[str] = (),  # kernels whose input is another one
+) -> dict[str, dict[str, jax.Array]]:  # "query+value" and the like -> a (layers, d, R), b (layers, R, all outputs)
+    "Layers that read one input put together: A beside A, B and each head's B on a diagonal."
+    found = dict(lora)
+    for members in SAME_INPUT:
+        names = [name for name in members if name in lora and name not in apart]
+        firsts = [jnp.moveaxis(lora[name]["a"], -2, 1) for name in names]  # (layers, d, heads, r), or without heads
+        columns = [int(np.prod(a.shape[2:])) for a in firsts]
+        if len(names) < 2 or sum(columns) > _JOINED_COLUMNS:
+            continue
+        seconds = [found.pop(name) for name in names]
+        seconds = [(pair["b"] * pair["scale"][:, None, None]).astype(dtype) for pair in seconds]
+        heads = [n // b.shape[1] for n, b in zip(columns, seconds, strict=True)]
+        wide = [b for b, n in zip(seconds, heads, strict=True) for _ in range(n)]  # of each head
+        ends = np.cumsum([b.shape[-1] for b in wide])
+        around = [(int(end - b.shape[-1]), int(ends[-1] - end)) for b, end in zip(wide, ends, strict=True)]
+        rows = [jnp.pad(b, ((0, 0), (0, 0), zeros)) for b, zeros in zip(wide, around, strict=True)]
+        firsts = [a.astype(dtype).reshape(*a.shape[:2], -1) for a in firsts]
+        found["+".join(names)] = {"a": jnp.concatenate(firsts, axis=-1), "b": jnp.concatenate(rows, axis=1)}
+    return found
+
+
+def project_all(
+    x: jax.Array,  # (b, p, d), or with heads
+    kernels: Mapping[str, Any],  # name -> W
+    equation: str,  # of xW, as `project` takes it
+    shapes: Mapping[str, Sequence[int]],  # of all W, by name
+    lora: Mapping[str, Mapping[str, jax.Array]],  # by name -> a, b, scale; or joined -> a, b
+) -> list[jax.Array]:  # in the order of the kernels
+    "What `project` makes of each kernel; LoRA of kernels that are joined is two products for all of them."
+    ys = {name: project(x, kernel, equation, shapes[name], lora.get(name)) for name, kernel in kernels.items()}
+    for names in [names.split("+") for names in lora if "+" in names]:
+        if names[0] not in ys:
+            continue
+        pair = lora["+".join(names)]
+        ends = np.cumsum([int(np.prod(ys[name].shape[2:])) for name in names])
+        for name, part in zip(names, jnp.split((x @ pair["a"]) @ pair["b"], ends[:-1], axis=-1), strict=True):
+            ys[name] = ys[name] + part.reshape(ys[name].shape)
+    return list(ys.values())
+
+
 # %% ../nbs/01d_gemma.ipynb #8528fbc2
 def may_see(
     rows: jax.Array,  # int (b, l), number of the row that each token belongs to, among those of its line
@@ -333,13 +383,12 @@ def soft_cap(
 # %% ../nbs/01d_gemma.ipynb #97869375
 def feed_forward(
     x: jax.Array,  # (b, p, d)
-    gate: Callable[[jax.Array], jax.Array],  # (b, p, d) -> (b, p, f)
-    up: Callable[[jax.Array], jax.Array],  # likewise
+    gate_and_up: Callable[[jax.Array], Sequence[jax.Array]],  # (b, p, d) -> (b, p, f) and (b, p, f)
     down: Callable[[jax.Array], jax.Array],  # (b, p, f) -> (b, p, d)
 ) -> jax.Array:  # (b, p, d)
     "GELU of the gate times the rest ([Shazeer 2020](https://arxiv.org/abs/2002.05202))."
-    gated, straight = mark(gate(x), "gate"), mark(up(x), "up")
-    return down(jax.nn.gelu(gated, approximate=True) * straight)
+    gate, up = gate_and_up(x)
+    return down(jax.nn.gelu(mark(gate, "gate"), approximate=True) * mark(up, "up"))
 
 
 def route(
@@ -398,15 +447,22 @@ def block(
     def norm(x: jax.Array, name: str) -> jax.Array:
         return rms_norm(x, arrays[name], config.norm_epsilon, config.norm_offset)
 
-    def by(kernel: str, equation: str) -> Callable[[jax.Array], jax.Array]:
-        return lambda x: project(x, arrays[kernel], equation, shapes[kernel], lora.get(kernel))
+    def by(equation: str, *kernels: str) -> Callable[[jax.Array], list[jax.Array]]:
+        return lambda x: project_all(x, {name: arrays[name] for name in kernels}, equation, shapes, lora)
 
     if config.clamped and x.dtype == jnp.float16:
         x = jnp.clip(x, -65504, 65504)
-    normed = norm(x, "pre_attention_norm")
-    keys, values = _keys_and_values(normed, turns, norm, by, config, layer) if borrowed is None else borrowed
-    x, normed = _picked(x, places), _picked(normed, places)
-    out = _attention(normed, keys, values, turns, seen, norm, by, config, places)
+    normed, of_heads = norm(x, "pre_attention_norm"), "bld,ndh->blnh"
+    of_keys = () if borrowed else ("key",) if layer.key_is_value else ("key", "value")
+    if places is None:
+        queries, *others = by(of_heads, "query", *of_keys)(normed)
+    else:
+        others = by(of_heads, *of_keys)(normed)
+        x = _picked(x, places)
+        (queries,) = by(of_heads, "query")(_picked(normed, places))
+    keys, values = _keys_and_values(others, turns, norm, config) if borrowed is None else borrowed
+    attended = _attention(queries, keys, values, turns, seen, norm, config, places)
+    out = mark(by("blnh,nhd->bld", "attention_output")(attended)[0], "attended")
     x = mark(_added(x, norm(out, "post_attention_norm") if config.post_attention_norm else out, config), "residual")
     out = _fed_forward(x, arrays, norm, by, config)
     x = _added(x, norm(out, "post_ffw_norm") if config.post_ffw_norm else out, config)
@@ -418,43 +474,38 @@ def block(
 
 # %% ../nbs/01d_gemma.ipynb #b10c0001
 _Norm = Callable[[jax.Array, str], jax.Array]  # of hidden states, by the name of its scale
-_By = Callable[[str, str], Callable[[jax.Array], jax.Array]]  # name of a kernel, equation -> the projection
+_By = Callable[..., Callable[[jax.Array], list[jax.Array]]]  # equation, names of kernels -> their projections
 
 
 def _keys_and_values(
-    normed: jax.Array,  # (b, l, d)
+    projected: Sequence[jax.Array],  # (b, l, key heads, h), keys and values, or keys that are values too
     turns: tuple[jax.Array, jax.Array],  # cosines and sines, float32 (l, head_dim / 2)
     norm: _Norm,
-    by: _By,
     config: GemmaConfig,
-    layer: Layer,
 ) -> tuple[jax.Array, jax.Array]:  # (b, l, key heads, h)
     "What other tokens attend to."
-    keys = by("key", "bld,kdh->blkh")(normed)
-    values = keys if layer.key_is_value else by("value", "bld,kdh->blkh")(normed)
+    keys, values = mark(projected[0], "keys"), mark(projected[-1], "values")
     values = rms_norm(values, 0.0, config.norm_epsilon) if config.value_norm else values
     keys = norm(keys, "key_norm") if config.key_norm else keys
-    return mark(rotate(keys, *turns), "keys"), mark(values, "values")
+    return rotate(keys, *turns), values
 
 
 def _attention(
-    normed: jax.Array,  # (b, p, d)
+    queries: jax.Array,  # (b, p, heads, h), as they were projected
     keys: jax.Array,  # (b, l, key heads, h)
     values: jax.Array,  # (b, l, key heads, h)
     turns: tuple[jax.Array, jax.Array],  # cosines and sines, float32 (l, head_dim / 2)
     seen: jax.Array,  # bool (b, p, l)
     norm: _Norm,
-    by: _By,
     config: GemmaConfig,
-    places: jax.Array | None,  # int (b, p), of the tokens in `normed`; None: all
-) -> jax.Array:  # (b, p, d)
+    places: jax.Array | None,  # int (b, p), of the tokens that look; None: all
+) -> jax.Array:  # (b, p, heads, h)
     "What p tokens take from those they see."
-    queries = by("query", "bld,ndh->blnh")(normed)
+    queries = mark(queries, "queries")
     queries = norm(queries, "query_norm") if config.key_norm else queries
     turns = turns if places is None else tuple(table[places] for table in turns)
-    queries = mark(rotate(queries, *turns), "queries")
-    attended = attend(queries, keys, values, seen, config.query_scale, config.attention_cap)
-    return mark(by("attention_output", "blnh,nhd->bld")(attended), "attended")
+    return attend(rotate(queries, *turns), keys, values, seen, config.query_scale, config.attention_cap)
+
 
 # %% ../nbs/01d_gemma.ipynb #b10c0002
 def _fed_forward(
@@ -466,8 +517,8 @@ def _fed_forward(
 ) -> jax.Array:  # (b, p, d)
     "The feed-forward part, of Gemma 4 with its experts beside it."
     into = norm(x, "pre_ffw_norm")
-    gate, up = by("ffw_gating", "bld,df->blf"), by("ffw_gating_2", "bld,df->blf")
-    out = mark(feed_forward(into, gate, up, by("ffw_linear", "blf,fd->bld")), "fed")
+    gate_and_up, down = by("bld,df->blf", "ffw_gating", "ffw_gating_2"), by("blf,fd->bld", "ffw_linear")
+    out = mark(feed_forward(into, gate_and_up, lambda x: down(x)[0]), "fed")
     if not config.experts:
         return out
     chosen = experts(norm(x, "pre_ffw_norm_moe"), route(x, arrays, config), arrays)
@@ -482,8 +533,8 @@ def _of_own_input(
     places: jax.Array | None,  # int (b, p), of the tokens in `x`; None: all
 ) -> jax.Array:  # (b, p, d)
     "What Gemma 4 adds to a block from the token itself."
-    gated = jax.nn.gelu(by("per_layer_input_gate", "bld,dp->blp")(x), approximate=True)
-    up = by("per_layer_up_proj", "blp,pd->bld")(gated * _picked(own_input, places).astype(x.dtype))
+    gated = jax.nn.gelu(by("bld,dp->blp", "per_layer_input_gate")(x)[0], approximate=True)
+    (up,) = by("blp,pd->bld", "per_layer_up_proj")(gated * _picked(own_input, places).astype(x.dtype))
     return norm(up, "post_per_layer_input_norm")
 
 # %% ../nbs/01d_gemma.ipynb #77840e3d
@@ -557,7 +608,8 @@ def through_blocks(
         layer, chosen = layers[0], places if is_last else None
         borrowed = None if layer.keys_from is None else lent[layer.keys_from]
         own = None if of_layers is None else of_layers[first:end]
-
+        if config.on_gpu:
+            lora = joined(lora, x.dtype, apart=() if chosen is None else ("query",))
         tables, which = _tables(layers, rows, chosen)
 
         def compute(x, each, layer=layer, chosen=chosen, borrowed=borrowed, tables=tables):
@@ -624,8 +676,17 @@ def logits_of(
 ) -> jax.Array:  # float32 (b, p, vocabulary), or (b, p, n)
     "Logits of the next token."
     rows = base["embedding"] if token_ids is None else base["embedding"][token_ids]
-    logits = jnp.einsum("bpd,vd->bpv", hidden, rows.astype(hidden.dtype))  # float32 here would copy the embedding
+    rows = rows.astype(hidden.dtype)  # float32 here would copy the embedding
+    if config.on_gpu and token_ids is None and len(rows) % _PARTS == 0:
+        hidden = jnp.broadcast_to(hidden, (_PARTS, *hidden.shape))
+        logits = jnp.einsum("sbpd,svd->sbpv", hidden, rows.reshape(_PARTS, -1, rows.shape[-1]))
+        logits = jnp.moveaxis(logits, 0, 2).reshape(*hidden.shape[1:3], -1)
+    else:
+        logits = jnp.einsum("bpd,vd->bpv", hidden, rows)
     return soft_cap(logits.astype(jnp.float32), config.logit_cap)
+
+
+_PARTS = 64  # of the vocabulary; whole, the gradient's product keeps ten of an H200's 132 processors busy
 
 # %% ../nbs/01d_gemma.ipynb #b585fc29
 def with_scales(

@@ -37,6 +37,7 @@ from gemma_lora_sentiment.training import (
     memory_explained,
     not_finite,
     runs_apart,
+    step_config,
     step_numbers,
     train_step,
 )
@@ -192,7 +193,7 @@ def train_side_by_side(
             for start, recipe, total, seed, spoken in zip(starts, recipes, totals, seeds, words, strict=True)
         ]
         state, numbers = (jax.device_put(_stack(each)) for each in (map(first_state, loras), numbers))
-        program = _program(base.config, layout, bool(lora_dropout), base.dtype == "float16", again)
+        program = _program(step_config(base), layout, bool(lora_dropout), base.dtype == "float16", again)
         epochs = [recipe.epochs for recipe in recipes]
 
         def learned(fit: int, loss: Any) -> bool:  # a loss is waited for only where it counts

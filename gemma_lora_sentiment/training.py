@@ -47,9 +47,9 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 # %% auto #0
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
-           'LoraLayout', 'first_state', 'losses_among_labels', 'train_step', 'runs_apart', 'FitHandle', 'not_finite',
-           'OutOfMemory', 'memory_explained', 'validation_numbers', 'has_learned', 'part_of_checkpoint', 'fit_identity',
-           'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
+           'LoraLayout', 'first_state', 'losses_among_labels', 'train_step', 'runs_apart', 'step_config', 'FitHandle',
+           'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers', 'has_learned', 'part_of_checkpoint',
+           'fit_identity', 'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -496,6 +496,13 @@ def runs_apart(
     return steps * block_bytes(base.arrays) > _BYTES_WORTH_COMPILING
 
 
+def step_config(
+    base: Base,
+) -> GemmaConfig:  # of the base, and how a step computes it here
+    "How products are grouped: on one GPU as it likes them."
+    return replace(base.config, on_gpu=base.mesh is None and jax.default_backend() == "gpu")
+
+
 @lru_cache(maxsize=64)
 def _step_program(
     config: GemmaConfig, layout: LoraLayout, drops: bool, scaled: bool, again: bool, mesh: jax.sharding.Mesh | None
@@ -737,7 +744,7 @@ class _Fit:
         "Train from a batch of an epoch to the end."
         callbacks = _callbacks(self.callbacks, self.handle, self.recipe.epochs, len(self.batches))
         drops, scaled = bool(self.numbers["dropout"]), self.base.dtype == "float16"
-        program = _step_program(self.base.config, self.layout, drops, scaled, self.again, self.base.mesh)
+        program = _step_program(step_config(self.base), self.layout, drops, scaled, self.again, self.base.mesh)
         if self.base.mesh is None:
             shapes = self.batches.shapes
             _compile_side_by_side([partial(program.lower, *self._given(shape)) for shape in shapes])

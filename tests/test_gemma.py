@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from gemma_lora_sentiment.adapter import (
 from gemma_lora_sentiment.backend import without_tensorflow
 from gemma_lora_sentiment.gemma import (
     LORA_LAYERS,
+    GemmaConfig,
     array_name,
     array_shapes,
     feed_forward,
@@ -262,6 +263,33 @@ def test_scanned_blocks_are_blocks_one_after_another(folder, theirs, ours):
         close(gradients[path], expected, 1e-4)
 
 
+def test_products_joined_for_a_gpu_are_those_apart(folder, theirs, ours):
+    base = load_base(folder)
+    config = replace(base.config, on_gpu=True)
+    hidden, gradients = hidden_and_gradients(theirs["adapter"], theirs["batch"], theirs["weights"], config, base.arrays)
+    close(hidden, ours[0], 1e-5)
+    for path, expected in ours[1].items():
+        close(gradients[path], expected, 1e-4)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_logits_of_a_divided_vocabulary_are_those_of_the_whole(cap):
+    rng = np.random.default_rng(0)
+    hidden, rows = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 8), (64 * 5, 8)))
+    weights = rng.normal(size=(2, 3, 64 * 5)).astype(np.float32)
+    found = {}
+    for on_gpu in (False, True):
+        config = GemmaConfig("Gemma", 320, 8, (), 1.0, logit_cap=cap, on_gpu=on_gpu)
+
+        def loss(hidden, config=config):
+            logits = logits_of({"embedding": rows}, hidden, config)
+            return (logits * weights).sum(), logits
+
+        found[on_gpu] = jax.grad(loss, has_aux=True)(hidden)
+    for ours, expected in zip(*(jax.tree.leaves(found[on_gpu]) for on_gpu in (True, False)), strict=True):
+        close(ours, expected, 1e-5)
+
+
 def pairs(others, in_ci):
     """Of a family and something that does not depend on it: CI tries some, `-m slow` the rest."""
     every = [(family, other) for family in FAMILIES for other in others]
@@ -438,7 +466,7 @@ def test_the_activation_is_not_kept_for_the_backward_pass(tmp_path):
     assert not wide(residuals(lambda lora: hidden(lora, again=True), lora))
     x = np.random.default_rng(0).normal(size=(2, 24, 32)).astype(np.float32)
     gate, up, down = (np.ones(shape, np.float32) for shape in ((32, 104), (32, 104), (104, 32)))
-    plain = residuals(lambda x: feed_forward(x, lambda x: x @ gate, lambda x: x @ up, lambda x: x @ down), x)
+    plain = residuals(lambda x: feed_forward(x, lambda x: (x @ gate, x @ up), lambda x: x @ down), x)
     assert len(wide(plain)) > 2, "by itself it keeps more, so this can fail"
 
 
@@ -516,6 +544,25 @@ def test_ten_adapters_side_by_side_are_ten_adapters(small):
         mapped, alone = (jax.tree.leaves(layout.cut(v)) for v in (together["adapter"][i], state["adapter"]))
         for ours, expected in zip(mapped, alone, strict=True):
             close(ours, expected, 1e-3)  # Adam makes differences of small gradients as large as those of large ones
+
+
+@pytest.mark.parametrize("small", some(FAMILIES, ["gemma3"]), indirect=True)
+@pytest.mark.parametrize("targets", ["all", "some"])  # of some, what is joined is not a run of what is computed
+def test_a_step_as_on_a_gpu_is_a_step(small, targets):
+    base = load_base(small)
+    names = lora_targets(base.config) if targets == "all" else ("query", "value", "ffw_linear")
+    adapter = moved(new_adapter(base, 2, names, alpha=3.0))
+    lora, numbers = stacked_lora(adapter, base.config), numbers_of(adapter, base.config, dropout=0.25)
+    layout, state, batch = LoraLayout.of(lora), first_state(lora), training_batch()
+    found = {}
+    for on_gpu in (False, True):
+        step = partial(train_step, config=replace(base.config, on_gpu=on_gpu), layout=layout, drops=True)
+        program = jax.jit(step).lower(state, base.arrays, batch, numbers)
+        new, metrics = program.compile()(state, base.arrays, batch, numbers)
+        found[on_gpu] = (program.as_text().count("dot_general"), new["adam"].mu, metrics["step_loss"])
+    assert found[True][0] < found[False][0], "else nothing was joined"
+    for ours, expected in zip(found[True][1:], found[False][1:], strict=True):
+        close(ours, expected, 1e-4)  # a tenth of the gradients; the loss
 
 
 EIGHT = """
