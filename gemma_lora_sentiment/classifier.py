@@ -948,8 +948,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         "The settings that a fit begins with; the rows may change what is auto."
         size = (base.parameter_count, base.config.hidden_dim) if base else (None, None)
         name, recipe = recipe_for(str(self.preset), self.recipe, *size)
-        decided = _decided(vars(self))
-        return name, replace(recipe, **decided, **({"learned_at": 0.0} if "epochs" in decided else {}))
+        return name, replace(recipe, **_decided(vars(self)))
 
     def fitted_base(self) -> Base:
         "The base this classifier was fitted on. Raises `RunError` where another one has taken its place."

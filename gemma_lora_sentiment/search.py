@@ -293,8 +293,7 @@ def choices_text(
     "Which words speak for the labels, how strongly the adapter speaks, what is trained on, and why."
     guessing, strength = np.log(len(words.labels)), evidence.get("strength", 1.0)
     part = f" The trained adapter speaks with {strength:.0%} of its strength." if strength < 1 else ""
-    upto = "At most " if steps and steps.learned_at else ""
-    part += f" {upto}{steps.epochs} epochs of {steps.batch_size} rows a step." if steps else ""
+    part += f" {steps.epochs} epochs of {steps.batch_size} rows a step." if steps else ""
     part += f" Copies of {share:.0%} of the rows end in a forged answer." if (share := evidence.get("forged")) else ""
     if evidence.get("loss") is None:
         return f"Too few rows of a label to look for words by them.{part}"

@@ -33,7 +33,6 @@ from gemma_lora_sentiment.training import (
     Recipe,
     Rows,
     first_state,
-    has_learned,
     memory_explained,
     not_finite,
     runs_apart,
@@ -113,7 +112,7 @@ def _program(
 
 def _steps(
     fits: Sequence[BatchSequence],
-    epochs: Sequence[int],  # of each fit; they may become fewer meanwhile
+    epochs: Sequence[int],  # of each fit
 ) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[int, int]]]]:  # arrays (fits, ...); epoch and batch of each
     "The batches of all fits, step by step; zeros for a fit that has none left."
     empty, number = None, -1
@@ -140,12 +139,11 @@ def _run(
     base: Base,
     numbers: Any,  # of all fits, see step_numbers
     fits: Sequence[BatchSequence],
-    epochs: list[int],  # of each fit at most; fewer afterwards where one learned its rows sooner
-    learned: Callable[[int, float], bool],  # by fit and mean loss of an epoch, whether one more is enough
+    epochs: Sequence[int],  # of each fit
 ) -> tuple[Any, _Logged, list[list[dict[str, Any]]]]:  # state; what each step logged; of each fit, its epochs
     "All steps of all fits; a fit that has none left is computed and thrown away."
     histories: list[list[dict[str, Any]]] = [[] for _ in fits]
-    logged, started, most = [], time.perf_counter(), list(epochs)
+    logged, started = [], time.perf_counter()
     for batch, places in _steps(fits, epochs):
         runs = np.array([epoch < last for (epoch, _), last in zip(places, epochs, strict=True)])
         begins = np.array([number == 0 for _, number in places])
@@ -154,16 +152,7 @@ def _run(
         for i, (epoch, number) in enumerate(places):
             if runs[i] and number + 1 == len(fits[i]):
                 histories[i].append({"epoch": epoch + 1, **logs, "seconds": time.perf_counter() - started})
-                if epochs[i] == most[i] and learned(i, logs["loss"][i]):
-                    epochs[i] = min(epoch + 2, most[i])
-                    numbers = {**numbers, "total_steps": _ending(numbers["total_steps"], i, epochs[i] * len(fits[i]))}
     return state, logged, histories
-
-
-def _ending(total_steps: Any, fit: int, steps: int) -> np.ndarray:  # float32 (fits,); 0: a constant rate stays one
-    found = np.array(total_steps)
-    found[fit] = steps if found[fit] else 0
-    return found
 
 # %% ../nbs/04c_side_by_side.ipynb #5b500011
 def train_side_by_side(
@@ -195,11 +184,7 @@ def train_side_by_side(
         state, numbers = (jax.device_put(_stack(each)) for each in (map(first_state, loras), numbers))
         program = _program(step_config(base), layout, bool(lora_dropout), base.dtype == "float16", again)
         epochs = [recipe.epochs for recipe in recipes]
-
-        def learned(fit: int, loss: Any) -> bool:  # a loss is waited for only where it counts
-            return recipes[fit].learned_at > 0 and has_learned(float(loss), recipes[fit], words[fit])
-
-        state, logged, histories = _run(program, state, base, numbers, fits, epochs, learned)
+        state, logged, histories = _run(program, state, base, numbers, fits, epochs)
         vectors = np.asarray(state["adapter"])
     _check_losses(logged, base.dtype)
     arrays = [unstacked_lora(layout.cut(vector), start, base.config)

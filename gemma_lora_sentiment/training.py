@@ -48,8 +48,8 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
            'LoraLayout', 'first_state', 'losses_among_labels', 'train_step', 'runs_apart', 'step_config', 'FitHandle',
-           'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers', 'has_learned', 'part_of_checkpoint',
-           'fit_identity', 'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
+           'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers', 'part_of_checkpoint', 'fit_identity',
+           'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Recipe:
     target_layers: tuple[str, ...] | str = ("query", "value")  # layers with LoRA, or "all" that can carry it
     global_clipnorm: float = 0.0  # the gradient of a step is cut down to this norm; 0: it is not
     among_labels: float = 0.0  # share of the loss that is computed among the label words alone, from 0 to 1
-    learned_at: float = 0.0  # share of the loss of guessing a label; an epoch of less is the last but one; 0: never
+    label_smoothing: float = 0.0  # of that share's targets, what all labels have in equal parts, from 0 to 1
 
     def __post_init__(self):
         if not isinstance(self.target_layers, str):  # JSON makes lists of tuples
@@ -87,7 +87,7 @@ RECIPES = {
     # Google's weights; rate, clipping and loss as chosen with Gemma 3 270M, for whose width the rate is
     "gemma": Recipe(
         lora_rank=8, learning_rate=2.5e-4, epochs=8, target_layers="all", global_clipnorm=0.3, among_labels=0.9,
-        learned_at=0.5,
+        label_smoothing=0.1,
     ),
     # the bundled base; chosen among eight settings, then among six near these, on held-out comments; see Pretraining
     "mini_ko": Recipe(lora_rank=8, learning_rate=2.5e-3, epochs=3, target_layers="all"),
@@ -412,10 +412,15 @@ def losses_among_labels(
     logits: jax.Array,  # float32 (b, p, vocabulary)
     targets: jax.Array,  # int32 (b, p), token ids
     label_ids: jax.Array,  # int32 (labels,), the one token of each label's word
+    smoothing: jax.Array | float = 0.0,  # of the target, what all labels have in equal parts
 ) -> jax.Array:  # float32 (b, p), nats
-    "Cross-entropy among the label words; 0 where the target is none of them, as the end of a response."
+    """Cross-entropy among the label words; 0 where the target is none of them, as the end of a response.
+
+    Smoothed as by [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567).
+    """
     scores, hit = logits[..., label_ids], targets[..., None] == label_ids
-    losses = jax.nn.logsumexp(scores, axis=-1) - (scores * hit).sum(axis=-1)
+    wanted = (1 - smoothing) * hit + smoothing / len(label_ids)
+    losses = jax.nn.logsumexp(scores, axis=-1) - (scores * wanted).sum(axis=-1)
     return jnp.where(hit.any(axis=-1), losses, 0.0)
 
 
@@ -444,7 +449,7 @@ def train_step(
         of_targets = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
         losses = -of_targets
         if "label_ids" in numbers:
-            among = losses_among_labels(logits, batch["targets"], numbers["label_ids"])
+            among = losses_among_labels(logits, batch["targets"], numbers["label_ids"], numbers["smoothing"])
             losses = losses + numbers["among_labels"] * (among - losses)
         loss = (losses * batch["weights"]).sum() / jnp.maximum(weight, _NO_WEIGHT)
         right = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
@@ -684,16 +689,6 @@ def validation_numbers(
     return {"val_loss": float((losses * rows.weights).sum() / rows.weights.sum()), "val_accuracy": accuracy}
 
 
-def has_learned(
-    loss: float,  # mean of an epoch over the tokens of responses, of the rows as they are met
-    recipe: Recipe,
-    words: LabelWords,
-) -> bool:
-    "Whether one more epoch is enough: one token of a response parts the labels, whatever follows or precedes it."
-    of_a_response = loss * np.mean([len(ids) for ids in words.trained_ids])
-    return of_a_response < recipe.learned_at * np.log(len(words.labels))
-
-
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints within an epoch
 
 # %% ../nbs/04_training.ipynb #f795f46f
@@ -717,7 +712,6 @@ class _Fit:
     history: list[dict[str, float]] = field(default_factory=list)
     best: tuple[float, int, dict[str, np.ndarray]] | None = None  # val_loss, epoch, arrays
     earlier: float = 0.0  # seconds of this epoch before a resume
-    epochs: int = 0  # that are trained; fewer than the recipe's once the rows are learned
 
     def __post_init__(self):
         self.guard = _Guard(self.start, self.base.dtype)
@@ -726,7 +720,6 @@ class _Fit:
         self.state = put(self.base, first_state(lora))
         self.handle = FitHandle(self)
         self.due = time.monotonic() + CHECKPOINT_SECONDS
-        self.epochs = self.recipe.epochs
 
     @property
     def seconds(self) -> float:  # of this epoch, so far
@@ -750,7 +743,7 @@ class _Fit:
             _compile_side_by_side([partial(program.lower, *self._given(shape)) for shape in shapes])
         callbacks.on_train_begin()
         number = epoch
-        while number < self.epochs:
+        while number < self.recipe.epochs:
             self._run_epoch(program, callbacks, number, batch if number == epoch else 0)
             if self.handle.stop_training:
                 break
@@ -790,20 +783,12 @@ class _Fit:
                 self.best = (logs["val_loss"], epoch, arrays)
             elif self.patience is not None and epoch - self.best[1] >= self.patience:
                 self.handle.stop_training = True
-        if self.epochs == self.recipe.epochs and has_learned(logs["loss"], self.recipe, self.words):
-            self.end_with(epoch + 2)
         self.history.append({"epoch": epoch + 1, **logs, "seconds": self.seconds})
         if self.progress:
             self.progress(self.history[-1])
         callbacks.on_epoch_end(epoch, logs)
         if self.save is not None:  # after the user's callbacks, which may have changed something
             self.checkpoint(epoch + 1, 0)
-
-    def end_with(self, epochs: int) -> None:
-        "Train so many epochs in all, the learning rate falling to zero until then."
-        self.epochs = min(epochs, self.recipe.epochs)
-        if self.numbers["total_steps"]:
-            self.numbers["total_steps"] = np.float32(self.epochs * len(self.batches))
 
     def _validate(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
         scores = score_labels(self.base, replace(self.start, arrays=arrays), self.validation.prompts, self.words)
@@ -839,7 +824,6 @@ def _state_of(
         arrays |= {f"best/{path}": array for path, array in fit.best[2].items()}
     return arrays, {
         "finished": False, "epoch": epoch, "batch": batch, "stopped": bool(batch == 0 and fit.handle.stop_training),
-        "epochs": fit.epochs,
         "seconds": fit.seconds if batch else 0.0, "history": fit.history,
         "best": None if fit.best is None else {"val_loss": float(fit.best[0]), "epoch": fit.best[1]},
     }  # fmt: skip
@@ -880,7 +864,6 @@ def _restore(
     fit.state["metrics"] |= put(fit.base, metrics)
     fit.write(adapter)
     fit.history, fit.earlier = list(progress["history"]), progress["seconds"]
-    fit.end_with(progress["epochs"])
     if progress["best"]:
         fit.best = (progress["best"]["val_loss"], progress["best"]["epoch"], best)
 
@@ -972,7 +955,7 @@ def _train(
     if saved:
         epoch, batch = saved[1]["epoch"], saved[1]["batch"]
         _restore(fit, *saved)
-    if epoch < fit.epochs and not (saved and saved[1]["stopped"]):
+    if epoch < fit.recipe.epochs and not (saved and saved[1]["stopped"]):
         fit.run(epoch, batch)
     arrays = fit.read() if fit.best is None else fit.best[2]
     if keep:
@@ -1042,7 +1025,7 @@ def step_numbers(
     dropout: float,  # share of the input features that A does not see in a step
     seed: int,
     words: LabelWords | None = None,  # whose first tokens part the labels, where each is one token
-) -> dict[str, Any]:  # of train_step; "clipnorm", "label_ids" and "among_labels" where the recipe asks for them
+) -> dict[str, Any]:  # of train_step; "clipnorm", "label_ids" and more where the recipe asks for them
     "What may differ between fits of one program."
     total = steps if recipe.schedule == "linear" else 0
     numbers = {
@@ -1051,7 +1034,7 @@ def step_numbers(
     }  # fmt: skip
     numbers |= {"clipnorm": recipe.global_clipnorm} if recipe.global_clipnorm else {}
     among = parts_labels(recipe, words)
-    numbers |= {"among_labels": recipe.among_labels} if among else {}
+    numbers |= {"among_labels": recipe.among_labels, "smoothing": recipe.label_smoothing} if among else {}
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     numbers |= {"label_ids": np.array([ids[0] for ids in words.word_ids], np.int32)} if among else {}
     return {**numbers, "seed": np.uint32(seed), "scales": lora_scales(start, base.config)}
