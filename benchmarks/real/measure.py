@@ -4,6 +4,7 @@
 
     recipes     settings, three seeds, on the tarr folds and on sample
     steps       rows a step, rates and epochs for 16 to 300 rows of sample
+    smoothing   rates, shares of the loss among the labels, smoothing of their targets
     defaults    default settings and what stands beside them, on sample_test
     curve       16 to 1,000 rows of sample_validation, five seeds, on sample_test
     folds       ten folds side by side and one by one, in seconds
@@ -20,6 +21,7 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from gemma_lora_sentiment import classifier as classifier_room
 from gemma_lora_sentiment.data import duplicate_groups
 from gemma_lora_sentiment.evaluation import baseline_classifier, compute_metrics, cross_validate, fold_indices
 from gemma_lora_sentiment.features import FrozenGemmaClassifier
+from gemma_lora_sentiment.training import RECIPES
 
 from ..real_rows import right_bits
 
@@ -95,6 +98,26 @@ def steps(base: str, tarr: pd.DataFrame):
             found = numbers(validation.label, fitted.predict_proba(validation.comment), fitted.classes_)
             setting = {"batch_size": batch_size, "epochs": epochs, "rate": rate, "seed": seed}
             yield {"rows": f"sample, {n}", **setting, **found, "loss": round(float(fitted.history_.loss.iloc[-1]), 4)}
+
+
+def smoothing(base: str, tarr: pd.DataFrame):
+    "Rate, smoothing of the targets among the labels, share of the loss among them; the rest as the rows decide."
+    sample, validation, seeds = read_comments("sample"), read_comments("sample_validation"), (0, 1, 2)
+    usual, clf = RECIPES["gemma"], GemmaLoraClassifier(base)
+    settings = [(2.5e-4, 0.0, 0.9), (2.5e-4, 0.1, 0.9), (2.5e-4, 0.2, 0.9), (1e-4, 0.0, 0.9), (1e-4, 0.1, 0.9),
+                (5e-5, 0.1, 0.9), (2.5e-4, 0.0, 0.0), (1e-4, 0.0, 0.0)]  # fmt: skip
+    for rate, label_smoothing, among in settings:
+        RECIPES["gemma"] = replace(usual, learning_rate=rate, label_smoothing=label_smoothing, among_labels=among)
+        setting = {"rate": rate, "label_smoothing": label_smoothing, "among_labels": among}
+        given = {f"sample, {n}": [some(sample, n, seed) for seed in seeds] for n in (300, 128)}
+        for called, rows in {"tarr": [tarr] * 3, **given}.items():
+            fits = clf.fit_many([(each.comment, each.label) for each in rows], [{"seed": seed} for seed in seeds])
+            for seed, fitted in zip(seeds, fits, strict=True):
+                found = numbers(validation.label, fitted.predict_proba(validation.comment), fitted.classes_)
+                yield {"rows": called, **setting, "seed": seed, **found}
+        for seed, found in zip(seeds, out_of_folds(tarr, seeds, clf.fit_many), strict=True):
+            yield {"rows": "tarr, ten folds", **setting, "seed": seed, **found}
+    RECIPES["gemma"] = usual
 
 
 FORGED = (
@@ -206,7 +229,7 @@ def folds(base: str, tarr: pd.DataFrame):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["recipes", "steps", "defaults", "curve", "folds", "forged"])
+    parser.add_argument("what", choices=["recipes", "steps", "smoothing", "defaults", "curve", "folds", "forged"])
     parser.add_argument("base")
     parser.add_argument("tarr")
     parser.add_argument("out", type=Path)
