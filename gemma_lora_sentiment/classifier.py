@@ -40,7 +40,14 @@ from gemma_lora_sentiment.prompt import (
 )
 from .scoring import generate, label_probabilities, log_softmax, score_labels
 from .side_by_side import fits_together, gains_side_by_side, shape_of_fits, train_side_by_side
-from .search import choices_text, choose_forged, choose_steps, choose_strength, choose_words
+from gemma_lora_sentiment.search import (
+    choices_text,
+    choose_forged,
+    choose_loss,
+    choose_steps,
+    choose_strength,
+    choose_words,
+)
 from gemma_lora_sentiment.training import (
     RECIPES,
     OutOfMemory,
@@ -422,6 +429,7 @@ def _decided_by_rows(
     words, choices = choose_words(job.base, *asked)
     steps = choose_steps(job.recipe_name, job.recipe, choices, len(words.labels), n_rows)
     recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
+    recipe = choose_loss(job.recipe_name, recipe, choices, len(words.labels))
     if "lora_alpha" in free:
         choices["strength"] = choose_strength(choices, len(words.labels), n_rows)
     if share := choose_forged(job.recipe_name, n_rows) if forged is None else forged:

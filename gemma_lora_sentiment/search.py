@@ -28,8 +28,8 @@ from gemma_lora_sentiment.scoring import (
 from .training import Recipe
 
 # %% auto #0
-__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choose_strength', 'choose_steps', 'choose_forged',
-           'choices_text']
+__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choose_strength', 'choose_steps', 'choose_loss',
+           'choose_forged', 'choices_text']
 
 # %% ../nbs/04b_search.ipynb #5ea00007
 ROWS_ASKED = 128
@@ -231,13 +231,19 @@ def choose_words(
 _ROWS_OF_KNOWLEDGE = 300  # rows that weigh as much as what a base knows
 
 
+def _is_known(evidence: Mapping[str, Any], n_labels: int) -> bool:  # by the words that came with the labels
+    if evidence.get("loss") is None or evidence["words"]:
+        return False
+    return evidence["worst"] <= _BELIEVED * np.log(n_labels)
+
+
 def choose_strength(
     evidence: Mapping[str, Any],  # from choose_words
     n_labels: int,  # distinct labels
     n_rows: int,  # trained on
 ) -> float:  # factor for the trained adapter, from 0.5 to 1
     "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
-    if evidence.get("loss") is None or evidence["worst"] > _BELIEVED * np.log(n_labels) or evidence["words"]:
+    if not _is_known(evidence, n_labels):
         return 1.0
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
 
@@ -272,6 +278,21 @@ def choose_steps(
     return replace(recipe, batch_size=batch_size, epochs=min(most, max(_LEAST_EPOCHS[name], epochs)))
 
 
+_SMOOTHED = {"among_labels": 0.9, "label_smoothing": 0.1}
+
+
+def choose_loss(
+    name: str,  # of the recipe: "mini_ko"; others are not changed
+    recipe: Recipe,
+    evidence: Mapping[str, Any],  # from choose_words
+    n_labels: int,  # distinct labels
+) -> Recipe:  # with its loss
+    "Smoothed targets among the label words, where a small base does not know the task by the labels' own words."
+    if name != "mini_ko" or evidence.get("loss") is None or _is_known(evidence, n_labels):
+        return recipe
+    return replace(recipe, **_SMOOTHED)
+
+
 # %% ../nbs/04b_search.ipynb #5ea00041
 _FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
 _FORGED_FROM = 256  # rows; fewer have the task to learn, and no step to spare
@@ -294,6 +315,7 @@ def choices_text(
     guessing, strength = np.log(len(words.labels)), evidence.get("strength", 1.0)
     part = f" The trained adapter speaks with {strength:.0%} of its strength." if strength < 1 else ""
     part += f" {steps.epochs} epochs of {steps.batch_size} rows a step." if steps else ""
+    part += " Targets among the labels are smoothed." if steps and steps.label_smoothing else ""
     part += f" Copies of {share:.0%} of the rows end in a forged answer." if (share := evidence.get("forged")) else ""
     if evidence.get("loss") is None:
         return f"Too few rows of a label to look for words by them.{part}"

@@ -9,7 +9,14 @@ import pytest
 from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, search
 from gemma_lora_sentiment.model import load_base
 from gemma_lora_sentiment.prompt import LabelWords, PromptTemplate, TextTokenizer, encode_prompts, label_words
-from gemma_lora_sentiment.search import choices_text, choose_steps, choose_strength, choose_words, rows_to_ask
+from gemma_lora_sentiment.search import (
+    choices_text,
+    choose_loss,
+    choose_steps,
+    choose_strength,
+    choose_words,
+    rows_to_ask,
+)
 from gemma_lora_sentiment.training import RECIPES
 
 ROWS = read_comments("sample_validation").groupby("label").head(32)
@@ -120,6 +127,11 @@ def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
     assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
     assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
     losses = (None, 0.1, 0.4, 2.0)
+    assert choose_loss("mini_ko", RECIPES["mini_ko"], known, 2) == RECIPES["mini_ko"]
+    for evidence in ({**known, "worst": 0.6}, {**known, "words": ["1", "0"]}):
+        assert choose_loss("mini_ko", RECIPES["mini_ko"], evidence, 2).label_smoothing == 0.1
+        assert choose_loss("gemma", RECIPES["gemma"], evidence, 2) == RECIPES["gemma"]
+    assert choose_loss("mini_ko", RECIPES["mini_ko"], {"loss": None, "words": None}, 2) == RECIPES["mini_ko"]
     assert [choose_strength({**known, "loss": loss, "worst": loss}, 2, 32) for loss in losses] == [1.0, 0.5, 0.5, 1.0]
     assert choose_strength({**known, "worst": 0.6}, 2, 32) == 1.0  # one of the labels is not known
     assert choose_strength({**known, "words": ["1", "0"]}, 2, 32) == 1.0
@@ -135,6 +147,7 @@ def test_rows_are_asked_of_each_label():
 
 def test_labels_stay_the_users_own(fitted, tmp_path):
     assert fitted.classes_.tolist() == ["다시 옴", "안 옴"] and fitted.words_.words == ("1", "0")
+    assert (fitted.recipe_.label_smoothing, fitted.recipe_.among_labels) == (0.1, 0.9)
     truth = OTHERS.label.map(NAMES)
     assert (fitted.predict(OTHERS.comment) == truth).mean() > 0.7
     assert fitted.get_params()["label_words"] is None
