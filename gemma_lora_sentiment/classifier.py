@@ -354,7 +354,7 @@ class _Job:
     lora_dropout: float
     options: Mapping[str, Any]  # of both ways to train: patience, seed, callbacks, progress, checkpoint_dir
     alone: bool  # it cannot share a program with other fits
-    choices: dict[str, Any] = field(default_factory=dict)  # by which evidence words, steps and strength were chosen
+    choices: dict[str, Any] = field(default_factory=dict)  # the evidence by which words, steps and so on were chosen
     again: bool = False  # decoder blocks are computed twice
 
 # %% ../nbs/05_classifier.ipynb #05c0a013
@@ -420,25 +420,44 @@ def _decided_by_rows(
     free: Sequence[str],  # of "epochs", "batch_size" and "lora_alpha" those that the user has not decided
     keep_words: bool,  # the user has decided the words
     verbose: int,  # 1: a line on standard error
-    forged: float | None = None,  # share of the rows that get a forged copy; None: as the rows decide
 ) -> _Job:
-    "The fit with the words, steps, strength and forged rows that `recipe=\"auto\"` chooses, and the evidence."
+    "The fit with the words, steps, loss, strength and forged rows that `recipe=\"auto\"` chooses, and the evidence."
     tokenizer, n_rows, seed = _tokenizer(job.base.tokenizer_proto), len(job.rows), job.options["seed"]
     rows, validation = job.rows, job.validation
     asked = (rows.prompts, rows.label_index, job.words, tokenizer, seed, keep_words, job.start)
     words, choices = choose_words(job.base, *asked)
     steps = choose_steps(job.recipe_name, job.recipe, choices, len(words.labels), n_rows)
     recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
-    recipe = choose_loss(job.recipe_name, recipe, choices, len(words.labels))
+    recipe = choose_loss(job.recipe_name, recipe, choices, words)
     if "lora_alpha" in free:
         choices["strength"] = choose_strength(choices, len(words.labels), n_rows)
-    if share := choose_forged(job.recipe_name, n_rows) if forged is None else forged:
+    if share := choose_forged(job.recipe_name, n_rows):
         choices["forged"] = share
     if verbose and (choices["loss"] is not None or recipe != job.recipe):
         print(choices_text(choices, words, recipe), file=sys.stderr, flush=True)
     rows, validation = _with_words(rows, words), validation and _with_words(validation, words)
     job = replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
     return _with_forged(job, share) if share else job
+
+
+def _with_loss(job: _Job, recipe: Recipe) -> _Job:  # the recipe of an earlier fit
+    "The fit with the loss of another."
+    loss = {"among_labels": recipe.among_labels, "label_smoothing": recipe.label_smoothing}
+    return replace(job, recipe=replace(job.recipe, **loss))
+
+
+def _as_judged(
+    job: _Job,
+    recipe: Recipe,  # of a fit on a part of the rows
+    choices: Mapping[str, Any],  # of that fit
+) -> _Job:
+    "The fit with the loss, strength and forged rows of one that was judged; the strength is that of so many rows."
+    choices = dict(choices)
+    if "strength" in choices:
+        choices["strength"] = choose_strength(choices, len(job.words.labels), len(job.rows))
+    job = replace(_with_loss(job, recipe), choices=choices)
+    return _with_forged(job, choices["forged"]) if choices.get("forged") else job
+
 
 # %% ../nbs/05_classifier.ipynb #05c0a019
 def _within_memory(
@@ -516,7 +535,7 @@ class _Fitted(NamedTuple):
     words: LabelWords
     recipe_name: str
     recipe: Recipe  # with the numbers that were trained with
-    choices: dict[str, Any]  # by which evidence words, steps and strength were chosen
+    choices: dict[str, Any]  # the evidence by which words, steps and so on were chosen
     dtype: str  # of the base
     quantization: str | None  # of the base
     base_fingerprint: str
@@ -864,15 +883,12 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         X: Sequence[str],  # n comments, those of `fit` and others
         y: Sequence[Any],  # n labels
     ) -> GemmaLoraClassifier:  # another one, fitted
-        "The same on more rows, for the epochs, words and batch size that were found on a part. Raises as `fit` does."
+        "The same on more rows, with the epochs, words, steps and loss that were found on a part. Raises as `fit` does."
         epochs = max(1, self.best_epoch_) if self.recipe_.epochs else 0
         everything = clone(self).set_params(epochs=epochs, validation_fraction=0.0, patience=None)
         everything.set_params(label_words=list(self.words_.words), batch_size=self.recipe_.batch_size)  # as was judged
-        job = everything._job(X, y, forged=self.choices_.get("forged", 0.0))
-        everything._take(_fitted(job, *_trained(job)))
-        strength = {name: value for name, value in everything.choices_.items() if name == "strength"}
-        everything.choices_ = self.choices_ | strength
-        return everything
+        job = everything._job(X, y, judged=self)
+        return everything._take(_fitted(job, *_trained(job)))
 
     def prepare(
         self,
@@ -903,7 +919,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         X: Sequence[str],
         y: Sequence[Any],
         sample_weight: Sequence[float] | None = None,
-        forged: float | None = None,  # share of the rows that get a forged copy; None: as the rows decide
+        judged: GemmaLoraClassifier | None = None,  # fitted on a part of the rows; what it decided is taken
     ) -> _Job:
         "All that training needs; every mistake of the user is found here."
         comments, classes, index = _check_rows(X, y)
@@ -912,9 +928,14 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
             job = _in_range(job, self.preset, self.devices, self.strategy)
         if not job.recipe.epochs:
             return job
-        if _is_auto(self.recipe) and not (self.warm_start and hasattr(self, "adapter_")):
+        goes_on = self.warm_start and hasattr(self, "adapter_")
+        if judged is not None:
+            job = _as_judged(job, judged.recipe_, judged.choices_)
+        elif goes_on:
+            job = _with_loss(job, self.recipe_) if _is_auto(self.recipe) else job
+        elif _is_auto(self.recipe):
             free = [name for name in ("epochs", "batch_size", "lora_alpha") if _is_auto(getattr(self, name))]
-            job = _decided_by_rows(job, free, self.label_words is not None, self.verbose, forged)
+            job = _decided_by_rows(job, free, self.label_words is not None, self.verbose)
         return _within_memory(job, not _is_auto(self.batch_size), self.verbose)
 
     def _take(self, fitted: _Fitted) -> GemmaLoraClassifier:  # itself

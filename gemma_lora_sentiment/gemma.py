@@ -677,7 +677,7 @@ def logits_of(
     "Logits of the next token."
     rows = base["embedding"] if token_ids is None else base["embedding"][token_ids]
     rows = rows.astype(hidden.dtype)  # float32 here would copy the embedding
-    if config.on_gpu and token_ids is None and len(rows) % _PARTS == 0:
+    if config.on_gpu and token_ids is None and len(rows) % _PARTS == 0 and hidden[..., 0].size <= _FEW:
         hidden = jnp.broadcast_to(hidden, (_PARTS, *hidden.shape))
         logits = jnp.einsum("sbpd,svd->sbpv", hidden, rows.reshape(_PARTS, -1, rows.shape[-1]))
         logits = jnp.moveaxis(logits, 0, 2).reshape(*hidden.shape[1:3], -1)
@@ -686,6 +686,7 @@ def logits_of(
     return soft_cap(logits.astype(jnp.float32), config.logit_cap)
 
 
+_FEW = 256  # positions, whose logits may be held once more
 _PARTS = 64  # of the vocabulary; whole, the gradient's product keeps ten of an H200's 132 processors busy
 
 # %% ../nbs/01d_gemma.ipynb #b585fc29

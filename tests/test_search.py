@@ -92,7 +92,9 @@ def test_a_warm_start_goes_on_with_the_words_that_were_found():
     exchanged = rows.label.map({"0": "1", "1": "0"})
     words = clf.fit(rows.comment, exchanged).words_.words
     assert words != ("0", "1"), "words were found"
+    smoothing = clf.recipe_.label_smoothing
     assert clf.fit(rows.comment, exchanged).words_.words == words
+    assert clf.recipe_.label_smoothing == smoothing == 0.1
     assert clf.set_params(warm_start=False, recipe="mini_ko").fit(rows.comment, exchanged).words_.words == ("0", "1")
 
 
@@ -127,11 +129,13 @@ def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
     assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
     assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
     losses = (None, 0.1, 0.4, 2.0)
-    assert choose_loss("mini_ko", RECIPES["mini_ko"], known, 2) == RECIPES["mini_ko"]
+    words, several = (LabelWords(("0", "1"), ("0", "1"), ids, (1,)) for ids in (((20,), (21,)), ((20, 22), (21, 22))))
+    assert choose_loss("mini_ko", RECIPES["mini_ko"], known, words) == RECIPES["mini_ko"]
     for evidence in ({**known, "worst": 0.6}, {**known, "words": ["1", "0"]}):
-        assert choose_loss("mini_ko", RECIPES["mini_ko"], evidence, 2).label_smoothing == 0.1
-        assert choose_loss("gemma", RECIPES["gemma"], evidence, 2) == RECIPES["gemma"]
-    assert choose_loss("mini_ko", RECIPES["mini_ko"], {"loss": None, "words": None}, 2) == RECIPES["mini_ko"]
+        assert choose_loss("mini_ko", RECIPES["mini_ko"], evidence, words).label_smoothing == 0.1
+        assert choose_loss("gemma", RECIPES["gemma"], evidence, words) == RECIPES["gemma"]
+        assert choose_loss("mini_ko", RECIPES["mini_ko"], evidence, several) == RECIPES["mini_ko"]
+    assert choose_loss("mini_ko", RECIPES["mini_ko"], {"loss": None, "words": None}, words) == RECIPES["mini_ko"]
     assert [choose_strength({**known, "loss": loss, "worst": loss}, 2, 32) for loss in losses] == [1.0, 0.5, 0.5, 1.0]
     assert choose_strength({**known, "worst": 0.6}, 2, 32) == 1.0  # one of the labels is not known
     assert choose_strength({**known, "words": ["1", "0"]}, 2, 32) == 1.0
@@ -203,6 +207,11 @@ def test_a_refit_takes_the_words_and_steps_that_were_judged(tmp_path):
     run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     saved = json.loads((tmp_path / "run" / "classifier.json").read_text(encoding="utf-8"))
     assert run["recipe"]["batch_size"] == saved["recipe"]["batch_size"] == 4
+    judged = GemmaLoraClassifier(epochs=1, max_length=64).fit(ROWS.comment, ROWS.label.map(NAMES))
+    everything = judged.refitted(ROWS.comment, ROWS.label.map(NAMES))  # by words found it knows the task
+    assert judged.choices_["words"] and everything.words_ == judged.words_
+    assert everything.recipe_.label_smoothing == judged.recipe_.label_smoothing == 0.1
+    assert everything.choices_ == judged.choices_ and everything.adapter_.alpha == judged.adapter_.alpha
     assert run["choices"]["said"] == saved["choices"]["said"] < 0.2 and saved["words"] == ["오른쪽 문", "왼쪽 문"]
     assert "training rows asked" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
