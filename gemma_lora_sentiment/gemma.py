@@ -322,7 +322,7 @@ def joined(
 def project_all(
     x: jax.Array,  # (b, p, d), or with heads
     kernels: Mapping[str, Any],  # name -> W
-    equation: str,  # of xW, as `project` takes it
+    equation: str,  # of xW, as project takes it
     shapes: Mapping[str, Sequence[int]],  # of all W, by name
     lora: Mapping[str, Mapping[str, jax.Array]],  # by name -> a, b, scale; or joined -> a, b
 ) -> list[jax.Array]:  # in the order of the kernels
