@@ -47,6 +47,7 @@ from gemma_lora_sentiment.search import (
     choose_steps,
     choose_strength,
     choose_words,
+    with_loss,
 )
 from gemma_lora_sentiment.training import (
     RECIPES,
@@ -439,13 +440,7 @@ def _decided_by_rows(
     job = replace(job, recipe=recipe, words=words, rows=rows, validation=validation, choices=choices)
     return _with_forged(job, share) if share else job
 
-
-def _with_loss(job: _Job, recipe: Recipe) -> _Job:  # the recipe of an earlier fit
-    "The fit with the loss of another."
-    loss = {"among_labels": recipe.among_labels, "label_smoothing": recipe.label_smoothing}
-    return replace(job, recipe=replace(job.recipe, **loss))
-
-
+# %% ../nbs/05_classifier.ipynb #05c0a0f1
 def _as_judged(
     job: _Job,
     recipe: Recipe,  # of a fit on a part of the rows
@@ -455,9 +450,8 @@ def _as_judged(
     choices = dict(choices)
     if "strength" in choices:
         choices["strength"] = choose_strength(choices, len(job.words.labels), len(job.rows))
-    job = replace(_with_loss(job, recipe), choices=choices)
+    job = replace(job, recipe=with_loss(job.recipe, recipe), choices=choices)
     return _with_forged(job, choices["forged"]) if choices.get("forged") else job
-
 
 # %% ../nbs/05_classifier.ipynb #05c0a019
 def _within_memory(
@@ -932,7 +926,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         if judged is not None:
             job = _as_judged(job, judged.recipe_, judged.choices_)
         elif goes_on:
-            job = _with_loss(job, self.recipe_) if _is_auto(self.recipe) else job
+            job = replace(job, recipe=with_loss(job.recipe, self.recipe_)) if _is_auto(self.recipe) else job
         elif _is_auto(self.recipe):
             free = [name for name in ("epochs", "batch_size", "lora_alpha") if _is_auto(getattr(self, name))]
             job = _decided_by_rows(job, free, self.label_words is not None, self.verbose)

@@ -319,6 +319,16 @@ def joined(
     return found
 
 
+def _as_computed(
+    lora: Mapping[str, Mapping[str, jax.Array]],  # of a group of blocks, stacked
+    config: GemmaConfig,
+    dtype: Any,  # float format to compute in
+    places: jax.Array | None,  # where the query of a last block is wanted; its input is not that of the keys then
+) -> Mapping[str, Mapping[str, jax.Array]]:
+    return joined(lora, dtype, apart=() if places is None else ("query",)) if config.on_gpu else lora
+
+
+# %% ../nbs/01d_gemma.ipynb #7c4d97f5
 def project_all(
     x: jax.Array,  # (b, p, d), or with heads
     kernels: Mapping[str, Any],  # name -> W
@@ -336,7 +346,6 @@ def project_all(
         for name, part in zip(names, jnp.split((x @ pair["a"]) @ pair["b"], ends[:-1], axis=-1), strict=True):
             ys[name] = ys[name] + part.reshape(ys[name].shape)
     return list(ys.values())
-
 
 # %% ../nbs/01d_gemma.ipynb #8528fbc2
 def may_see(
@@ -452,15 +461,10 @@ def block(
 
     if config.clamped and x.dtype == jnp.float16:
         x = jnp.clip(x, -65504, 65504)
-    normed, of_heads = norm(x, "pre_attention_norm"), "bld,ndh->blnh"
-    of_keys = () if borrowed else ("key",) if layer.key_is_value else ("key", "value")
-    if places is None:
-        queries, *others = by(of_heads, "query", *of_keys)(normed)
-    else:
-        others = by(of_heads, *of_keys)(normed)
-        x = _picked(x, places)
-        (queries,) = by(of_heads, "query")(_picked(normed, places))
-    keys, values = _keys_and_values(others, turns, norm, config) if borrowed is None else borrowed
+    normed = norm(x, "pre_attention_norm")
+    queries, others = _of_heads(normed, by, layer, places, borrowed is not None)
+    keys, values = borrowed or _keys_and_values(others, turns, norm, config)
+    x = _picked(x, places)
     attended = _attention(queries, keys, values, turns, seen, norm, config, places)
     out = mark(by("blnh,nhd->bld", "attention_output")(attended)[0], "attended")
     x = mark(_added(x, norm(out, "post_attention_norm") if config.post_attention_norm else out, config), "residual")
@@ -477,6 +481,21 @@ _Norm = Callable[[jax.Array, str], jax.Array]  # of hidden states, by the name o
 _By = Callable[..., Callable[[jax.Array], list[jax.Array]]]  # equation, names of kernels -> their projections
 
 
+def _of_heads(
+    normed: jax.Array,  # (b, l, d)
+    by: _By,
+    layer: Layer,
+    places: jax.Array | None,  # int (b, p), of the tokens that look; None: all
+    borrows: bool,  # keys and values are those of another block
+) -> tuple[jax.Array, list[jax.Array]]:  # queries (b, p, heads, h); keys and values (b, l, key heads, h), or keys alone
+    "The projections of a block's heads, together where they read the same tokens."
+    equation, others = "bld,ndh->blnh", () if borrows else ("key",) if layer.key_is_value else ("key", "value")
+    if places is None:
+        queries, *projected = by(equation, "query", *others)(normed)
+        return queries, projected
+    return by(equation, "query")(_picked(normed, places))[0], by(equation, *others)(normed)
+
+
 def _keys_and_values(
     projected: Sequence[jax.Array],  # (b, l, key heads, h), keys and values, or keys that are values too
     turns: tuple[jax.Array, jax.Array],  # cosines and sines, float32 (l, head_dim / 2)
@@ -489,7 +508,7 @@ def _keys_and_values(
     keys = norm(keys, "key_norm") if config.key_norm else keys
     return rotate(keys, *turns), values
 
-
+# %% ../nbs/01d_gemma.ipynb #b10c0003
 def _attention(
     queries: jax.Array,  # (b, p, heads, h), as they were projected
     keys: jax.Array,  # (b, l, key heads, h)
@@ -505,7 +524,6 @@ def _attention(
     queries = norm(queries, "query_norm") if config.key_norm else queries
     turns = turns if places is None else tuple(table[places] for table in turns)
     return attend(rotate(queries, *turns), keys, values, seen, config.query_scale, config.attention_cap)
-
 
 # %% ../nbs/01d_gemma.ipynb #b10c0002
 def _fed_forward(
@@ -608,8 +626,6 @@ def through_blocks(
         layer, chosen = layers[0], places if is_last else None
         borrowed = None if layer.keys_from is None else lent[layer.keys_from]
         own = None if of_layers is None else of_layers[first:end]
-        if config.on_gpu:
-            lora = joined(lora, x.dtype, apart=() if chosen is None else ("query",))
         tables, which = _tables(layers, rows, chosen)
 
         def compute(x, each, layer=layer, chosen=chosen, borrowed=borrowed, tables=tables):
@@ -619,7 +635,7 @@ def through_blocks(
             return block(x, arrays, lora, turns, seen, config, layer, chosen, borrowed, own_input)
 
         compute = jax.checkpoint(compute, prevent_cse=end - first == 1, policy=_kept(config, again))
-        each = (arrays, lora, which, own)
+        each = (arrays, _as_computed(lora, config, x.dtype, chosen), which, own)
         if end - first > 1:
             def onward(x, each, compute=compute):
                 x, _ = compute(x, each)
@@ -687,7 +703,7 @@ def logits_of(
 
 
 _FEW = 256  # positions, whose logits may be held once more
-_PARTS = 64  # of the vocabulary; whole, the gradient's product keeps ten of an H200's 132 processors busy
+_PARTS = 64  # of the vocabulary; whole, the gradient's product takes 1.04 ms on an H200
 
 # %% ../nbs/01d_gemma.ipynb #b585fc29
 def with_scales(

@@ -25,11 +25,11 @@ from gemma_lora_sentiment.scoring import (
     next_states,
     score_labels,
 )
-from .training import Recipe, parts_labels
+from .training import RECIPES, Recipe, parts_labels
 
 # %% auto #0
-__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choose_strength', 'choose_steps', 'choose_loss',
-           'choose_forged', 'choices_text']
+__all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choose_strength', 'choose_steps', 'with_loss',
+           'choose_loss', 'choose_forged', 'choices_text']
 
 # %% ../nbs/04b_search.ipynb #5ea00007
 ROWS_ASKED = 128
@@ -277,8 +277,13 @@ def choose_steps(
             break
     return replace(recipe, batch_size=batch_size, epochs=min(most, max(_LEAST_EPOCHS[name], epochs)))
 
-
-_SMOOTHED = {"among_labels": 0.9, "label_smoothing": 0.1}
+# %% ../nbs/04b_search.ipynb #5ea00f31
+def with_loss(
+    recipe: Recipe,
+    other: Recipe,  # whose loss is taken
+) -> Recipe:
+    "A recipe with the loss of another."
+    return replace(recipe, among_labels=other.among_labels, label_smoothing=other.label_smoothing)
 
 
 def choose_loss(
@@ -288,11 +293,10 @@ def choose_loss(
     words: LabelWords,  # that speak for the labels
 ) -> Recipe:  # with its loss
     "Smoothed targets among the label words, where a small base does not know the task by the labels' own words."
-    is_asked = name == "mini_ko" and evidence.get("loss") is not None
-    smoothed = replace(recipe, **_SMOOTHED)
-    known = not is_asked or _is_known(evidence, len(words.labels))
-    return recipe if known or not parts_labels(smoothed, words) else smoothed
-
+    if name != "mini_ko" or evidence.get("loss") is None or _is_known(evidence, len(words.labels)):
+        return recipe
+    smoothed = with_loss(recipe, RECIPES["gemma"])
+    return smoothed if parts_labels(smoothed, words) else recipe
 
 # %% ../nbs/04b_search.ipynb #5ea00041
 _FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
