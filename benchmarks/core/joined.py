@@ -5,9 +5,9 @@
 Random adapters and tokens over the weights of BASE, a preset or a .gguf file, in float32 with exact products. For each
 way, the largest difference of a gradient to that of one fit with products apart, over the largest gradient of its
 array, with that array's name, for each of three fits; then the milliseconds of a step. The stored output, joined.txt,
-was made on one H200 with jax 0.11.2 over random weights of Gemma 3 270M's shape, by a script that took no times. joined_steps.jsonl has
-times of the prototype there, in bfloat16, before the vocabulary was divided: whole, one kernel of its gradient took
-1.04 of 11.2 ms.
+was made on one H200 with jax 0.11.2 over random weights of Gemma 3 270M's shape, by a script that took no times.
+joined_steps.jsonl has times of the prototype there, in bfloat16, before the vocabulary was divided: whole, one kernel
+of its gradient took 1.04 of 11.2 ms.
 """
 
 import sys
