@@ -429,7 +429,11 @@ def pretrain_base(
     progress: Callable[[str], None] | None = None,  # called with lines for people
     start: str | Path | None = None,  # a preset to go on from: its tokenizer, its shape and its weights are taken
 ) -> dict[str, Any]:  # parameters, held_out_accuracy, seconds, settings; also in `pretraining.json`
-    "The whole of it, from reviews to preset folder. The same seed on the same machine gives the same base."
+    """The whole of it, from reviews to preset folder.
+
+    The same seed on the same machine gives the same base in one process; in two, with sentencepiece up to 0.2.1 or
+    `piece_dropout=0`.
+    """
     settings, started = settings or PretrainingSettings(), time.perf_counter()
     say = progress or (lambda text: None)
     keras.utils.set_random_seed(settings.seed)
@@ -441,22 +445,19 @@ def pretrain_base(
     tokenizer = TextTokenizer(proto)
     size = tokenizer.processor.vocab_size()
     say(f"{len(shown)} reviews, {size} pieces, {time.perf_counter() - started:.0f} s")
-    counted, ratings, embeddings = tokenizer.encode(shown.review.tolist()), shown.rating.to_numpy(), None
+    counted, embeddings = tokenizer.encode(shown.review.tolist()), None
     if settings.counted and backbone is None:
-        embeddings = cooccurrence_embeddings(counted, ratings, size, settings.hidden_dim, seed=settings.seed)
+        dimension, ratings = settings.hidden_dim, shown.rating.to_numpy()
+        embeddings = cooccurrence_embeddings(counted, ratings, size, dimension, seed=settings.seed)
         say(f"co-occurrences counted, {time.perf_counter() - started:.0f} s")
     shown = shown[[len(ids) <= settings.max_tokens for ids in counted]]
     model = _model(settings, size, embeddings, backbone)
     _train(model, shown, comments, tokenizer, settings, say)
     save_base(model.backbone, proto, folder)
+    right, seconds = _held_out_accuracy(model, held_out, tokenizer), round(time.perf_counter() - started, 1)
     report = {
-        "parameters": model.backbone.count_params(),
-        "held_out_accuracy": _held_out_accuracy(model, held_out, tokenizer),
-        "reviews": len(shown),
-        "comments": len(own),
-        "seconds": round(time.perf_counter() - started, 1),
-        "device": jax.devices()[0].device_kind,
-        "settings": asdict(settings),
-    }
+        "parameters": model.backbone.count_params(), "held_out_accuracy": right, "reviews": len(shown),
+        "comments": len(own), "seconds": seconds, "device": jax.devices()[0].device_kind, "settings": asdict(settings),
+    }  # fmt: skip
     (Path(folder) / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n")
     return report

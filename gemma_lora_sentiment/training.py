@@ -47,9 +47,10 @@ from .scoring import compiler_options, log_softmax, put, score_labels
 # %% auto #0
 __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
            'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
-           'LoraLayout', 'first_state', 'losses_among_labels', 'train_step', 'runs_apart', 'step_config', 'FitHandle',
-           'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers', 'part_of_checkpoint', 'fit_identity',
-           'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels', 'print_progress']
+           'LoraLayout', 'first_state', 'losses_among_labels', 'losses_of_step', 'train_step', 'runs_apart',
+           'step_config', 'FitHandle', 'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers',
+           'part_of_checkpoint', 'fit_identity', 'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels',
+           'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Recipe:
     global_clipnorm: float = 0.0  # the gradient of a step is cut down to this norm; 0: it is not
     among_labels: float = 0.0  # share of the loss that is computed among the label words alone, from 0 to 1
     label_smoothing: float = 0.0  # of that share's targets, what all labels have in equal parts, from 0 to 1
+    distillation: float = 0.0  # of that share's targets, what the base alone answers, from 0 to 1
 
     def __post_init__(self):
         if not isinstance(self.target_layers, str):  # JSON makes lists of tuples
@@ -78,6 +80,7 @@ class Recipe:
         return lora_targets(base.config) if self.target_layers == "all" else self.target_layers
 
 
+# %% ../nbs/04_training.ipynb #97365bc0
 RECIPES = {
     # the tutorial's own numbers; reproducible by name
     "tutorial": Recipe(
@@ -131,6 +134,7 @@ class Rows:
     responses: list[tuple[int, ...]]  # token ids of each row's response, its end included
     label_index: np.ndarray  # int (n,), position of each row's label among the labels
     weights: np.ndarray  # float32 (n,), of class weights; 1 by default
+    of_base: np.ndarray | None = None  # float32 (n, labels), probabilities of the base alone, for distillation
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -148,7 +152,7 @@ class Rows:
         index = np.asarray(index, dtype=int)
         return Rows(
             [self.prompts[i] for i in index], [self.responses[i] for i in index], self.label_index[index],
-            self.weights[index],
+            self.weights[index], None if self.of_base is None else self.of_base[index],
         )  # fmt: skip
 
 # %% ../nbs/04_training.ipynb #79108d24
@@ -268,6 +272,19 @@ def choose_shapes(
     packing = packing if replicas == 1 else Packing.of(lengths, recipe.batch_size, passes, seed, replicas)
     return (packing.length,), packing
 
+# %% ../nbs/04_training.ipynb #3a85441c
+_OF_A_LINE = ("token_ids", "padding_mask")  # arrays with a number for each token
+
+
+def _of_base(rows: Rows, places: tuple[int, int]) -> dict[str, np.ndarray]:  # float32 (n, p, labels), or nothing
+    "What the base alone answers, at the place of each row's label word."
+    if rows.of_base is None:
+        return {}
+    answers = np.zeros((*places, rows.of_base.shape[1]), np.float32)
+    answers[:, 0] = rows.of_base
+    return {"of_base": answers}
+
+
 # %% ../nbs/04_training.ipynb #f884cdc0
 class BatchSequence:
     """Batches of fixed shapes; `epoch` decides their order, `first` where to begin in it."""
@@ -300,19 +317,19 @@ class BatchSequence:
         for length, members in zip(buckets, self.members, strict=True):
             part = rows.take(members)
             positions = n_response if loss_on == "response" else length - 1
-            self.arrays.append(
-                training_arrays(part.prompts, part.responses, length, positions, loss_on, part.weights)
-            )
+            arrays = training_arrays(part.prompts, part.responses, length, positions, loss_on, part.weights)
+            self.arrays.append(arrays | _of_base(part, arrays["positions"].shape))
         self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}
 
     @property
     def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:  # of each bucket that has rows
-        "Arrays of a step, as this process gives them: token_ids, padding_mask, positions, targets, weights."
+        "Arrays of a step, as this process gives them: token_ids, padding_mask, positions, targets, weights, of_base."
         share = self.part.stop - self.part.start
         sizes = {}
         if self.packing:
             places = self.packing.rows * self.arrays[0]["positions"].shape[1]
-            sizes = {name: (share, places) for name in ("positions", "targets", "weights")}
+            others = ((name, array.shape[2:]) for name, array in self.arrays[0].items() if name not in _OF_A_LINE)
+            sizes = {name: (share, places, *more) for name, more in others}
         return [
             {name: jax.ShapeDtypeStruct(sizes.get(name, (share, *array.shape[1:])), array.dtype)
              for name, array in arrays.items()}
@@ -352,8 +369,10 @@ class BatchSequence:
         lines = spread_rows(self.lengths[rows], self.packing.lines, self.packing.rows)[self.part]
         arrays = {name: array[rows] for name, array in self.arrays[0].items()}
         batch = pack_arrays(arrays, lines, self.packing.length, self.packing.rows)
-        targets, weights = (batch.pop(name).reshape(len(lines), -1) for name in ("targets", "weights"))
-        return batch, targets, weights
+        flat = {name: array.reshape(len(lines), -1, *array.shape[3:])
+                for name, array in batch.items() if name not in (*_OF_A_LINE, "positions")}  # fmt: skip
+        targets, weights = flat.pop("targets"), flat.pop("weights")
+        return batch | flat, targets, weights
 
 # %% ../nbs/04_training.ipynb #02e98d6e
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
@@ -413,22 +432,40 @@ def losses_among_labels(
     targets: jax.Array,  # int32 (b, p), token ids
     label_ids: jax.Array,  # int32 (labels,), the one token of each label's word
     smoothing: jax.Array | float = 0.0,  # of the target, what all labels have in equal parts
+    distillation: jax.Array | float = 0.0,  # of the target, what the base alone answers
+    of_base: jax.Array | float = 0.0,  # float32 (b, p, labels), probabilities of the base alone
 ) -> jax.Array:  # float32 (b, p), nats
     """Cross-entropy among the label words; 0 where the target is none of them, as the end of a response.
 
-    Smoothed as by [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567).
+    Smoothed as by [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567); what the base answers is kept as by
+    [Li and Hoiem 2016](https://arxiv.org/abs/1606.09282).
     """
     scores, hit = logits[..., label_ids], targets[..., None] == label_ids
-    wanted = (1 - smoothing) * hit + smoothing / len(label_ids)
+    wanted = (1 - smoothing - distillation) * hit + smoothing / len(label_ids) + distillation * of_base
     losses = jax.nn.logsumexp(scores, axis=-1) - (scores * wanted).sum(axis=-1)
     return jnp.where(hit.any(axis=-1), losses, 0.0)
+
+
+def losses_of_step(
+    logits: jax.Array,  # float32 (b, p, vocabulary)
+    batch: Mapping[str, jax.Array],  # targets (b, p); of_base (b, p, labels) where the base's answers are kept
+    numbers: Mapping[str, Any],  # of step_numbers
+) -> jax.Array:  # float32 (b, p), nats
+    "Cross-entropy over the vocabulary, and for its share the one among the label words."
+    targets = batch["targets"]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    if "label_ids" not in numbers:
+        return losses
+    kept = (numbers["distillation"], batch["of_base"]) if "of_base" in batch else ()
+    among = losses_among_labels(logits, targets, numbers["label_ids"], numbers["smoothing"], *kept)
+    return losses + numbers["among_labels"] * (among - losses)
 
 
 # %% ../nbs/04_training.ipynb #2fbced63
 def train_step(
     state: Mapping[str, Any],  # of first_state
     base: Mapping[str, Any],  # arrays of a base
-    batch: Mapping[str, jax.Array],  # token_ids, padding_mask (b, l); positions, targets, weights (b, p)
+    batch: Mapping[str, jax.Array],  # of BatchSequence, with targets and weights
     numbers: Mapping[str, Any],  # of step_numbers
     config: GemmaConfig,  # of the base
     layout: LoraLayout,  # of the adapter
@@ -446,11 +483,7 @@ def train_step(
             adapter = drop_inputs(adapter, numbers["dropout"], key)
         hidden = hidden_at(base, with_scales(adapter, numbers["scales"]), batch, config, again)
         logits = logits_of(base, hidden, config)
-        of_targets = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
-        losses = -of_targets
-        if "label_ids" in numbers:
-            among = losses_among_labels(logits, batch["targets"], numbers["label_ids"], numbers["smoothing"])
-            losses = losses + numbers["among_labels"] * (among - losses)
+        losses = losses_of_step(logits, batch, numbers)
         loss = (losses * batch["weights"]).sum() / jnp.maximum(weight, _NO_WEIGHT)
         right = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
         return loss * by, (loss, right)
@@ -465,14 +498,10 @@ def train_step(
     new = {**state, "adapter": adapter, "adam": adam, "step": state["step"] + 1}
     if scaled:
         new = _unless_overflown(new, state, gradient)
-    old = state["metrics"]
-    new["metrics"] = metrics = {
-        "loss": old["loss"] + loss, "batches": old["batches"] + 1, "right": old["right"] + right,
-        "weight": old["weight"] + weight,
-    }  # fmt: skip
+    more = {"loss": loss, "batches": 1, "right": right, "weight": weight}
+    new["metrics"] = metrics = {name: old + more[name] for name, old in state["metrics"].items()}
     accuracy = metrics["right"] / jnp.maximum(metrics["weight"], _NO_WEIGHT)
-    means = {"loss": metrics["loss"] / metrics["batches"], "accuracy": accuracy}
-    return new, {"step_loss": loss, **means}
+    return new, {"step_loss": loss, "loss": metrics["loss"] / metrics["batches"], "accuracy": accuracy}
 
 # %% ../nbs/04_training.ipynb #0e191fd8
 def _unless_overflown(new: dict[str, Any], old: Mapping[str, Any], gradient: jax.Array) -> dict[str, Any]:
@@ -1034,7 +1063,8 @@ def step_numbers(
     }  # fmt: skip
     numbers |= {"clipnorm": recipe.global_clipnorm} if recipe.global_clipnorm else {}
     among = parts_labels(recipe, words)
-    numbers |= {"among_labels": recipe.among_labels, "smoothing": recipe.label_smoothing} if among else {}
+    shares = {"among_labels": recipe.among_labels, "smoothing": recipe.label_smoothing}
+    numbers |= {**shares, "distillation": recipe.distillation} if among else {}
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     numbers |= {"label_ids": np.array([ids[0] for ids in words.word_ids], np.int32)} if among else {}
     return {**numbers, "seed": np.uint32(seed), "scales": lora_scales(start, base.config)}

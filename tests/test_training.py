@@ -375,7 +375,7 @@ def test_the_tutorial_s_recipe_is_the_tutorial_s():
     assert vars(recipe) == dict(lora_rank=4, learning_rate=5e-5, weight_decay=0.01, epochs=5, batch_size=1,
                                 max_length=512, loss_on="text", schedule="constant",
                                 target_layers=("query", "value"), global_clipnorm=0.0, among_labels=0.0,
-                                label_smoothing=0.0)  # fmt: skip
+                                label_smoothing=0.0, distillation=0.0)  # fmt: skip
 
 
 def test_the_tutorial_s_recipe_trains(base):
