@@ -441,7 +441,7 @@ def _decided_by_rows(
     recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
     recipe = choose_loss(job.recipe_name, recipe, choices, words)
     if "lora_alpha" in free:
-        choices["strength"] = choose_strength(choices, len(words.labels), n_rows)
+        choices["strength"] = choose_strength(choices, len(words.labels), n_rows, recipe.distillation)
     if share := choose_forged(job.recipe_name, n_rows):
         choices["forged"] = share
     if verbose and (choices["loss"] is not None or recipe != job.recipe):
@@ -459,7 +459,7 @@ def _as_judged(
     "The fit with the loss, strength and forged rows of one that was judged; the strength is that of so many rows."
     choices = dict(choices)
     if "strength" in choices:
-        choices["strength"] = choose_strength(choices, len(job.words.labels), len(job.rows))
+        choices["strength"] = choose_strength(choices, len(job.words.labels), len(job.rows), recipe.distillation)
     job = replace(job, recipe=with_loss(job.recipe, recipe), choices=choices)
     return _with_forged(job, choices["forged"]) if choices.get("forged") else job
 

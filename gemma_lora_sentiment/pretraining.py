@@ -439,9 +439,8 @@ def pretrain_base(
     keras.utils.set_random_seed(settings.seed)
     shown, held_out = _held_apart(reviews, settings.seed)
     own = [] if comments is None else comments.comment.tolist()
-    proto, backbone = _loaded(start) if start else (None, None)
-    if proto is None:
-        proto = train_tokenizer(shown.review.head(250_000).tolist() + own * 5, settings.vocabulary_size)
+    texts = shown.review.head(250_000).tolist() + own * 5
+    proto, backbone = _loaded(start) if start else (train_tokenizer(texts, settings.vocabulary_size), None)
     tokenizer = TextTokenizer(proto)
     size = tokenizer.processor.vocab_size()
     say(f"{len(shown)} reviews, {size} pieces, {time.perf_counter() - started:.0f} s")

@@ -241,11 +241,13 @@ def choose_strength(
     evidence: Mapping[str, Any],  # from choose_words
     n_labels: int,  # distinct labels
     n_rows: int,  # trained on
+    distillation: float = 0.0,  # of the recipe; above 0 the base has had its say
 ) -> float:  # factor for the trained adapter, from 0.5 to 1
     "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
-    if not _is_known(evidence, n_labels):
+    if distillation or not _is_known(evidence, n_labels):
         return 1.0
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
+
 
 # %% ../nbs/04b_search.ipynb #5ea00024
 _STEPS = {  # rows a step and steps, the first of which are taken that do not need more epochs than stand beside them
@@ -278,12 +280,16 @@ def choose_steps(
     return replace(recipe, batch_size=batch_size, epochs=min(most, max(_LEAST_EPOCHS[name], epochs)))
 
 # %% ../nbs/04b_search.ipynb #5ea00f31
+_OF_BASE = 0.5  # of a target among the labels: what the base alone answers, where it knows the task
+_OF_LOSS = ("among_labels", "label_smoothing", "distillation")  # settings of a recipe
+
+
 def with_loss(
     recipe: Recipe,
     other: Recipe,  # whose loss is taken
 ) -> Recipe:
     "A recipe with the loss of another."
-    return replace(recipe, among_labels=other.among_labels, label_smoothing=other.label_smoothing)
+    return replace(recipe, **{name: getattr(other, name) for name in _OF_LOSS})
 
 
 def choose_loss(
@@ -292,11 +298,15 @@ def choose_loss(
     evidence: Mapping[str, Any],  # from choose_words
     words: LabelWords,  # that speak for the labels
 ) -> Recipe:  # with its loss
-    "Smoothed targets among the label words, where a small base does not know the task by the labels' own words."
-    if name != "mini_ko" or evidence.get("loss") is None or _is_known(evidence, len(words.labels)):
+    "Among the label words: for a small base that knows the task in part its own answers, otherwise smoothed targets."
+    if name != "mini_ko" or evidence.get("loss") is None:
         return recipe
-    smoothed = with_loss(recipe, RECIPES["gemma"])
-    return smoothed if parts_labels(smoothed, words) else recipe
+    of_gemma = RECIPES["gemma"]
+    is_known = _is_known(evidence, len(words.labels))
+    kept = replace(of_gemma, label_smoothing=0.0, distillation=_OF_BASE) if is_known else of_gemma
+    changed = with_loss(recipe, kept)
+    return changed if parts_labels(changed, words) else recipe
+
 
 # %% ../nbs/04b_search.ipynb #5ea00041
 _FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
@@ -320,7 +330,9 @@ def choices_text(
     guessing, strength = np.log(len(words.labels)), evidence.get("strength", 1.0)
     part = f" The trained adapter speaks with {strength:.0%} of its strength." if strength < 1 else ""
     part += f" {steps.epochs} epochs of {steps.batch_size} rows a step." if steps else ""
-    part += " Targets among the labels are smoothed." if steps and parts_labels(steps, words) else ""
+    if steps and parts_labels(steps, words):
+        part += " Targets among the labels are smoothed." if steps.label_smoothing else ""
+        part += f" {share:.0%} of each target is what the base alone answers." if (share := steps.distillation) else ""
     part += f" Copies of {share:.0%} of the rows end in a forged answer." if (share := evidence.get("forged")) else ""
     if evidence.get("loss") is None:
         return f"Too few rows of a label to look for words by them.{part}"
