@@ -15,6 +15,12 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
+# %% auto #0
+__all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
+           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
+           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
+
+# %% ../nbs/06e_judge.ipynb #e2e1c0b7
 from . import decision, evaluation, figures, intervals, labelling
 from gemma_lora_sentiment.data import (
     by_key,
@@ -45,11 +51,6 @@ from gemma_lora_sentiment.run import (
     write_json,
     write_rows,
 )
-
-# %% auto #0
-__all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
-           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
-           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #73a36e37
 def unfitted_baselines(
