@@ -21,6 +21,10 @@ import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
+# %% auto #0
+__all__ = ['Prepared', 'GemmaLoraClassifier']
+
+# %% ../nbs/05_classifier.ipynb #3fcebb9a
 from . import __version__
 from .adapter import Adapter, adapter_files, load_adapter, new_adapter
 from .checkpoint import on_first_process
@@ -38,6 +42,8 @@ from gemma_lora_sentiment.prompt import (
     forged_copies,
     label_words,
 )
+
+# %% ../nbs/05_classifier.ipynb #49511ec5
 from .scoring import generate, label_probabilities, log_softmax, score_labels
 from .side_by_side import fits_together, gains_side_by_side, shape_of_fits, train_side_by_side
 from gemma_lora_sentiment.search import (
@@ -62,9 +68,6 @@ from gemma_lora_sentiment.training import (
     recipe_for,
     train_adapter,
 )
-
-# %% auto #0
-__all__ = ['Prepared', 'GemmaLoraClassifier']
 
 # %% ../nbs/05_classifier.ipynb #352a62e8
 def _check_comments(

@@ -28,9 +28,9 @@ from . import __version__
 
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Preset', 'Recipe', 'Epochs', 'Rank', 'LearningRate', 'BatchSize', 'MaxLength', 'Template',
-           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'MovedPreset', 'Seed', 'Comments', 'Host', 'Port',
-           'CHOOSE', 'train', 'cross_validate', 'evaluate', 'compare', 'decide', 'suggest', 'predict', 'submit', 'info',
-           'quickstart', 'pretrain', 'export', 'serve', 'benchmark']
+           'LabelWord', 'ClassWeight', 'Dtype', 'Quantization', 'MovedPreset', 'Seed', 'Comments', 'RowsOfRun', 'Refit',
+           'Host', 'Port', 'CHOOSE', 'train', 'cross_validate', 'evaluate', 'compare', 'decide', 'suggest', 'predict',
+           'submit', 'info', 'quickstart', 'pretrain', 'export', 'serve', 'benchmark']
 
 # %% ../nbs/11_cli.ipynb #6a42a7f8
 _IN_THE_SHELL = (  # what messages say to Python, and what to the shell
@@ -217,6 +217,16 @@ def _how(reading: dict[str, Any] | None) -> Any:  # data.Reading
     return reading_of(reading)
 
 
+def _read(
+    file: str,  # or the name of rows that are bundled
+    reading: dict[str, Any] | None,
+    **more: Any,  # of read_comments
+) -> Any:  # a table of comments
+    from gemma_lora_sentiment.data import read_comments
+
+    return read_comments(file, reading=_how(reading), **more)
+
+
 def _say_how_read(quiet: bool, rows: Any) -> None:
     _say(quiet, rows.attrs["reading"]["text"])
 
@@ -368,16 +378,34 @@ def _repeat(
             warnings.warn(f"the run had {name} {then}, here is {here.get(name)}; the bits may differ.", stacklevel=2)
             break
 
+# %% ../nbs/11_cli.ipynb #c67d0f61
+RowsOfRun = Annotated[
+    str | None,
+    typer.Argument(help="Labelled comments: TSV, CSV, JSONL, Parquet, or a name such as sample; --from's own."),
+]
+Refit = Annotated[
+    bool | None, typer.Option("--refit/--no-refit", help="Fit the saved adapter on all rows.", show_default="refit")
+]
+
+
+def _is_done(out: Path, comments: bool) -> bool:
+    "Whether a run is finished, so that there is nothing to resume; says so."
+    from gemma_lora_sentiment.run import RunFolder
+
+    if not RunFolder(out).is_finished():
+        return False
+    print(f"{out} is finished; nothing to do.")
+    if not comments:
+        _warn_of_comments(out)
+    return True
+
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
 @_guarded
 @_reads_a_file()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    file: Annotated[
-        str | None,
-        typer.Argument(help="Labelled comments: TSV, CSV, JSONL, Parquet, or a name such as sample; --from's own."),
-    ] = None,
+    file: RowsOfRun = None,
     preset: Annotated[str | None, typer.Option(help="Base; mini_ko by default.")] = None,
     recipe: Annotated[str | None, typer.Option(help="auto, tutorial, gemma or mini_ko.")] = None,
     epochs: Epochs = None,
@@ -394,21 +422,14 @@ def train(
     from_run: Annotated[Path | None, typer.Option("--from", help="run.json of a run to repeat on its rows.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without improvement.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
-    refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="Fit the saved adapter on all rows.", show_default="refit")
-    ] = None,
+    refit: Refit = None,
     comments: Comments = True,
     quiet: Quiet = False,
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Fine-tune on FILE and save the run: metrics from a held-out fifth, adapter from all rows."""
     given = {**_given(locals()), "validation_fraction": 0.2 if patience else None}
-    from gemma_lora_sentiment.run import RunFolder
-
-    if resume and RunFolder(out).is_finished():
-        print(f"{out} is finished; nothing to do.")
-        if not comments:
-            _warn_of_comments(out)
+    if resume and _is_done(out, comments):
         return
     started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit)
     from gemma_lora_sentiment.judge import train_run
@@ -434,9 +455,7 @@ def _job(
     if file is None:
         file, reading = earlier["data"]["source"], reading or earlier["data"]["reading"]
     refit = (earlier["refit"] if earlier else True) if refit is None else refit
-    from gemma_lora_sentiment.data import read_comments
-
-    rows = read_comments(file, reading=_how(reading))  # before the classifier's imports: a bad file is told at once
+    rows = _read(file, reading)  # before the classifier's imports: a bad file is told at once
     if earlier:
         _check_data(rows, file, earlier["data"])
     clf = _checked_classifier(quiet, given, rows, file, earlier and _settings_then(earlier, given))
@@ -472,10 +491,8 @@ def cross_validate(
 ) -> None:
     """Out-of-fold metrics of ours and of the baseline, stratified, duplicates in one fold."""
     given = _given(locals())
-    from gemma_lora_sentiment.data import read_comments
-
     started, say = time.perf_counter(), functools.partial(_say, quiet)
-    rows = read_comments(file, reading=_how(reading))
+    rows = _read(file, reading)
     clf = _checked_classifier(True, given, rows, file)
     from gemma_lora_sentiment.judge import cross_validate_run
 
@@ -563,13 +580,13 @@ def suggest(
     """List the comments that are most worth labelling next."""
     from gemma_lora_sentiment.labelling import worth_labelling
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
-    from gemma_lora_sentiment.data import read_comments, write_table
+    from gemma_lora_sentiment.data import write_table
     from gemma_lora_sentiment.files import check_folder, whole_file
 
     _check_table(out)
     _check_apart(out, file)
     clf = GemmaLoraClassifier.load(run, preset)
-    rows = read_comments(file, labelled=False, reading=_how(reading))
+    rows = _read(file, reading, labelled=False)
     check_folder(out)
     _say_how_read(quiet, rows)
     _say(quiet, f"scoring {len(rows)} comments")
@@ -835,9 +852,7 @@ def _comments_of(sources: Iterable[str], reading: dict[str, Any] | None) -> Any 
     "Labelled comments of several files; None where there is no file."
     import pandas as pd
 
-    from gemma_lora_sentiment.data import read_comments
-
-    tables = [read_comments(name, labels=("0", "1"), reading=_how(reading)) for name in sources]
+    tables = [_read(name, reading, labels=("0", "1")) for name in sources]
     return pd.concat(tables, ignore_index=True) if tables else None
 
 # %% ../nbs/11_cli.ipynb #fc8b7caf
@@ -1021,12 +1036,11 @@ def _label(  # a public name would make the docs link every `label` here
     reading: dict[str, Any] | None = None,
 ) -> None:
     """Label comments in the browser, while a classifier learns along."""
-    from gemma_lora_sentiment.data import read_comments
     from gemma_lora_sentiment.service import check_extra
 
     check_extra()
     names = _names_of_labels(labels, out)
-    rows = read_comments(file, labelled=False, reading=_how(reading))
+    rows = _read(file, reading, labelled=False)
     _say_how_read(quiet, rows)
     clf = _classifier(True, given := _given(locals()))
     words, run = clf.prepare(sorted(names)).words, run or out.with_name(f"{out.stem}-run")
@@ -1162,6 +1176,25 @@ def _real_rows(
         seen = seen_before(settings.file, "mini_ko")
     return room.run_real_benchmark(settings, reading=_how(reading), **how, **seen)
 
+# %% ../nbs/11_cli.ipynb #e81aff2d
+def _measure(
+    preset: str | None,  # to train on real rows; None: random weights
+    common: dict[str, Any],  # options by name
+    of_both: dict[str, Any],  # options that mean the same to both, and have other defaults
+    of_random: dict[str, Any],
+    of_real: dict[str, Any],
+    how: dict[str, Any],  # see `_how_to_run`
+    reading: dict[str, Any],
+) -> None:
+    "Run the benchmark that was asked for; status 1 where a system failed. `ValueError` for options of the other one."
+    _check_kind(preset, common.get("file"), of_random, {**of_real, **reading})
+    if preset is None:
+        result = _random_weights(common, {**of_both, **of_random}, how)
+    else:
+        result = _real_rows(common, {**of_both, **of_real, "preset": preset}, how, reading)
+    if any(run.get("failed") for runs in result["systems"].values() for run in runs.values()):
+        raise typer.Exit(1)
+
 # %% ../nbs/11_cli.ipynb #5fdc0d0a
 @app.command()
 @_guarded
@@ -1201,10 +1234,4 @@ def benchmark(
     of_random, of_both = dict(shape=shape, rows=rows, sweep=sweep), dict(epochs=epochs, batch_size=batch_size)
     of_real = dict(test_file=test_file, test_fraction=test_fraction, recipe=recipe, rank=rank, max_length=max_length,
                    learning_rate=learning_rate, template=template, label_word=label_word)  # fmt: skip
-    _check_kind(preset, file, of_random, {**of_real, **reading})
-    if preset is None:
-        result = _random_weights(common, {**of_both, **of_random}, how)
-    else:
-        result = _real_rows(common, {**of_both, **of_real, "preset": preset}, how, reading)
-    if any(run.get("failed") for runs in result["systems"].values() for run in runs.values()):
-        raise typer.Exit(1)
+    _measure(preset, common, of_both, of_random, of_real, how, reading)

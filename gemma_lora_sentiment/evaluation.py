@@ -11,6 +11,7 @@ __all__ = ['METRICS', 'OTHERS', 'OURS', 'plain_values', 'class_positions', 'chec
 
 # %% ../nbs/06_evaluation.ipynb #cc4e0e0d
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -302,6 +303,27 @@ def _oof_table(
         columns |= {f"{name}_p_{label}": values[:, position] for position, label in enumerate(classes)}
     return pd.DataFrame(columns)
 
+# %% ../nbs/06_evaluation.ipynb #4b82a129
+def _out_of_fold(
+    estimators: Mapping[str, BaseEstimator],  # name -> classifier
+    texts: np.ndarray,  # object (n,), strings
+    targets: np.ndarray,  # (n,), labels
+    classes: list,  # plain Python values in the order of the columns
+    splits: Sequence[tuple[np.ndarray, np.ndarray]],  # training and test rows of each fold
+    say: Callable[[str], None],  # called with a classifier's name after each of its fits
+) -> pd.DataFrame:  # as _oof_table
+    "Every row once, by classifiers that have not seen it."
+    fold_of_row = np.zeros(len(texts), dtype=np.int64)
+    probabilities = {name: np.zeros((len(texts), len(classes))) for name in estimators}
+    parts = [(texts[train], targets[train]) for train, _ in splits]
+    in_turn = {name: _fitted(estimator, parts) for name, estimator in estimators.items()}
+    for fold, (_, test) in enumerate(splits):
+        fold_of_row[test] = fold
+        for name, fitted in in_turn.items():
+            probabilities[name][test] = predict_in_order(next(fitted), texts[test], classes)
+            say(name)
+    return _oof_table(fold_of_row, targets, probabilities, classes)
+
 # %% ../nbs/06_evaluation.ipynb #f8e3c00e
 def cross_validate(
     estimators: Mapping[str, BaseEstimator],  # name -> scikit-learn classifier of strings; cloned, never changed
@@ -327,21 +349,10 @@ def cross_validate(
     if groups is None:
         groups = duplicate_groups(map(str, texts))
     all_splits = [fold_indices(labels, groups, folds, seed + repeat) for repeat in range(repeats)]
-    classes, tables = sorted(set(targets.tolist())), []
-    done, total = 0, repeats * folds * len(estimators)
-    for splits in all_splits:
-        fold_of_row = np.zeros(len(texts), dtype=np.int64)
-        probabilities = {name: np.zeros((len(texts), len(classes))) for name in estimators}
-        parts = [(texts[train], targets[train]) for train, _ in splits]
-        in_turn = {name: _fitted(estimator, parts) for name, estimator in estimators.items()}
-        for fold, (_, test) in enumerate(splits):
-            fold_of_row[test] = fold
-            for name, fitted in in_turn.items():
-                probabilities[name][test] = predict_in_order(next(fitted), texts[test], classes)
-                done += 1
-                if progress is not None:
-                    progress(done, total, name)
-        tables.append(_oof_table(fold_of_row, targets, probabilities, classes))
+    classes = sorted(set(targets.tolist()))
+    done, total = count(1), repeats * folds * len(estimators)
+    say = (lambda name: None) if progress is None else (lambda name: progress(next(done), total, name))
+    tables = [_out_of_fold(estimators, texts, targets, classes, splits, say) for splits in all_splits]
     if repeats == 1:
         return tables[0]
     numbered = [table.assign(repeat=repeat)[["repeat", *table]] for repeat, table in enumerate(tables)]

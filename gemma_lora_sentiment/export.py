@@ -57,6 +57,11 @@ def _model_type(base: Base) -> str:
 # %% ../nbs/03b_export.ipynb #ex0007ab
 _CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
+# %% ../nbs/03b_export.ipynb #366f1fa5
+def _special_ids(base: Base) -> dict[str, int]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=base.tokenizer_proto)
+    return {f"{name}_token_id": processor.piece_to_id(f"<{name}>") for name in ("pad", "eos", "bos")}
+
 # %% ../nbs/03b_export.ipynb #dc87e0e6
 def transformers_config(
     base: Base,
@@ -64,7 +69,6 @@ def transformers_config(
 ) -> dict[str, Any]:  # config.json
     "Settings of Transformers' model. Raises `ModelError` for a base that it has no model for."
     model, model_type, layer = base.config, _model_type(base), base.config.layers[0]
-    processor = sentencepiece.SentencePieceProcessor(model_proto=base.tokenizer_proto)
     positions = 32_768 if model_type == "gemma3_text" else 8_192
     config = {
         "architectures": [_CLASSES[model_type]],
@@ -84,9 +88,7 @@ def transformers_config(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
-        "pad_token_id": processor.piece_to_id("<pad>"),
-        "eos_token_id": processor.piece_to_id("<eos>"),
-        "bos_token_id": processor.piece_to_id("<bos>"),
+        **_special_ids(base),
         "use_cache": True,
         "torch_dtype": dtype,
     }

@@ -36,6 +36,7 @@ from sklearn.metrics import (
 )
 from sklearn.model_selection import LearningCurveDisplay
 
+# %% ../nbs/06c_figures.ipynb #cf45b8ba
 from .data import duplicate_groups
 from .decision import expected_calibration_error, reliability_bins
 from gemma_lora_sentiment.evaluation import (

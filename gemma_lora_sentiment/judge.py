@@ -15,6 +15,12 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
+# %% auto #0
+__all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
+           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
+           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
+
+# %% ../nbs/06e_judge.ipynb #e2e1c0b7
 from . import decision, evaluation, figures, intervals, labelling
 from gemma_lora_sentiment.data import (
     by_key,
@@ -45,11 +51,6 @@ from gemma_lora_sentiment.run import (
     write_json,
     write_rows,
 )
-
-# %% auto #0
-__all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
-           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
-           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #73a36e37
 def unfitted_baselines(
@@ -231,6 +232,22 @@ def write_report(
     return run.path / REPORT
 
 
+# %% ../nbs/06e_judge.ipynb #8d6aaf0c
+def _write_numbers(
+    folder: Path,
+    metrics: dict[str, Any],  # receives the seconds
+    started: float,  # perf_counter when the job began
+    comments: bool,
+    description: Mapping[str, Any] | None = None,  # for run.json; None where the metrics hold it
+    name: str = METRICS_FILE,
+) -> None:
+    "What a job ends with: its numbers, what describes it, and the report of all that is there."
+    metrics["seconds"] = round(time.perf_counter() - started, 2)
+    write_json(folder / name, metrics)
+    if description is not None:
+        write_json(folder / DESCRIPTION, description)
+    write_report(folder, comments=comments)
+
 # %% ../nbs/06e_judge.ipynb #5eebef01
 def seen_before(
     source: str,  # file or name of the rows to judge on
@@ -281,11 +298,9 @@ def train_run(
         saved.set_params(checkpoint_dir=None).save(folder)
         clf.history_.to_csv(folder / HISTORY, index=False)
         _write_conflicts(folder, rows, duplicate_groups(rows.comment), comments)
-        metrics |= {**caution, "seconds": round(time.perf_counter() - started, 2)}
-        write_json(folder / METRICS_FILE, metrics)
+        metrics |= caution
         more = {"reading": reading, "held_out": len(held_out), "refit": refit, "epochs": saved.best_epoch_}
-        write_json(folder / DESCRIPTION, describe_run("train", source, rows, clf, more))
-        write_report(folder, comments=comments)
+        _write_numbers(folder, metrics, started, comments, describe_run("train", source, rows, clf, more))
     return metrics
 
 # %% ../nbs/06e_judge.ipynb #a61734c9
@@ -335,10 +350,28 @@ def evaluate_run(
             wrong = evaluation.wrong_rows(rows.comment, rows.label, probabilities, clf.classes_, rows["id"])
             write_table(evaluation.explain_mistakes(clf, wrong, explain), folder / "influence.tsv")
         metrics |= describe_run("evaluate", source, rows, clf, more)
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
-        write_json(folder / METRICS_FILE, metrics)
-        write_report(folder, comments=comments)
+        _write_numbers(folder, metrics, started, comments)
     return metrics
+
+# %% ../nbs/06e_judge.ipynb #c53b4870
+def _out_of_fold(
+    clf: Any,  # ours, unfitted
+    rows: pd.DataFrame,  # comment, label
+    settings: Mapping[str, Any],  # of the cuts: folds, repeats, groups, seed
+    say: Callable[[str], None],  # what is told meanwhile
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # ours and the baseline, and what ours is compared with by name
+    "All classifiers on the same folds, and the base as it is."
+    simple, given = unfitted_baselines(clf), (rows.comment, rows.label)
+    two = {"ours": clf, "baseline": simple.pop("baseline")}
+
+    def tell(done: int, total: int, name: str) -> None:
+        say(f"fold {done}/{total}: {name}")
+
+    oof = evaluation.cross_validate(two, *given, **settings, progress=tell)
+    floor = evaluation.cross_validate(simple, *given, **settings)
+    classes, tables = sorted(rows.label.unique()), {"baseline": oof, **dict.fromkeys(simple, floor)}
+    theirs = {name: evaluation.probabilities_from_oof(table, name, classes) for name, table in tables.items()}
+    return oof, {**theirs, "zero_shot": zero_shot(clf, classes, rows.comment)}
 
 # %% ../nbs/06e_judge.ipynb #caca5efc
 def _write_folds(
@@ -382,17 +415,10 @@ def cross_validate_run(
     evaluation.fold_indices(rows.label, groups, folds, seed)  # can it be cut at all?
     say(rows.attrs["reading"]["text"])
     with whole_folder(out, obsolete=("oof_repeats.tsv", "conflicts.tsv")) as folder:
-        simple, settings = unfitted_baselines(clf), {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
-        oof = evaluation.cross_validate(
-            {"ours": clf, "baseline": simple.pop("baseline")}, rows.comment, rows.label, **settings,
-            progress=lambda done, total, name: say(f"fold {done}/{total}: {name}"),
-        )  # fmt: skip
-        floor = evaluation.cross_validate(simple, rows.comment, rows.label, **settings)
+        settings = {"folds": folds, "repeats": repeats, "groups": groups, "seed": seed}
+        oof, theirs = _out_of_fold(clf, rows, settings, say)
         classes = sorted(rows.label.unique())
         layers = {name: evaluation.probabilities_from_oof(oof, name, classes) for name in ("ours", "baseline")}
-        theirs = {"baseline": layers["baseline"]}
-        theirs |= {name: evaluation.probabilities_from_oof(floor, name, classes) for name in simple}
-        theirs["zero_shot"] = zero_shot(clf, classes, rows.comment)
         metrics = evaluation.metrics_from_oof(oof, "ours", classes)
         add_analysis(metrics, rows, classes, layers["ours"], theirs)
         _write_folds(folder, rows, classes, layers, oof["fold"].to_numpy().reshape(repeats, -1), comments)
@@ -401,9 +427,7 @@ def cross_validate_run(
         _write_conflicts(folder, rows, groups, comments)
         cuts = {"reading": reading, "folds": folds, "repeats": repeats, "seed": seed, **caution}
         metrics |= describe_run("cross-validate", source, rows, clf, cuts)
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
-        write_json(folder / FOLDS_FILE, metrics)
-        write_report(folder, comments=comments)
+        _write_numbers(folder, metrics, started, comments, name=FOLDS_FILE)
     return metrics
 
 # %% ../nbs/06e_judge.ipynb #4c4fa16f
@@ -421,10 +445,8 @@ def quickstart_run(
     metrics, probabilities = judge_run(folder, test, clf, fitted_baselines(rows, clf), clf.history_, comments)
     clf.save(folder)
     clf.history_.to_csv(folder / HISTORY, index=False)
-    metrics["seconds"] = round(time.perf_counter() - started, 2)
-    write_json(folder / METRICS_FILE, metrics)
-    write_json(folder / DESCRIPTION, describe_run("quickstart", source, rows, clf, {"epochs": clf.best_epoch_}))
-    write_report(folder, comments=comments)
+    description = describe_run("quickstart", source, rows, clf, {"epochs": clf.best_epoch_})
+    _write_numbers(folder, metrics, started, comments, description)
     return metrics, clf.classes_[probabilities.argmax(axis=1)]
 
 # %% ../nbs/06e_judge.ipynb #140f19ba

@@ -201,6 +201,8 @@ TEXTS = {
         "stale": "다른 창이 더 빨랐습니다. 지금은 이렇습니다.", "lost": "서버가 대답하지 않습니다.",
     },
 }  # fmt: skip
+
+# %% ../nbs/12a_label_page.ipynb #adc71d4d
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --page: #fff; --line: #d0d7de; --tint: #f3f5f8;
   --accent: #00336f; }
@@ -221,7 +223,9 @@ kbd { color: var(--soft); font-size: .8em; margin-right: .6rem; padding: 0 .35re
 .label { font-size: 1.1rem; } progress { width: 100%; height: .5rem; } #told { color: #b3261e; }
 section { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: .6rem; }
 """
-_SCRIPT = """
+
+# %% ../nbs/12a_label_page.ipynb #b743909d
+_SHOW = """
 "use strict";
 const $ = id => document.getElementById(id), say = (text, values) =>
   text.replace(/\\{(\\w+)\\}/g, (whole, name) => values[name] ?? whole);
@@ -256,7 +260,10 @@ function show(next) {
   $("finish").hidden = !("can_finish" in state);
   $("files").hidden = !state.files.run; $("run").textContent = say(T.run, state.files);
   $("report").hidden = !state.files.report; $("submission").hidden = !state.files.submission;
-}
+}"""
+
+# %% ../nbs/12a_label_page.ipynb #884ecc78
+_ASK = """
 async function ask(address, body) {
   try {
     const headers = {"content-type": "application/json"};
@@ -282,6 +289,7 @@ $("finish").onclick = () => ask("finish", {});
 setInterval(() => { if (!busy && !document.hidden) ask("state"); }, 2000);
 ask("state");
 """
+_SCRIPT = _SHOW + _ASK
 
 # %% ../nbs/12a_label_page.ipynb #96ae3cf8
 def label_html(

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,46 @@ def _begun(path: Path, header: str) -> int:  # bytes of the header
 # %% ../nbs/06d_labelling.ipynb #00f0f357
 _HEADER = "id\tcomment\tlabel\n"
 
+
+def _field(value: Any) -> str:
+    return tab_field(" ".join(str(value).split()))
+
+# %% ../nbs/06d_labelling.ipynb #21cf8234
+def _is_whole_line(
+    line: bytes,  # the last of a file, without an end
+    labels: Sequence[str],  # those that may be given
+) -> bool:
+    "Editors leave the last line end out. Of labels 1 and 10, a 1 may be half of a 10."
+    *others, label = line.decode("utf-8", "replace").split("\t")
+    longer = [other for other in labels if other.startswith(label) and other != label]
+    return len(others) == 2 and label in labels and not longer
+
+
+def _checked_line(
+    line: bytes,
+    known: Mapping[str, tuple[int, str]],  # id -> number of the comment, and its text as a file has it
+    labels: Sequence[str],  # those that may be given
+    rows: Sequence[tuple[int, str]],  # what the lines before say
+    source: str,  # the file, for messages
+    number: int,  # of the line in it, from 1
+) -> tuple[int, str]:  # number of the comment, label
+    "What a line says. Raises `DataError`."
+    fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+    name, text, label = fields if len(fields) == 3 else ("", "", "")
+    row, comment = known.get(name, (-1, None))
+    problem = None
+    if len(fields) != 3:
+        problem = f"has {len(fields)} fields, and id, comment, label are three. Mend the line."
+    elif comment != text:
+        problem = f"id {shown(name)} with this comment is not among the comments. Give the file that was labelled."
+    elif label not in labels:
+        problem = f"label {shown(label)} is not one of {', '.join(labels)}. Mend the line, or name all labels."
+    elif any(row == other for other, _ in rows):
+        problem = f"id {shown(name)} stands there twice. Remove one of the lines."
+    if problem:
+        raise DataError(problem, source=source, row=number, unit="line")
+    return row, label
+
 # %% ../nbs/06d_labelling.ipynb #563ebd98
 class LabelTable:
     "A file of labels of known comments: what it holds, one more, one less. Raises `DataError` for a file of others."
@@ -149,32 +189,10 @@ class LabelTable:
         self._ids = list(self._fields)
         self.rows: list[tuple[int, str]] = []  # number of the comment, label
         self._ends = [_begun(self.path, _HEADER)]
-        for number, line in enumerate(_whole_lines(self.path, self._is_whole)[1:], start=2):
-            self.rows.append(self._checked(line, number))
+        lines = _whole_lines(self.path, lambda line: _is_whole_line(line, self.labels))
+        for number, line in enumerate(lines[1:], start=2):
+            self.rows.append(_checked_line(line, self._fields, self.labels, self.rows, str(self.path), number))
             self._ends.append(self._ends[-1] + len(line))
-
-    def _is_whole(self, line: bytes) -> bool:
-        "Editors leave the last line end out. Of labels 1 and 10, a 1 may be half of a 10."
-        *others, label = line.decode("utf-8", "replace").split("\t")
-        longer = [other for other in self.labels if other.startswith(label) and other != label]
-        return len(others) == 2 and label in self.labels and not longer
-
-    def _checked(self, line: bytes, number: int) -> tuple[int, str]:
-        fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-        name, text, label = fields if len(fields) == 3 else ("", "", "")
-        row, known = self._fields.get(name, (-1, None))
-        problem = None
-        if len(fields) != 3:
-            problem = f"has {len(fields)} fields, and id, comment, label are three. Mend the line."
-        elif known != text:
-            problem = f"id {shown(name)} with this comment is not among the comments. Give the file that was labelled."
-        elif label not in self.labels:
-            problem = f"label {shown(label)} is not one of {', '.join(self.labels)}. Mend the line, or name all labels."
-        elif any(row == other for other, _ in self.rows):
-            problem = f"id {shown(name)} stands there twice. Remove one of the lines."
-        if problem:
-            raise DataError(problem, source=str(self.path), row=number, unit="line")
-        return row, label
 
     def append(
         self,
@@ -192,10 +210,6 @@ class LabelTable:
         _cut(self.path, self._ends[-2], self._ends[-1])
         self._ends.pop()
         return self.rows.pop()
-
-# %% ../nbs/06d_labelling.ipynb #d6030980
-def _field(value: Any) -> str:
-    return tab_field(" ".join(str(value).split()))
 
 # %% ../nbs/06d_labelling.ipynb #8ecb509c
 @dataclass(frozen=True)

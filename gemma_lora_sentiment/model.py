@@ -34,6 +34,13 @@ import jax
 import numpy as np
 import sentencepiece
 
+# %% auto #0
+__all__ = ['BUNDLED_PRESETS', 'GEMMA3_270M_GGUF', 'LayerRanks', 'GEMMA_2B_CONFIG', 'tiny_gemma', 'resolve_preset',
+           'preset_shapes', 'lora_targets', 'lora_shapes', 'complete_arguments', 'lora_parameter_count', 'mesh_for',
+           'Base', 'on_every_process', 'check_conversion', 'quantized_kernel', 'load_base', 'held_bases',
+           'release_bases']
+
+# %% ../nbs/02_model.ipynb #6b337843
 from .cache import keep_arrays, kept_arrays, use_compile_cache
 from .credentials import access_explained, check_access
 from .files import digest
@@ -49,12 +56,6 @@ from gemma_lora_sentiment.gemma import (
 )
 from .gguf_files import aligned_empty, assembled_gemma3_270m, proto_of_tokenizer_json, read_gguf
 from .upstream import without_drawing, without_values
-
-# %% auto #0
-__all__ = ['BUNDLED_PRESETS', 'GEMMA3_270M_GGUF', 'LayerRanks', 'GEMMA_2B_CONFIG', 'tiny_gemma', 'resolve_preset',
-           'preset_shapes', 'lora_targets', 'lora_shapes', 'complete_arguments', 'lora_parameter_count', 'mesh_for',
-           'Base', 'on_every_process', 'check_conversion', 'quantized_kernel', 'load_base', 'held_bases',
-           'release_bases']
 
 # %% ../nbs/02_model.ipynb #b3b422e1
 _TINY_TEXT = (

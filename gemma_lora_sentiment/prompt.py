@@ -25,6 +25,20 @@ __all__ = ['TUTORIAL_TEMPLATE', 'PromptTemplate', 'TextTokenizer', 'encode_comme
 # %% ../nbs/01_prompt.ipynb #a8a5d7cd
 TUTORIAL_TEMPLATE = "Instruction:\n{instruction}\n\nResponse:\n{response}"
 
+# %% ../nbs/01_prompt.ipynb #4b276dbc
+def _check_fields(
+    text: str,  # of a template
+) -> None:
+    "Raise `DataError` unless each field stands once, and the response last."
+    for field in ("{instruction}", "{response}"):
+        if (found := text.count(field)) != 1:
+            raise DataError(
+                f"Template {text!r} has {field} {found} times; it must have it once. "
+                f"The default is {TUTORIAL_TEMPLATE!r}."
+            )
+    if text.index("{response}") < text.index("{instruction}"):
+        raise DataError(f"Template {text!r} has {{response}} before {{instruction}}; put the response last.")
+
 # %% ../nbs/01_prompt.ipynb #481ac51c
 @dataclass(frozen=True)
 class PromptTemplate:
@@ -36,14 +50,7 @@ class PromptTemplate:
     text: str = TUTORIAL_TEMPLATE  # must hold `{instruction}` and, after it, `{response}`
 
     def __post_init__(self):
-        for field in ("{instruction}", "{response}"):
-            if (found := self.text.count(field)) != 1:
-                raise DataError(
-                    f"Template {self.text!r} has {field} {found} times; it must have it once. "
-                    f"The default is {TUTORIAL_TEMPLATE!r}."
-                )
-        if self.text.index("{response}") < self.text.index("{instruction}"):
-            raise DataError(f"Template {self.text!r} has {{response}} before {{instruction}}; put the response last.")
+        _check_fields(self.text)
 
     @property
     def prefix(self) -> str:
@@ -108,10 +115,21 @@ def _user_defined_pieces(
     pieces = map(dict, map(_fields, marked))  # some hundreds; to look into all 262,144 of Gemma 3 takes a second
     return frozenset(piece[1].decode() for piece in pieces if piece.get(3) == 4)
 
-# %% ../nbs/01_prompt.ipynb #43ae4561
+# %% ../nbs/01_prompt.ipynb #ee82beb1
 _TEXTS_WORTH_THREADS = 256  # SentencePiece starts its threads anew for each call
 
 
+def _special_id(
+    processor: sentencepiece.SentencePieceProcessor,
+    piece: str,  # such as "<bos>"
+) -> int:
+    "The id of a special piece. Raises `DataError` for a tokenizer without it, which is no Gemma's."
+    token_id = processor.piece_to_id(piece)
+    if token_id == processor.unk_id():
+        raise DataError(f"The tokenizer has no piece {piece!r}; use the tokenizer of a Gemma model.")
+    return token_id
+
+# %% ../nbs/01_prompt.ipynb #43ae4561
 class TextTokenizer:
     """A SentencePiece model as a plain tokenizer: no special ids are added, none can be typed in."""
 
@@ -121,13 +139,8 @@ class TextTokenizer:
     ):
         self.proto = proto
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.pad_id, self.eos_id, self.bos_id = (self._special(piece) for piece in ("<pad>", "<eos>", "<bos>"))
-
-    def _special(self, piece: str) -> int:
-        token_id = self.processor.piece_to_id(piece)
-        if token_id == self.processor.unk_id():
-            raise DataError(f"The tokenizer has no piece {piece!r}; use the tokenizer of a Gemma model.")
-        return token_id
+        special = ("<pad>", "<eos>", "<bos>")
+        self.pad_id, self.eos_id, self.bos_id = (_special_id(self.processor, piece) for piece in special)
 
     @cached_property
     def user_defined(self) -> frozenset[str]:

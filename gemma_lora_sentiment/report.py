@@ -414,12 +414,13 @@ def _training(history: pd.DataFrame, limit: int = 40) -> list[ElementTree.Elemen
     return [_table("By epoch", head, rows, numeric=range(1, len(head)))]
 
 # %% ../nbs/06b_report.ipynb #d3323ef5
-_STYLE = """
+_COLOURS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --page: #ffffff; --line: #d0d7de; --tint: #f3f5f8;
   --accent: #00336f; --lost: #8a4b00; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8ea; --soft: #a9b2bb; --page: #15181b; --line: #3a424a; --tint: #1e2327; --accent: #9cc3f5;
-    --lost: #f0b866; } }
+    --lost: #f0b866; } }"""
+_TEXT = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1.25rem 3rem; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans KR", "NanumGothic",
@@ -437,7 +438,10 @@ nav ul { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: 1rem 0; padd
 nav a { display: inline-block; padding: .2rem 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .cards div { padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .4rem; }
-.cards dd { margin: 0; font-size: 1.7rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.cards dd { margin: 0; font-size: 1.7rem; line-height: 1.3; font-variant-numeric: tabular-nums; }"""
+
+# %% ../nbs/06b_report.ipynb #ca6cd0a5
+_TABLES = """
 .scroll { overflow-x: auto; margin: .75rem 0 1rem; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .925rem; }
@@ -457,14 +461,18 @@ thead .number { white-space: normal; }
 .comments td:nth-child(2) { min-width: 9rem; max-width: 34rem; }
 :lang(ko) { word-break: keep-all; }
 .pairs th { white-space: nowrap; }
-.pairs td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.pairs td { white-space: pre-wrap; overflow-wrap: anywhere; }"""
+_PICTURES = """
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 2rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; break-inside: avoid; }
 figcaption { padding-bottom: .3rem; font-weight: 600; }
 img { display: block; max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line);
   border-radius: .4rem; }
-footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: .875rem; }
+footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: .875rem; }"""
+
+# %% ../nbs/06b_report.ipynb #55f3fa10
+_PHONE = """
 @media (max-width: 40rem) {
   body { padding: 1rem .9rem 2rem; }
   h1 { font-size: 1.35rem; }
@@ -475,7 +483,8 @@ footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--li
   .cards { grid-template-columns: 1fr 1fr; }
   .cards dd { font-size: 1.4rem; }
   td .measure .interval { display: block; }
-}
+}"""
+_PAPER = """
 @media print {
   :root { --ink: #000000; --soft: #444444; --page: #ffffff; --line: #bbbbbb; --tint: #ffffff; --accent: #00204d;
     --lost: #5f3300; }
@@ -487,8 +496,8 @@ footer { margin-top: 2.5rem; padding-top: .75rem; border-top: 1px solid var(--li
   tr, .lead, .cards, .columns > div { break-inside: avoid; }
   .figures { grid-template-columns: 1fr 1fr; }
 }
-@page { margin: 18mm 15mm; }
-"""
+@page { margin: 18mm 15mm; }"""
+_STYLE = _COLOURS + _TEXT + _TABLES + _PICTURES + _PHONE + _PAPER + "\n"
 
 # %% ../nbs/06b_report.ipynb #3f3e20d4
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

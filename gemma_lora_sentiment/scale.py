@@ -132,6 +132,16 @@ def _storage(folder: Path) -> Iterator[None]:
         raise RunError(f"The journal in {folder} is damaged ({error}). Remove the folder to start anew.") from None
 
 
+def _database(folder: Path) -> sqlite3.Connection:
+    "The journal's tables, made where they are not there."
+    with _storage(folder):
+        database = sqlite3.connect(folder / "journal.sqlite", isolation_level=None)
+        database.execute("CREATE TABLE IF NOT EXISTS settings (content TEXT)")
+        database.execute("CREATE TABLE IF NOT EXISTS parts (number INTEGER PRIMARY KEY, rows INTEGER, digest TEXT)")
+        database.execute("CREATE TABLE IF NOT EXISTS ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+    return database
+
+# %% ../nbs/08_scale.ipynb #fd58cdab
 def _id_key(name: object) -> str:
     "Equal ids have equal keys: 1 and 1.0 are equal, 1 and '1' are not."
     if isinstance(name, str):
@@ -139,17 +149,27 @@ def _id_key(name: object) -> str:
     is_whole = isinstance(name, (bool, int, float, np.number)) and float(name).is_integer() and abs(name) < 2**53
     return f"n{int(name)}" if is_whole else f"{type(name).__name__} {name!r}"
 
+
+def _enter_ids(
+    database: sqlite3.Connection,
+    ids: Sequence[object],  # n
+    rows: Sequence[int],  # n, where they stand
+) -> tuple[int, int] | None:  # for an id that is known, its place among them and the row it stood in
+    "Enter ids, as far as none is known."
+    for place, (name, row) in enumerate(zip(ids, rows, strict=True)):
+        done = database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (_id_key(name), int(row)))
+        if not done.rowcount:
+            found = database.execute("SELECT row FROM ids WHERE id = ?", (_id_key(name),)).fetchone()
+            return place, found[0]
+    return None
+
 # %% ../nbs/08_scale.ipynb #adae3c74
 class _Journal:
     "What is finished of a prediction: settings, parts, ids."
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with _storage(folder):
-            self.db = sqlite3.connect(folder / "journal.sqlite", isolation_level=None)
-            self.db.execute("CREATE TABLE IF NOT EXISTS settings (content TEXT)")
-            self.db.execute("CREATE TABLE IF NOT EXISTS parts (number INTEGER PRIMARY KEY, rows INTEGER, digest TEXT)")
-            self.db.execute("CREATE TABLE IF NOT EXISTS ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self.db = _database(folder)
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -174,12 +194,7 @@ class _Journal:
         "Begin a transaction with these ids; for an id that is known, its place among them and the row it stood in."
         with _storage(self.folder):
             self.db.execute("BEGIN IMMEDIATE")
-            for place, (name, row) in enumerate(zip(ids, rows, strict=True)):
-                done = self.db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (_id_key(name), int(row)))
-                if not done.rowcount:
-                    found = self.db.execute("SELECT row FROM ids WHERE id = ?", (_id_key(name),)).fetchone()
-                    return place, found[0]
-        return None
+            return _enter_ids(self.db, ids, rows)
 
     def commit(self, number: int, rows: int, digest: str) -> None:
         with _storage(self.folder):
@@ -354,6 +369,19 @@ def _given_up(journal: _Journal | None) -> int:  # finished rows that are worth 
     finally:
         journal.close()
 
+# %% ../nbs/08_scale.ipynb #fea74baa
+def _checked_suffix(
+    out: Path,  # file to write
+    path: Path,  # file or folder to read
+) -> str:  # a key of OUTPUT_FORMATS
+    "The suffix of the output. Raises `DataError` for one of no format, and for a file that would be read with others."
+    suffix = out.suffix.lower()
+    if suffix not in OUTPUT_FORMATS:
+        raise DataError(f"--out {out} has none of the suffixes {', '.join(OUTPUT_FORMATS)}. Give it one of these.")
+    if path.is_dir() and out.resolve().parent == path.resolve():
+        raise DataError(f"--out {out} lies in the folder that is read. Write it to another folder.")
+    return suffix
+
 # %% ../nbs/08_scale.ipynb #7b34e4ee
 def predict_file(
     clf: GemmaLoraClassifier,  # fitted
@@ -376,11 +404,7 @@ def predict_file(
     `OSError` when the disk is full; then the finished parts stay for `resume`.
     """
     out, path = Path(out), locate(source)
-    suffix = out.suffix.lower()
-    if suffix not in OUTPUT_FORMATS:
-        raise DataError(f"--out {out} has none of the suffixes {', '.join(OUTPUT_FORMATS)}. Give it one of these.")
-    if path.is_dir() and out.resolve().parent == path.resolve():
-        raise DataError(f"--out {out} lies in the folder that is read. Write it to another folder.")
+    suffix = _checked_suffix(out, path)
     sizes = {"chunk_rows": chunk_rows, "batch_size": batch_size or scoring_batch_size()}
     settings = _identity(clf, suffix, decision, sizes)
     folder = out.parent / f".{out.name}.parts"
@@ -436,10 +460,8 @@ def _predict_parts(
     for number, (chunk, probabilities) in enumerate(results, start=len(parts)):
         counts[chunk.file] = chunk.counts
         parts.append(journal.folder / f"part-{number:06}{suffix}")
-        _check_ids(chunk, journal, path)
-        table = _predictions(chunk, probabilities, clf.classes_, decision)
-        _write_part(parts[-1], table, suffix, parts[0])
-        journal.commit(number, len(chunk.table), _chunk_digest(chunk))
+        with _entered(number, chunk, journal, path):
+            _write_part(parts[-1], _predictions(chunk, probabilities, clf.classes_, decision), suffix, parts[0])
         rows += len(chunk.table)
         clock.tell(rows, min(chunk.fraction, 0.999))
     clock.tell(rows, 1.0)
@@ -492,6 +514,14 @@ def _check_ids(chunk: Chunk, journal: _Journal, path: Path) -> None:
         raise DataError(problem, source=str(chunk.path), row=rows[place], column="id", unit=chunk.unit)
 
 
+@contextmanager
+def _entered(number: int, chunk: Chunk, journal: _Journal, path: Path) -> Iterator[None]:
+    "One transaction: the chunk's ids before, the chunk afterwards, if its part could be written."
+    _check_ids(chunk, journal, path)
+    yield
+    journal.commit(number, len(chunk.table), _chunk_digest(chunk))
+
+# %% ../nbs/08_scale.ipynb #d217a6a4
 def _warn_of_truncated(scorer: _ChunkScorer, rows: int) -> None:
     if scorer.truncated:
         limit = scorer.clf.recipe_.max_length

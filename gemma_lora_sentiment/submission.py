@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+# %% ../nbs/07_submission.ipynb #55a6852a
 from gemma_lora_sentiment.data import (
     EXCEL_MARK,
     OUTPUT_FORMATS,

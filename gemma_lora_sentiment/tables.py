@@ -397,22 +397,10 @@ _BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_OLE = b"\xd0\xcf\x11\xe0"  # of old Office files, and of new ones behind a password
-_SIGNATURES = {
-    b"PK\x03\x04": "an Excel or zip file, not text. Name it .xlsx if it is Excel, or save it as CSV in UTF-8.",
-    _OLE: "an old Excel file, not text. Save it as .xlsx, or as CSV in UTF-8.",
-    b"PAR1": "a Parquet file, not text. Name it .parquet.",
-    b"\x1f\x8b": "a gzip file, not text. Name it so: .csv.gz for example.",
-    b"\xfd7zXZ": "an xz file, not text. Name it so: .csv.xz for example.",
-    b"%PDF": "a PDF file",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"\x7fELF": "a program",
-    b"SQLite format 3": "a database",
-}
-_CONTROLS = bytes(set(range(32)) - {9, 10, 13}) + b"\x7f"
 _SPLIT_PAIR = re.compile(rb"[\x81-\xfe][A-Za-z]")  # a letter of CP949 that few words have, or an accent and a letter
 _PAIR = re.compile(rb"[\x81-\xfe][\x41-\x5a\x61-\x7a\x81-\xfe]")
+
+# %% ../nbs/00a_tables.ipynb #3883a176
 _KOREAN = frozenset(
     "이다는가고에을의지하기은어아나를한들리해도서시사자니로라요그일인수거게있으대만부정보스장상주여우제것과없었았습면안더좋음맛너무네먹"
     "진원적전내마오와구조소성될되때간말동세모미경문위연분국신개용무생중방치점주비실물직남집음감족선양"
@@ -432,10 +420,12 @@ _OF_ASIA = {  # encodings whose bytes are often sound CP949, and letters that ev
     "shift_jis": ("Shift_JIS (Japanese)", _HIRAGANA),
     "euc_jp": ("EUC-JP (Japanese)", _HIRAGANA),
 }
+
+# %% ../nbs/00a_tables.ipynb #3e50f20e
 _LETTER = re.compile(r"[^\W\d_\x00-\x7f]")
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff\uf900-\ufaff]")
 
-# %% ../nbs/00a_tables.ipynb #3e50f20e
+
 def _letters(start: bytes, encoding: str) -> list[str] | None:  # those beyond ASCII; None where it does not decode
     try:
         return _LETTER.findall(codecs.getincrementaldecoder(encoding)().decode(start))
@@ -460,7 +450,7 @@ def _not_korean(start: bytes) -> str | None:  # an encoding
         return next((each for each in _OF_ASIA if _letters(start, each)), None)
     return None
 
-
+# %% ../nbs/00a_tables.ipynb #4c96092b
 def _wide(start: bytes) -> str | None:  # "utf-16-le", "utf-16-be" or None
     "UTF-16 without a mark: the order of bytes in which more of them are ASCII, and hardly any no characters."
     plain = dict.fromkeys(("utf-16-le", "utf-16-be"), 0)
@@ -474,6 +464,22 @@ def _wide(start: bytes) -> str | None:  # "utf-16-le", "utf-16-be" or None
             plain[encoding] = sum(map(str.isascii, text))
     low, high = sorted(plain, key=plain.get)
     return high if plain[high] > max(4 * plain[low], len(start) / 100) else None
+
+# %% ../nbs/00a_tables.ipynb #f75aacdb
+_OLE = b"\xd0\xcf\x11\xe0"  # of old Office files, and of new ones behind a password
+_SIGNATURES = {
+    b"PK\x03\x04": "an Excel or zip file, not text. Name it .xlsx if it is Excel, or save it as CSV in UTF-8.",
+    _OLE: "an old Excel file, not text. Save it as .xlsx, or as CSV in UTF-8.",
+    b"PAR1": "a Parquet file, not text. Name it .parquet.",
+    b"\x1f\x8b": "a gzip file, not text. Name it so: .csv.gz for example.",
+    b"\xfd7zXZ": "an xz file, not text. Name it so: .csv.xz for example.",
+    b"%PDF": "a PDF file",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x7fELF": "a program",
+    b"SQLite format 3": "a database",
+}
+_CONTROLS = bytes(set(range(32)) - {9, 10, 13}) + b"\x7f"
 
 # %% ../nbs/00a_tables.ipynb #d90ae29e
 def find_encoding(

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,54 @@ class _Texts(keras.utils.PyDataset):
             inputs["position_ids"] = np.broadcast_to(np.arange(labels.shape[1], dtype=np.int32), labels.shape)
         return inputs, labels, loss_weights
 
+# %% ../nbs/04a_tutorial.ipynb #114fcd91
+def _check_loss(loss: float, where: str, dtype: str) -> None:
+    "Raise `RunError` unless it is finite."
+    if not np.isfinite(loss):
+        raise RunError(f"The loss of {where} is not finite ({loss}), computed in {dtype}. Lower learning_rate.")
+
+
+def _check_moved(
+    arrays: Mapping[str, np.ndarray],  # of the adapter after the first epoch
+    before: Mapping[str, np.ndarray],
+    dtype: str,
+) -> None:
+    "Raise `RunError` where training has changed nothing."
+    if all(np.array_equal(array, before[path]) for path, array in arrays.items()):
+        raise RunError(f"The adapter did not move in epoch 1, computed in {dtype}. Raise learning_rate.")
+
+# %% ../nbs/04a_tutorial.ipynb #646f92e0
+def _state(
+    arrays: Mapping[str, np.ndarray],  # of the adapter
+    model: keras.Model,  # in training
+    best: tuple[float, int, dict[str, np.ndarray]] | None,  # validation loss, epoch from 0, arrays
+    history: list[dict[str, float]],  # of each epoch so far
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # arrays and the rest, as a checkpoint holds them
+    "What a fit needs to go on."
+    saved = {f"adapter/{path}": array for path, array in arrays.items()}
+    saved |= {f"optimizer/{i}": np.array(variable.value) for i, variable in enumerate(model.optimizer.variables)}
+    found = None
+    if best is not None:
+        saved |= {f"best/{path}": array for path, array in best[2].items()}
+        found = {"val_loss": float(best[0]), "epoch": best[1]}
+    return saved, {"finished": False, "epoch": history[-1]["epoch"], "stopped": bool(model.stop_training),
+                   "history": history, "best": found}  # fmt: skip
+
+# %% ../nbs/04a_tutorial.ipynb #003e02a0
+@contextmanager
+def _kept(
+    checkpoint_dir: str | Path | None,  # where fits keep their checkpoints
+    identity: Mapping[str, Any],  # of this fit
+) -> Iterator[tuple[Path, Mapping[str, Any]] | None]:  # its folder and identity, None without checkpoints
+    "Inside, no other process writes to the checkpoint of this fit."
+    if checkpoint_dir is None:
+        yield None
+        return
+    folder = Path(checkpoint_dir) / fit_name(identity)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with hold(folder.with_suffix(".lock"), folder):
+        yield folder, identity
+
 # %% ../nbs/04a_tutorial.ipynb #26bf493a
 class _Around(keras.callbacks.Callback):
     "Validation, early stopping, history and checkpoints of one fit by Keras."
@@ -129,16 +177,12 @@ class _Around(keras.callbacks.Callback):
         self.batches.epoch, self.started = epoch, time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        if not np.isfinite(logs["loss"]):
-            raise RunError(
-                f"The loss of batch {batch + 1} of epoch {len(self.history) + 1} is not finite ({logs['loss']}), "
-                f"computed in {self.base.dtype}. Lower learning_rate."
-            )
+        _check_loss(logs["loss"], f"batch {batch + 1} of epoch {len(self.history) + 1}", self.base.dtype)
 
     def on_epoch_end(self, epoch, logs=None):
         arrays = read_lora(self.model)
-        if epoch == 0 and all(np.array_equal(array, self.start.arrays[path]) for path, array in arrays.items()):
-            raise RunError(f"The adapter did not move in epoch 1, computed in {self.base.dtype}. Raise learning_rate.")
+        if epoch == 0:
+            _check_moved(arrays, self.start.arrays, self.base.dtype)
         if self.validation is not None:
             scores = score_labels(self.base, replace(self.start, arrays=arrays), self.validation.prompts, self.words)
             logs.update(validation_numbers(scores, self.validation))
@@ -151,17 +195,7 @@ class _Around(keras.callbacks.Callback):
         if self.progress:
             self.progress(self.history[-1])
         if self.save is not None:
-            self.save(*self.state(epoch + 1, arrays))
-
-    def state(self, epoch: int, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        saved = {f"adapter/{path}": array for path, array in arrays.items()}
-        saved |= {f"optimizer/{i}": np.array(v.value) for i, v in enumerate(self.model.optimizer.variables)}
-        best = None
-        if self.best is not None:
-            saved |= {f"best/{path}": array for path, array in self.best[2].items()}
-            best = {"val_loss": float(self.best[0]), "epoch": self.best[1]}
-        return saved, {"finished": False, "epoch": epoch, "stopped": bool(self.model.stop_training),
-                       "history": self.history, "best": best}  # fmt: skip
+            self.save(*_state(arrays, self.model, self.best, self.history))
 
 # %% ../nbs/04a_tutorial.ipynb #2e42d2f2
 def train_tutorial(
@@ -185,12 +219,7 @@ def train_tutorial(
     more = {**(settings or {}), "by": "keras", "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
     identity = fit_identity(base, start, rows, validation, lengths, recipe, more)
-    with base.lock, ExitStack() as held:
-        keep = None
-        if checkpoint_dir is not None:
-            keep = (Path(checkpoint_dir) / fit_name(identity), identity)
-            keep[0].parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(keep[0].with_suffix(".lock"), keep[0]))
+    with base.lock, _kept(checkpoint_dir, identity) as keep:
         saved = load_checkpoint(*keep) if keep else None
         if saved and saved[1]["finished"]:
             arrays = part_of_checkpoint(saved[0], "adapter", start.arrays)
