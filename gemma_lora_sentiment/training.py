@@ -29,6 +29,15 @@ import optax
 import pandas as pd
 from sklearn.utils.class_weight import compute_class_weight
 
+# %% auto #0
+__all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
+           'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
+           'LoraLayout', 'first_state', 'losses_among_labels', 'losses_of_step', 'train_step', 'runs_apart',
+           'step_config', 'FitHandle', 'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers',
+           'part_of_checkpoint', 'fit_identity', 'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels',
+           'print_progress']
+
+# %% ../nbs/04_training.ipynb #2d814942
 from .adapter import Adapter, lora_scales, stacked_lora, unstacked_lora
 from .checkpoint import fit_name, load_checkpoint, on_first_process, save_checkpoint
 from .files import RunError, digest, hold
@@ -43,14 +52,6 @@ from gemma_lora_sentiment.prompt import (
     training_arrays,
 )
 from .scoring import compiler_options, log_softmax, put, score_labels
-
-# %% auto #0
-__all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rate_for_width', 'Rows', 'class_weights',
-           'choose_buckets', 'Packing', 'balanced_batches', 'choose_shapes', 'BatchSequence', 'learning_rate_at',
-           'LoraLayout', 'first_state', 'losses_among_labels', 'losses_of_step', 'train_step', 'runs_apart',
-           'step_config', 'FitHandle', 'not_finite', 'OutOfMemory', 'memory_explained', 'validation_numbers',
-           'part_of_checkpoint', 'fit_identity', 'fit_to_device', 'train_adapter', 'step_numbers', 'parts_labels',
-           'print_progress']
 
 # %% ../nbs/04_training.ipynb #0fc33d71
 @dataclass(frozen=True)
@@ -474,8 +475,7 @@ def train_step(
     again: bool = False,  # blocks are computed again in the backward pass, for less memory
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:  # the new state; loss of the step, means of the epoch so far
     "One step of AdamW."
-    by = state["loss_scale"] if scaled else jnp.float32(1)
-    weight = batch["weights"].sum()
+    by, weight = state["loss_scale"] if scaled else jnp.float32(1), batch["weights"].sum()
 
     def loss_of(adapter: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         if drops:
@@ -493,8 +493,8 @@ def train_step(
     if "clipnorm" in numbers:
         gradient = gradient * jnp.minimum(1.0, numbers["clipnorm"] / jnp.linalg.norm(gradient))
     direction, adam = ADAM.update(gradient, state["adam"])
-    rate = learning_rate_at(state["step"], numbers)
-    adapter = state["adapter"] - rate * (direction + numbers["decay"] * state["adapter"])
+    decayed = direction + numbers["decay"] * state["adapter"]
+    adapter = state["adapter"] - learning_rate_at(state["step"], numbers) * decayed
     new = {**state, "adapter": adapter, "adam": adam, "step": state["step"] + 1}
     if scaled:
         new = _unless_overflown(new, state, gradient)
