@@ -99,7 +99,9 @@ def drawable_names(
             return DrawableNames(names, [*default, family], "")
     drawable = [name.isascii() or any(_can_draw(family, name) for family in default) for name in names]
     texts = [name if drawable[index] else f"{what} {index}" for index, name in enumerate(names)]
-    return DrawableNames(texts, None, f"\n(no installed font has the {what} names)")
+    remedy = "; fonts-nanum has Hangul" if any("\uac00" <= character <= "\ud7a3" for character in special) else ""
+    note = f"no installed font has the {what} names:\nthey are counted from 0 in their order{remedy}"
+    return DrawableNames(texts, None, f"\n({note})")
 
 
 def new_axes(
