@@ -856,6 +856,22 @@ def test_the_baseline_is_named_first_where_it_wins():
     assert lines[1] == "The TF-IDF baseline is better than gemma + LoRA on 9 comments, worse on 0: p = 0.0039."
 
 
+def test_the_terminal_says_of_the_base_what_the_report_says():
+    """Where the base itself wins or ties, both have the one sentence of `evaluation.simpler_verdicts`."""
+    from gemma_lora_sentiment.evaluation import compute_metrics, simpler_verdicts
+    from gemma_lora_sentiment.judge import add_analysis, comparison_text
+    from gemma_lora_sentiment.report import report_html
+
+    rows = pd.DataFrame(ROWS, columns=["id", "comment", "label"])
+    ours = np.array([[0.8, 0.2] if label == "0" else [0.2, 0.8] for label in rows.label])
+    metrics = compute_metrics(rows.label, ours, ["0", "1"])
+    theirs = {"baseline": ours[::-1], "frozen": ours[::-1], "zero_shot": ours}
+    add_analysis(metrics, rows, ["0", "1"], ours, theirs)
+    (sentence,) = simpler_verdicts(metrics)
+    assert sentence.startswith("Fine-tuning gained nothing on these comments: the base itself has an accuracy of 1.000")
+    assert sentence in comparison_text(metrics).splitlines() and sentence in report_html(metrics)
+
+
 def test_compare(tmp_path, good, tiny, trained, run):
     other = tmp_path / "other"
     done(*train_arguments(tiny, good, 1), "--out", other)
@@ -1331,7 +1347,7 @@ def test_submit_says_how_two_files_were_matched(tmp_path, trained):
     (tmp_path / "lines.txt").write_text("굿\n음\n", encoding="utf-8")
     submit = ["submit", trained / "run", tmp_path / "s.csv", "--out", tmp_path / "sub.csv", "--text-from"]
     result = done(*submit, tmp_path / "t.txt", "--delimiter", ":", "--encoding", "cp949", "--skip-blank")
-    assert "t.txt: read as ':'-separated CP949; 1 rows with blank comments left out; matched with" in result.stderr
+    assert "t.txt: read as ':'-separated CP949; 1 row with a blank comment left out; matched with" in result.stderr
     assert f"{tmp_path / 's.csv'}: read as ','-separated" in result.stderr
     result = done(*submit, tmp_path / "lines.txt")
     assert "row by row, for there are no ids in" in result.stderr and "warning" not in result.stderr
