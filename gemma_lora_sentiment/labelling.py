@@ -439,12 +439,14 @@ class Labelling:
             found = self._answers.get(row)
         return None if found is None else (self.labels[int(found[0].argmax())], float(found[0].max()))
 
-    def estimate(self) -> dict[str, Any]:  # n, needed; where n is enough: accuracy, interval, baseline, sentence
+    def estimate(self) -> dict[str, Any]:  # n, needed, labels; with enough: accuracy, interval, baseline, sentence
         "How good the classifier is by now, from the comments that were drawn to judge it."
         with self._lock:
             rows = [(row, label) for row, label in self.table.rows if row in self._judged and row in self._answers]
             answers = [self._answers[row] for row, _ in rows]
-        found = {"n": len(rows), "needed": JUDGED_AT_LEAST, "trained_on": self.trained_on}
+            aside = len(set(self._aside) - set(self._skipped))
+        found = {"n": len(rows), "needed": JUDGED_AT_LEAST, "trained_on": self.trained_on, "aside": aside}
+        found |= {"every": self.every, "labels": JUDGED_AT_LEAST * self.every if aside >= JUDGED_AT_LEAST else None}
         if len(rows) < JUDGED_AT_LEAST or not self.trained_on:
             return found
         labels, ours = [label for _, label in rows], np.array([mine for mine, _ in answers])
