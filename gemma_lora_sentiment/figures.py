@@ -499,7 +499,8 @@ def _check_curve(texts: np.ndarray, test_texts: np.ndarray, targets: np.ndarray,
     both = np.flatnonzero(np.isin(groups[len(texts) :], groups[: len(texts)]))
     if len(both):
         raise ValueError(
-            f"{len(both)} test comments are among the comments too, the first is row {both[0]}. "
+            f"{len(both)} test comment{'s are' if len(both) > 1 else ' is'} among the comments too, the first is row "
+            f"{both[0]}. "
             "Drop them, or split with split_comments, which keeps copies together."
         )
 

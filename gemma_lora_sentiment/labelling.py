@@ -160,7 +160,7 @@ def _checked_line(
     row, comment = known.get(name, (-1, None))
     problem = None
     if len(fields) != 3:
-        problem = f"has {len(fields)} fields, and id, comment, label are three. Mend the line."
+        problem = f"has {len(fields)} field{'s' * (len(fields) != 1)}, and id, comment, label are three. Mend the line."
     elif comment != text:
         problem = f"id {shown(name)} with this comment is not among the comments. Give the file that was labelled."
     elif label not in labels:

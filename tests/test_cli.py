@@ -786,9 +786,11 @@ def test_cross_validate(tmp_path, tiny):
     (tmp_path / "rows.tsv").write_text(tsv(rows), encoding="utf-8")
     arguments = command_line("cross-validate", tmp_path / "rows.tsv", tiny, None)
     result = done(*arguments, "--out", tmp_path / "cv")
-    assert "TF-IDF baseline" in result.stdout and "fold 4/4" in result.stderr
+    assert "TF-IDF baseline" in result.stdout and "fold 2/2: baseline" in result.stderr
+    assert "fold 1/2: ours" in result.stderr and "/4" not in result.stderr  # two folds of two classifiers are two folds
     metrics = json.loads((tmp_path / "cv" / "cv.json").read_text())
     assert METRICS <= set(metrics) and metrics["n"] == 26 and metrics["folds"] == 2 and metrics["seconds"] > 0
+    assert metrics["baselines"]["most_frequent"]["roc_auc"] == 0.5
     oof = read_comments(tmp_path / "cv" / "oof.tsv")
     columns = ["id", "comment", "label", "prediction", "baseline_prediction", "fold", "p_0", "p_1"]
     assert (tmp_path / "cv" / "oof.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t") == columns
