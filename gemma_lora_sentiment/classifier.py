@@ -83,7 +83,8 @@ def _check_comments(
     comments = list(X)
     for i, comment in enumerate(comments):
         if not isinstance(comment, str):
-            raise DataError(f"Comment {i} is {comment!r}, not a string. Remove the row, or convert the column to text.")
+            remedy = "Remove the row, or convert the column to text."
+            raise DataError(f"Comment {i} is {_plain(comment)!r}, not a string. {remedy}")
     return [composed(comment) for comment in comments]
 
 # %% ../nbs/05_classifier.ipynb #762ee219
@@ -96,20 +97,22 @@ def _check_labels(
         raise DataError(f"X has {n} comments and y has shape {labels.shape}; give one label for each comment.")
     missing = np.flatnonzero(pd.isna(labels))
     if len(missing):
-        raise DataError(f"Label {missing[0]} is missing ({labels[missing[0]]!r}). Remove the row, or give it a label.")
-    kinds = [kind_of_label(label) for label in (y if isinstance(y, (list, tuple)) else labels)]
+        none = _plain(labels[missing[0]])
+        raise DataError(f"Label {missing[0]} is missing ({none!r}). Remove the row, or give it a label.")
+    given = y if isinstance(y, (list, tuple)) else labels
+    kinds = [kind_of_label(label) for label in given]
     for i, kind in enumerate(kinds):
         if kind != kinds[0]:  # NumPy would make one type of them
             raise DataError(
-                f"Label {i} is {y[i] if isinstance(y, (list, tuple)) else labels[i]!r}, a {kind}, and label 0 is a "
-                f"{kinds[0]}: labels of different types do not sort. Convert them to one type."
+                f"Label {i} is {_plain(given[i])!r}, a {kind}, and label 0 is a {kinds[0]}: labels of different types "
+                "do not sort. Convert them to one type."
             )
     try:
         classes, index = np.unique(labels, return_inverse=True)
     except TypeError:
         raise DataError("Labels of different types do not sort. Convert them to one type.") from None
     if len(classes) < 2:
-        raise DataError(f"All {n} labels are {classes[0]!r}; training needs at least two classes.")
+        raise DataError(f"All {n} labels are {_plain(classes[0])!r}; training needs at least two classes.")
     return classes, index
 
 # %% ../nbs/05_classifier.ipynb #982d6c90
@@ -175,14 +178,15 @@ def _check_number(
 ) -> None:
     "Raise `ModelError` for what is no finite number within the parameter's limits."
     smallest, inclusive, whole = _LIMITS[name]
+    said = f"{name}={_plain(value)!r}"
     kind = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits or not (value >= smallest if inclusive else value > smallest):
         what = "a whole number" if whole else "a number"
         limit = f"{'of at least' if inclusive else 'above'} {smallest}"
-        raise ModelError(f"{name}={value!r} must be {what} {limit}.")
+        raise ModelError(f"{said} must be {what} {limit}.")
     if not np.isfinite(value):
-        raise ModelError(f"{name}={value!r} must be finite.")
+        raise ModelError(f"{said} must be finite.")
 
 # %% ../nbs/05_classifier.ipynb #6fd92d8a
 def _check_kinds(

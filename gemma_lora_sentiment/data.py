@@ -770,13 +770,13 @@ def reading_text(
     counts: Mapping[str, int],  # what was done to how many rows
 ) -> str:  # one line
     "How a file was read, for people."
-    done = {
-        "empty rows": "empty rows left out",
-        "blank comments": "rows with blank comments left out",
-        "comments composed": "comments composed (NFC)",
-        "comments with HTML": "comments freed of HTML",
+    done = {  # of one, of several
+        "empty rows": ("empty row left out", "empty rows left out"),
+        "blank comments": ("row with a blank comment left out", "rows with blank comments left out"),
+        "comments composed": ("comment composed (NFC)", "comments composed (NFC)"),
+        "comments with HTML": ("comment freed of HTML", "comments freed of HTML"),
     }
-    notes = [f"{counts[name]} {what}" for name, what in done.items() if counts.get(name)]
+    notes = [f"{counts[name]} {what[counts[name] > 1]}" for name, what in done.items() if counts.get(name)]
     return f"{path}: " + "; ".join([f"read as {form}"] * bool(form) + notes)
 
 # %% ../nbs/00_data.ipynb #2e1a41a6

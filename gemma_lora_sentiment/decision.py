@@ -168,7 +168,7 @@ def choose_abstention(
     probabilities: np.ndarray,  # float (n, n_classes), of rows the classifier was not fitted on
     classes: Sequence,  # class values in the order of the columns
     accuracy: float = 0.95,  # wanted of the answers
-) -> dict[str, float | None]:  # confidence (answer from this probability on), answered (share), accuracy
+) -> dict[str, float | None]:  # confidence (answer from it on; 0: all, None: nothing), answered (share), accuracy
     """The band of scores without an answer. With two classes it reaches from 1 - confidence to confidence.
 
     Raises `ValueError` for an accuracy outside 0 and 1, and as `compute_metrics` does.
@@ -191,9 +191,9 @@ def _least_sureness(
     good = np.flatnonzero((reached >= accuracy) & is_last)
     if not len(good):
         return {"confidence": None, "answered": 0.0, "accuracy": None}
-    last, ordered = good[-1], np.append(sureness[order], 0.0)
-    return {
-        "confidence": float((ordered[last] + ordered[last + 1]) / 2),  # half-way to the next, so rounding moves no row
+    last, ordered = good[-1], sureness[order]
+    return {  # half-way to the next, so rounding moves no row; 0 where there is no next
+        "confidence": float((ordered[last] + ordered[last + 1]) / 2) if last + 1 < len(ordered) else 0.0,
         "answered": float(answered[last] / len(order)),
         "accuracy": float(reached[last]),
     }
@@ -339,11 +339,12 @@ def apply_decision(
     table = pd.DataFrame({"label": [classes[place] for place in answers], "abstains": ~is_sure})
     return table.assign(**{f"p_{label}": values[:, place] for place, label in enumerate(classes)})
 
-
+# %% ../nbs/06f_decision.ipynb #cfee4ef4
 def _sureness_text(decision: Mapping[str, Any]) -> str:
     temperature, mistakes = decision["temperature"], decision.get("mistakes", MISTAKES_TO_JUDGE)
     if mistakes < MISTAKES_TO_JUDGE:
-        few = f"{mistakes} mistake{'s' * (mistakes != 1)} in {decision['n']} comments are"
+        few, are = ("1 mistake", "is") if mistakes == 1 else (f"{mistakes} mistakes", "are")
+        few += f" in {decision['n']} comment{'s' * (decision['n'] != 1)} {are}"
         return f"{few} too few to judge how sure the classifier should be: temperature 1, nothing is changed."
     manner = "about as sure as it should be"
     if abs(temperature - 1) > 0.05:
@@ -354,35 +355,44 @@ def _sureness_text(decision: Mapping[str, Any]) -> str:
     before, after = decision["measured"]["log_loss"]
     return f"{text}, log-loss {before:.3f} before it and {after:.3f} after."
 
+
+def _cost_text(decision: Mapping[str, Any]) -> str:
+    named = zip(decision["classes"], decision["cost"], strict=True)
+    text = f"A mistake costs {', '.join(f'{cost:g} on {label!r}' for label, cost in named)}: "
+    if decision["threshold"] is not None:
+        text += f"answer {decision['classes'][1]!r} from {decision['threshold']:.3f} on; "
+    text += "the dearer label wins in doubt"
+    if not decision["measured"]:
+        return f"{text}."
+    before, after = decision["measured"]["mean_cost"]
+    text += f"; a comment costs {after:.3f} in place of {before:.3f}"
+    dearer = "by these rows the most probable label is the cheaper answer"
+    return f"{text}, tried on rows it was not chosen on: {dearer}." if after > before + 1e-9 else f"{text}."
+
+
+def _band_text(decision: Mapping[str, Any]) -> str:
+    confidence, measured = decision["confidence"], decision["measured"]
+    wanted = f"For an accuracy of {decision['wanted_accuracy']:g}"
+    if decision.get("needed"):
+        return f"{wanted} a band needs {decision['needed']} held-out comments; there are {decision['n']}."
+    if confidence is None:
+        return f"{wanted} no sureness is enough on these rows."
+    text = f"{wanted}, answer only what is at least {confidence:.3f} probable"
+    if confidence <= 1 / len(decision["classes"]):  # no label is ever less probable
+        text = f"{wanted} all may be answered"
+    if not measured:
+        return f"{text}."
+    share, right = measured["answered"], measured["accuracy_of_answers"]
+    if right is None:
+        return f"{text}; of comments it was not chosen on it would answer none."
+    text += f": {share:.0%} of other comments answered, {right:.3f} of them right"
+    missed = f", so {decision['wanted_accuracy']:g} is not reached on rows it was not chosen on"
+    return f"{text}{missed}." if right < decision["wanted_accuracy"] - 1e-9 else f"{text}."
+
 # %% ../nbs/06f_decision.ipynb #14816621
 def decision_text(
     decision: Mapping[str, Any],  # from choose_decision
 ) -> str:  # two to four lines
     "A decision in words."
-    measured, confidence = decision["measured"], decision["confidence"]
-    lines = [_sureness_text(decision)]
-    if decision["cost"] is not None:
-        of_labels = ", ".join(
-            f"{cost:g} on {label!r}" for label, cost in zip(decision["classes"], decision["cost"], strict=True)
-        )
-        start = (
-            ""
-            if decision["threshold"] is None
-            else f"answer {decision['classes'][1]!r} from {decision['threshold']:.3f} on; "
-        )
-        spent = (
-            "" if not measured else "; a comment costs {:.3f} in place of {:.3f}".format(*measured["mean_cost"][::-1])
-        )
-        lines.append(f"A mistake costs {of_labels}: {start}the dearer label wins in doubt{spent}.")
-    wanted = f"For an accuracy of {decision['wanted_accuracy']:g}"
-    if decision.get("needed"):
-        lines.append(f"{wanted} a band needs {decision['needed']} held-out comments; there are {decision['n']}.")
-    elif confidence is None:
-        lines.append(f"{wanted} no sureness is enough on these rows.")
-    else:
-        lines.append(f"{wanted}, answer only what is at least {confidence:.3f} probable.")
-        if measured and measured["accuracy_of_answers"] is not None:
-            share, right = measured["answered"], measured["accuracy_of_answers"]
-            got = f"{share:.0%} of other comments answered, {right:.3f} of them right"
-            lines[-1] = f"{lines[-1][:-1]}: {got}."
-    return "\n".join(lines)
+    costs = [] if decision["cost"] is None else [_cost_text(decision)]
+    return "\n".join([_sureness_text(decision), *costs, _band_text(decision)])

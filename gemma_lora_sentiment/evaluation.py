@@ -7,11 +7,12 @@ __all__ = ['METRICS', 'OTHERS', 'OURS', 'plain_values', 'class_positions', 'chec
            'numbered_groups', 'checked_layers', 'above_zero', 'compute_metrics', 'baseline_classifier',
            'simple_baselines', 'fold_indices', 'predict_in_order', 'check_estimators', 'cross_validate',
            'probabilities_from_oof', 'metrics_from_oof', 'OtherName', 'shown_others', 'comparison_table', 'verdict',
-           'frozen_verdict', 'wrong_rows', 'word_influence', 'explain_mistakes', 'sweep']
+           'simpler_verdicts', 'wrong_rows', 'word_influence', 'explain_mistakes', 'sweep']
 
 # %% ../nbs/06_evaluation.ipynb #cc4e0e0d
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -245,7 +246,8 @@ def _check_foldable(
     rarest, fewest = counts.index[-1], int(counts.iloc[-1])
     if fewest < folds:
         remedy = f"Use folds={fewest} or fewer, or label" if fewest > 1 else "Label"
-        raise ValueError(f"class {rarest!r} has {fewest} rows, fewer than folds={folds}. {remedy} more rows of it.")
+        rows = f"{fewest} row{'s' * (fewest != 1)}"
+        raise ValueError(f"class {rarest!r} has {rows}, fewer than folds={folds}. {remedy} more rows of it.")
     if groups is not None:
         groups_of_class = pd.Series(list(groups), dtype=object).groupby(labels).nunique()
         if groups_of_class.min() < 2:
@@ -304,13 +306,23 @@ def _oof_table(
     return pd.DataFrame(columns)
 
 # %% ../nbs/06_evaluation.ipynb #4b82a129
+def _of_all_folds(
+    probabilities: np.ndarray,  # float64 (n, n_classes)
+    fold_of_row: np.ndarray,  # int64 (n,)
+) -> np.ndarray:  # float64 (n, n_classes); as given, but where the comments of each fold were all told the same
+    "One answer for all, the mean, where a classifier tells the comments of no fold apart."
+    first_of_fold = np.unique(fold_of_row, return_index=True)[1]
+    is_same = probabilities[first_of_fold][fold_of_row] == probabilities
+    return np.tile(probabilities.mean(axis=0), (len(probabilities), 1)) if is_same.all() else probabilities
+
+
 def _out_of_fold(
     estimators: Mapping[str, BaseEstimator],  # name -> classifier
     texts: np.ndarray,  # object (n,), strings
     targets: np.ndarray,  # (n,), labels
     classes: list,  # plain Python values in the order of the columns
     splits: Sequence[tuple[np.ndarray, np.ndarray]],  # training and test rows of each fold
-    say: Callable[[str], None],  # called with a classifier's name after each of its fits
+    say: Callable[[int, str], None],  # called with the fold, from 0, and a classifier's name after each of its fits
 ) -> pd.DataFrame:  # as _oof_table
     "Every row once, by classifiers that have not seen it."
     fold_of_row = np.zeros(len(texts), dtype=np.int64)
@@ -321,8 +333,9 @@ def _out_of_fold(
         fold_of_row[test] = fold
         for name, fitted in in_turn.items():
             probabilities[name][test] = predict_in_order(next(fitted), texts[test], classes)
-            say(name)
-    return _oof_table(fold_of_row, targets, probabilities, classes)
+            say(fold, name)
+    told = {name: _of_all_folds(values, fold_of_row) for name, values in probabilities.items()}
+    return _oof_table(fold_of_row, targets, told, classes)
 
 # %% ../nbs/06_evaluation.ipynb #f8e3c00e
 def cross_validate(
@@ -334,11 +347,12 @@ def cross_validate(
     repeats: int = 1,  # how often the rows are cut in folds anew, with seed, seed + 1, ...
     groups: Sequence | None = None,  # n group names kept in one fold. None: copies, as duplicate_groups tells them
     seed: int = 0,  # shuffles the rows into folds
-    progress: Callable[[int, int, str], None] | None = None,  # called with (done, total, name) after each fit
+    progress: Callable[[int, int, str], None] | None = None,  # called with (fold, folds, name) after each fit, from 1
 ) -> pd.DataFrame:  # n rows in the order given: `fold` from 0, `label`, `NAME_prediction`, `NAME_p_CLASS` ...
     """Out-of-fold predictions of every classifier on the same folds. Raises `ValueError` as `fold_indices` does.
 
-    With `repeats` above 1 there are n rows for each repeat, one after the other, and a first column `repeat` from 0.
+    With `repeats` above 1 there are n rows for each repeat, one after the other, and a first column `repeat` from 0;
+    `progress` counts the folds of all repeats.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int | np.integer) or repeats < 1:
         raise ValueError(f"repeats is {repeats!r}, expected a whole number from 1. Pass repeats=5.")
@@ -350,9 +364,13 @@ def cross_validate(
         groups = duplicate_groups(map(str, texts))
     all_splits = [fold_indices(labels, groups, folds, seed + repeat) for repeat in range(repeats)]
     classes = sorted(set(targets.tolist()))
-    done, total = count(1), repeats * folds * len(estimators)
-    say = (lambda name: None) if progress is None else (lambda name: progress(next(done), total, name))
-    tables = [_out_of_fold(estimators, texts, targets, classes, splits, say) for splits in all_splits]
+
+    def say(repeat: int, fold: int, name: str) -> None:
+        if progress is not None:
+            progress(repeat * folds + fold + 1, repeats * folds, name)
+
+    given = (estimators, texts, targets, classes)
+    tables = [_out_of_fold(*given, splits, partial(say, repeat)) for repeat, splits in enumerate(all_splits)]
     if repeats == 1:
         return tables[0]
     numbered = [table.assign(repeat=repeat)[["repeat", *table]] for repeat, table in enumerate(tables)]
@@ -449,7 +467,8 @@ def verdict(
     )
 
 
-def frozen_verdict(
+# %% ../nbs/06_evaluation.ipynb #f48612d7
+def _frozen_verdict(
     metrics: Mapping[str, Any],  # with `baselines`, each with its `comparison`
 ) -> str | None:  # a sentence or two; None where the frozen base was not measured, or is less accurate than ours
     "Whether the base with nothing but a logistic regression does as well."
@@ -462,6 +481,27 @@ def frozen_verdict(
         f"{OTHERS['frozen'].said.capitalize()} is {more}, {numbers}, for one pass over the comments and no "
         f"fine-tuning. {frozen['comparison']['sentence']}"
     )
+
+
+def _untrained_verdict(metrics: Mapping[str, Any]) -> str | None:  # as above
+    "Whether the base as it is does as well."
+    untrained = (metrics.get("baselines") or {}).get("zero_shot")
+    if untrained is None or untrained["accuracy"] < metrics["accuracy"] - 1e-9:
+        return None
+    gained, losses = "gained nothing", [each.get("log_loss") for each in (metrics, untrained)]
+    if None not in losses and losses[0] < losses[1]:
+        gained = f"made the probabilities better (log-loss {losses[0]:.3f} against {losses[1]:.3f}), not the answers,"
+    first, second = (f"{each['accuracy']:.3f}" for each in (untrained, metrics))
+    numbers = f"{OTHERS['zero_shot'].said} has an accuracy of {first}, {OURS} {second}"
+    return f"Fine-tuning {gained} on these comments: {numbers}. {untrained['comparison']['sentence']}"
+
+
+def simpler_verdicts(
+    metrics: Mapping[str, Any],  # with `baselines`, each with its `comparison`
+) -> list[str]:  # one text each; none where ours is more accurate than both, or they were not measured
+    "What the base does as well as ours without fine-tuning: under a logistic regression, and as it is."
+    return [said for said in (_frozen_verdict(metrics), _untrained_verdict(metrics)) if said is not None]
+
 
 # %% ../nbs/06_evaluation.ipynb #1ce45ddb
 def wrong_rows(
@@ -513,7 +553,9 @@ def explain_mistakes(
     number: int = 5,  # of mistakes, from the top
     pieces: int = 3,  # named for each side
 ) -> pd.DataFrame:  # id, comment, label, prediction, spoke_for, spoke_against
-    "The pieces that moved the most confident mistakes, for the wrong label and against it."
+    "The pieces that moved the most confident mistakes, for the wrong label and against it. Warns where there is none."
+    if not len(mistakes):
+        warnings.warn("no answer is wrong, so there is no mistake to explain.", stacklevel=2)
     rows = []
     for row in mistakes.head(number).itertuples():
         table = word_influence(fitted, row.comment).sort_values("influence", ascending=False)

@@ -99,7 +99,9 @@ def drawable_names(
             return DrawableNames(names, [*default, family], "")
     drawable = [name.isascii() or any(_can_draw(family, name) for family in default) for name in names]
     texts = [name if drawable[index] else f"{what} {index}" for index, name in enumerate(names)]
-    return DrawableNames(texts, None, f"\n(no installed font has the {what} names)")
+    remedy = "; fonts-nanum has Hangul" if any("\uac00" <= character <= "\ud7a3" for character in special) else ""
+    note = f"no installed font has the {what} names:\nthey are counted from 0 in their order{remedy}"
+    return DrawableNames(texts, None, f"\n({note})")
 
 
 def new_axes(
@@ -497,7 +499,8 @@ def _check_curve(texts: np.ndarray, test_texts: np.ndarray, targets: np.ndarray,
     both = np.flatnonzero(np.isin(groups[len(texts) :], groups[: len(texts)]))
     if len(both):
         raise ValueError(
-            f"{len(both)} test comments are among the comments too, the first is row {both[0]}. "
+            f"{len(both)} test comment{'s are' if len(both) > 1 else ' is'} among the comments too, the first is row "
+            f"{both[0]}. "
             "Drop them, or split with split_comments, which keeps copies together."
         )
 

@@ -109,14 +109,35 @@ def _interval(
     reach /= value * (1 - value)
     return [float(expit(logit(value) - reach)), float(expit(logit(value) + reach))]
 
+# %% ../nbs/06a_intervals.ipynb #5fbfd31c
+def _largest_mean(
+    of_group: np.ndarray,  # float64 (groups,), sums of losses
+    sizes: np.ndarray,  # float64 (groups,), rows
+    largest: float,  # no row's loss is higher
+    resamples: int,
+    seed: int,
+    level: float,
+) -> float:  # upper end of an interval for the mean
+    "What the rows do not rule out, whatever the losses: random weights, one on a comment more of the largest loss."
+    random, part = np.random.default_rng([seed, 1]), max(1, 4_000_000 // (len(sizes) + 1))
+    sums, rows = np.append(of_group, largest * sizes.mean()), np.append(sizes, sizes.mean())
+    means = []
+    for start in range(0, resamples, part):
+        weights = random.exponential(size=(min(part, resamples - start), len(rows)))
+        means.append(weights @ sums / (weights @ rows))
+    return float(np.quantile(np.concatenate(means), (1 + level) / 2))
+
 # %% ../nbs/06a_intervals.ipynb #0ca78be3
 def _log_loss_interval(
     losses: np.ndarray,  # float64 (n,), of each row
     group_numbers: np.ndarray,  # int64 (n,), from 0
-    parts: Iterator[np.ndarray],  # from `_resamples`
+    largest: float,  # what a mistake may cost
+    has_mistakes: bool,  # whether any row was answered wrongly
+    resamples: int,
+    seed: int,
     level: float,
 ) -> list[float] | None:  # None where nothing can be said
-    "Studentized bootstrap of the mean's logarithm: each resample is measured by its own standard error."
+    "Studentized bootstrap of the mean's logarithm, and no higher than `_largest_mean`."
     of_group, sizes = np.bincount(group_numbers, losses), np.bincount(group_numbers).astype(float)
     first_row = np.unique(group_numbers, return_index=True)[1]
 
@@ -129,12 +150,14 @@ def _log_loss_interval(
     mean, error = (float(values[0]) for values in mean_and_error(np.ones((1, len(sizes)))))
     if not error > 1e-9:
         return None
-    drawn = [mean_and_error(part[:, first_row]) for part in parts]
+    drawn = [mean_and_error(part[:, first_row]) for part in _resamples(group_numbers, resamples, seed)]
     means, errors = (np.concatenate(values) for values in zip(*drawn, strict=True))
     known = errors > 1e-9
     low, high = np.quantile(np.log(means[known] / mean) / errors[known], [(1 - level) / 2, (1 + level) / 2])
-    largest = -np.log(np.finfo(np.float32).eps)  # no row's loss is higher
-    return [float(mean * np.exp(-max(high, 0) * error)), float(min(mean * np.exp(-min(low, 0) * error), largest))]
+    bound = _largest_mean(of_group, sizes, largest, resamples, seed, level)
+    furthest = max(np.log(bound / mean), 0)
+    reach = min(-min(low, 0) * error, furthest) if has_mistakes else furthest
+    return [float(mean * np.exp(-max(high, 0) * error)), float(mean * np.exp(reach))]
 
 # %% ../nbs/06a_intervals.ipynb #1652cee7
 def metric_intervals(
@@ -147,7 +170,7 @@ def metric_intervals(
     resamples: int = 2000,  # sets of n rows drawn with replacement
     seed: int = 0,
 ) -> dict[str, list[float] | None]:  # metric -> [low, high], None where nothing can be said
-    """Bootstrap confidence intervals of accuracy, macro F1, ROC AUC and log-loss.
+    """Bootstrap confidence intervals of accuracy, macro F1, ROC AUC and log-loss, the last one bounded above.
 
     They tell how the number would vary with other comments, for this training set; `ValueError` as `compute_metrics`.
     [Efron and Tibshirani 1993](https://doi.org/10.1201/9780429246593), chapters 12 and 13.
@@ -170,10 +193,11 @@ def metric_intervals(
     names = [name for name in METRICS if name != "log_loss"]
     parts = zip(names, values[:3], deviations[:3], strict=True)
     intervals = {name: _interval(value, error, int(numbers.max()) + 1, level) for name, value, error in parts}
-    of_true_label = layers[:, np.arange(len(numbers)), true_positions]
-    losses = -np.log(np.maximum(of_true_label, np.finfo(np.float32).eps)).mean(axis=0)
-    intervals["log_loss"] = _log_loss_interval(losses, numbers, _resamples(numbers, resamples, seed), level)
-    return intervals
+    losses = -np.log(np.maximum(layers, np.finfo(np.float32).eps)).mean(axis=0)  # (n, n_classes), were that label true
+    has_mistakes = bool((layers.argmax(axis=2) != true_positions).any())
+    given = (float(losses.max()), has_mistakes, resamples, seed, level)
+    of_true_label = losses[np.arange(len(numbers)), true_positions]
+    return intervals | {"log_loss": _log_loss_interval(of_true_label, numbers, *given)}
 
 # %% ../nbs/06a_intervals.ipynb #b44baddf
 def metrics_with_intervals(
@@ -209,7 +233,8 @@ def _p_text(p_value: float) -> str:
 
 
 def _capital(sentence: str) -> str:
-    return "T" + sentence[1:] if sentence.startswith("the ") else sentence  # other names keep their spelling
+    ours = sentence.startswith(("the ", *(f"{other.said} " for other in OTHERS.values())))
+    return sentence[0].upper() + sentence[1:] if ours else sentence  # other names keep their spelling
 
 
 def _comparison_sentence(better: int, worse: int, p_value: float, names: Sequence[str]) -> str:

@@ -127,8 +127,7 @@ def comparison_text(
     lines = []
     if metrics["baseline"] is not None:
         lines += [evaluation.verdict(metrics, metrics["baseline"]), metrics["comparison"]["sentence"]]
-    if simpler := evaluation.frozen_verdict(metrics):
-        lines.append(simpler)
+    lines += evaluation.simpler_verdicts(metrics)
     all_of_them = {evaluation.OURS: metrics, **evaluation.shown_others(metrics["baselines"])}
     lines += [intervals.metrics_table(all_of_them).to_string(), decision.decision_text(metrics["decision"])]
     return "\n".join(lines)

@@ -180,7 +180,8 @@ TEXTS = {
         "last": "last: {comment} → {name}", "agreed": "the classifier said the same", "differed": "it said {name}",
         "training": "learning from your labels ...", "finishing": "training and judging on all labels ...",
         "trained": "learned from {n} labels", "waiting": "it learns after 16 labels",
-        "judge": "{n} of {needed} comments to judge by: no estimate yet",
+        "judge": "{n} of {needed} comments to judge by, one in {every} labels: an estimate takes about {labels} labels",
+        "few": "no estimate from so few comments: {aside} are set aside to judge by, and it takes {needed}",
         "estimate": "right on {a} of comments ({low} to {high}), by {n} drawn at random", "tfidf": "TF-IDF: {a}",
         "finish": "Train, report, submit", "report": "report", "submission": "submission", "run": "saved in {run}",
         "end": "Every comment has been seen.", "keys": "Keys: 1 to 9 label, u undoes, s skips.",
@@ -193,7 +194,8 @@ TEXTS = {
         "last": "방금: {comment} → {name}", "agreed": "분류기도 같은 답이었습니다", "differed": "분류기의 답은 {name}",
         "training": "라벨을 배우는 중 ...", "finishing": "모든 라벨로 학습하고 평가하는 중 ...",
         "trained": "라벨 {n}개로 배웠습니다", "waiting": "라벨 16개부터 배웁니다",
-        "judge": "평가용 댓글 {needed}개 가운데 {n}개: 아직 어림할 수 없습니다",
+        "judge": "평가용 댓글 {needed}개 가운데 {n}개 (라벨 {every}개에 하나): 라벨이 {labels}개쯤 되면 어림합니다",
+        "few": "댓글이 적어 어림할 수 없습니다: 평가용으로 떼어 둔 것은 {aside}개이고 {needed}개가 필요합니다",
         "estimate": "댓글의 {a}를 맞힙니다 ({low}에서 {high}), 무작위로 뽑은 {n}개로 어림", "tfidf": "TF-IDF: {a}",
         "finish": "학습, 보고서, 제출 파일", "report": "보고서", "submission": "제출 파일",
         "run": "{run}에 저장했습니다",
@@ -254,7 +256,7 @@ function show(next) {
   $("status").textContent = T[state.status] || (e.trained_on ? say(T.trained, {n: e.trained_on}) : T.waiting);
   $("estimate").textContent = "accuracy" in e ? say(T.estimate, {a: percent(e.accuracy), n: e.n,
     low: percent(e.interval[0]), high: percent(e.interval[1])}) + (e.baseline ? ". " + say(T.tfidf,
-    {a: percent(e.baseline.accuracy)}) : "") : say(T.judge, e);
+    {a: percent(e.baseline.accuracy)}) : "") : say(e.labels ? T.judge : T.few, e);
   $("compared").textContent = e.sentence || ""; $("told").textContent = state.told;
   $("finish").disabled = !state.can_finish || state.status === "finishing";
   $("finish").hidden = !("can_finish" in state);

@@ -160,7 +160,7 @@ def _checked_line(
     row, comment = known.get(name, (-1, None))
     problem = None
     if len(fields) != 3:
-        problem = f"has {len(fields)} fields, and id, comment, label are three. Mend the line."
+        problem = f"has {len(fields)} field{'s' * (len(fields) != 1)}, and id, comment, label are three. Mend the line."
     elif comment != text:
         problem = f"id {shown(name)} with this comment is not among the comments. Give the file that was labelled."
     elif label not in labels:
@@ -439,12 +439,14 @@ class Labelling:
             found = self._answers.get(row)
         return None if found is None else (self.labels[int(found[0].argmax())], float(found[0].max()))
 
-    def estimate(self) -> dict[str, Any]:  # n, needed; where n is enough: accuracy, interval, baseline, sentence
+    def estimate(self) -> dict[str, Any]:  # n, needed, labels; with enough: accuracy, interval, baseline, sentence
         "How good the classifier is by now, from the comments that were drawn to judge it."
         with self._lock:
             rows = [(row, label) for row, label in self.table.rows if row in self._judged and row in self._answers]
             answers = [self._answers[row] for row, _ in rows]
-        found = {"n": len(rows), "needed": JUDGED_AT_LEAST, "trained_on": self.trained_on}
+            aside = len(set(self._aside) - set(self._skipped))
+        found = {"n": len(rows), "needed": JUDGED_AT_LEAST, "trained_on": self.trained_on, "aside": aside}
+        found |= {"every": self.every, "labels": JUDGED_AT_LEAST * self.every if aside >= JUDGED_AT_LEAST else None}
         if len(rows) < JUDGED_AT_LEAST or not self.trained_on:
             return found
         labels, ours = [label for _, label in rows], np.array([mine for mine, _ in answers])

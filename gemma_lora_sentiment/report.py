@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from .decision import decision_text
-from .evaluation import METRICS, OURS, frozen_verdict, shown_others, verdict
+from .evaluation import METRICS, OURS, shown_others, simpler_verdicts, verdict
 from .intervals import share_interval
 
 # %% ../nbs/06b_report.ipynb #7510162d
@@ -130,15 +130,7 @@ def _lead(metrics: Mapping[str, Any]) -> ElementTree.Element:
         advice = "The baseline needs no GPU and trains in a second: use it for such comments"
         doubt = "" if compared is not None and compared["p_value"] < 0.05 else ", unless more rows turn the difference"
         lines.append(_tag("p", f"{advice}{doubt}."))
-    if simpler := frozen_verdict(metrics):
-        lines.append(_tag("p", simpler))
-    untrained = (metrics.get("baselines") or {}).get("zero_shot")
-    if untrained is not None and untrained["accuracy"] >= metrics["accuracy"] - 1e-9:
-        gained, losses = "gained nothing", [each.get("log_loss") for each in (metrics, untrained)]
-        if None not in losses and losses[0] < losses[1]:
-            better = f"log-loss {losses[0]:.3f} against {losses[1]:.3f}"
-            gained = f"made the probabilities better ({better}), not the answers,"
-        lines.append(_tag("p", f"Fine-tuning {gained} on these comments. ", untrained["comparison"]["sentence"]))
+    lines += [_tag("p", line) for line in simpler_verdicts(metrics)]
     return _tag("div", *lines, class_="lead lost" if lost else "lead")
 
 # %% ../nbs/06b_report.ipynb #673e1fe4
@@ -272,6 +264,22 @@ def _figures(figures: Mapping[str, bytes], metrics: Mapping[str, Any]) -> Elemen
     shown = [_figure(figures[name], title, text) for _, title, text, name in order]
     return _tag("div", *shown, class_="figures") if shown else None
 
+
+def _numbered(classes: Sequence) -> ElementTree.Element | None:
+    "Which class is which where a figure can only count them."
+    names = [str(label) for label in classes]
+    if all(name.isascii() for name in names):
+        return None
+    numbered = [part for number, name in enumerate(names) for part in (f", class {number} is ", _text(name))]
+    numbered[0] = numbered[0].removeprefix(", ").capitalize()
+    remedy = ". A figure counts them so where no installed font has their letters. "
+    if any(_HANGUL.search(name) for name in names):
+        remedy += (
+            "Debian's, Ubuntu's and Colab's package fonts-nanum has Hangul; matplotlib finds a new font once "
+            "fontlist-*.json is removed from its cache folder (matplotlib.get_cachedir())."
+        )
+    return _tag("p", *numbered, remedy.rstrip(), class_="soft")
+
 # %% ../nbs/06b_report.ipynb #c43d6f29
 _COLUMNS = {  # of our tables: head
     "id": "id", "comment": "comment", "label": "label", "prediction": "answer", "likely_label": "more likely",
@@ -319,7 +327,8 @@ def _errors(
         ),
         "influence": (
             "influence", "What moved the mistakes",
-            "Log-odds of the answer with a piece of text minus without it, in nats.", None,
+            "Log-odds of the answer with a piece of text minus without it, in nats.",
+            "There is no wrong answer to explain.",
         ),
         "label_errors": (
             "labels", "Likely label errors",
@@ -551,7 +560,7 @@ def report_html(
     sure = _tag("p", _SURE) if metrics.get("intervals") else None
     sections = [
         ("scores", "How good, and how sure", [_classifiers(metrics), _comparisons(metrics), sure]),
-        ("figures", "Figures", [_figures(figures or {}, metrics)]),
+        ("figures", "Figures", [_figures(figures, metrics), _numbered(metrics["classes"])] if figures else []),
         ("by-label", "By label", [] if predictions is None else [_by_label(predictions, metrics["classes"])]),
         ("decision", "What to do with a score", _decision(decision, metrics) if decision else []),
         *_errors(tables, limit, comments),
@@ -565,5 +574,6 @@ def report_html(
 
 _SURE = (
     "In brackets: 95% confidence intervals by bootstrap over comments, copies drawn together. They tell how a number "
-    "would vary with other comments of the same kind, for this training set. Log-loss: less is better."
+    "would vary with other comments of the same kind, for this training set. Log-loss: less is better; its interval is "
+    "studentized, and reaches no further up than so many comments leave open, if no other answer is surer than theirs."
 )

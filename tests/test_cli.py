@@ -786,9 +786,11 @@ def test_cross_validate(tmp_path, tiny):
     (tmp_path / "rows.tsv").write_text(tsv(rows), encoding="utf-8")
     arguments = command_line("cross-validate", tmp_path / "rows.tsv", tiny, None)
     result = done(*arguments, "--out", tmp_path / "cv")
-    assert "TF-IDF baseline" in result.stdout and "fold 4/4" in result.stderr
+    assert "TF-IDF baseline" in result.stdout and "fold 2/2: baseline" in result.stderr
+    assert "fold 1/2: ours" in result.stderr and "/4" not in result.stderr  # two folds of two classifiers are two folds
     metrics = json.loads((tmp_path / "cv" / "cv.json").read_text())
     assert METRICS <= set(metrics) and metrics["n"] == 26 and metrics["folds"] == 2 and metrics["seconds"] > 0
+    assert metrics["baselines"]["most_frequent"]["roc_auc"] == 0.5
     oof = read_comments(tmp_path / "cv" / "oof.tsv")
     columns = ["id", "comment", "label", "prediction", "baseline_prediction", "fold", "p_0", "p_1"]
     assert (tmp_path / "cv" / "oof.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t") == columns
@@ -854,6 +856,22 @@ def test_the_baseline_is_named_first_where_it_wins():
     lines = comparison_text(metrics).splitlines()
     assert lines[0].startswith("The TF-IDF baseline is more accurate than gemma + LoRA: 1.000 against 0.625")
     assert lines[1] == "The TF-IDF baseline is better than gemma + LoRA on 9 comments, worse on 0: p = 0.0039."
+
+
+def test_the_terminal_says_of_the_base_what_the_report_says():
+    """Where the base itself wins or ties, both have the one sentence of `evaluation.simpler_verdicts`."""
+    from gemma_lora_sentiment.evaluation import compute_metrics, simpler_verdicts
+    from gemma_lora_sentiment.judge import add_analysis, comparison_text
+    from gemma_lora_sentiment.report import report_html
+
+    rows = pd.DataFrame(ROWS, columns=["id", "comment", "label"])
+    ours = np.array([[0.8, 0.2] if label == "0" else [0.2, 0.8] for label in rows.label])
+    metrics = compute_metrics(rows.label, ours, ["0", "1"])
+    theirs = {"baseline": ours[::-1], "frozen": ours[::-1], "zero_shot": ours}
+    add_analysis(metrics, rows, ["0", "1"], ours, theirs)
+    (sentence,) = simpler_verdicts(metrics)
+    assert sentence.startswith("Fine-tuning gained nothing on these comments: the base itself has an accuracy of 1.000")
+    assert sentence in comparison_text(metrics).splitlines() and sentence in report_html(metrics)
 
 
 def test_compare(tmp_path, good, tiny, trained, run):
@@ -1331,7 +1349,7 @@ def test_submit_says_how_two_files_were_matched(tmp_path, trained):
     (tmp_path / "lines.txt").write_text("굿\n음\n", encoding="utf-8")
     submit = ["submit", trained / "run", tmp_path / "s.csv", "--out", tmp_path / "sub.csv", "--text-from"]
     result = done(*submit, tmp_path / "t.txt", "--delimiter", ":", "--encoding", "cp949", "--skip-blank")
-    assert "t.txt: read as ':'-separated CP949; 1 rows with blank comments left out; matched with" in result.stderr
+    assert "t.txt: read as ':'-separated CP949; 1 row with a blank comment left out; matched with" in result.stderr
     assert f"{tmp_path / 's.csv'}: read as ','-separated" in result.stderr
     result = done(*submit, tmp_path / "lines.txt")
     assert "row by row, for there are no ids in" in result.stderr and "warning" not in result.stderr

@@ -109,6 +109,41 @@ def test_abstention():
         choose_abstention([0], [[0.3, 0.7]], [0, 1], 95)
 
 
+def test_where_all_may_be_answered_no_threshold_is_named():
+    """The most probable of two labels is never below 0.5, so "at least 0.28" would bind nothing."""
+    positions, probabilities = some_rows(300, 2)
+    assert choose_abstention(positions, probabilities, [0, 1], 0.5)["confidence"] == 0.0
+    decision = choose_decision(positions, probabilities, [0, 1], accuracy=0.6)
+    assert decision["confidence"] == 0.0 and not apply_decision(probabilities, decision).abstains.any()
+    last = decision_text(decision).splitlines()[-1]
+    assert last.startswith("For an accuracy of 0.6 all may be answered: 100% of other comments answered, ")
+    assert last.endswith(" of them right.") and "probable" not in last
+    old = {**decision, "confidence": 0.28}  # as earlier versions stored it
+    assert decision_text(old).splitlines()[-1] == last
+
+
+def test_a_target_that_is_missed_is_said():
+    positions, probabilities = some_rows(200, 2)
+    decision = choose_decision(positions, probabilities, [0, 1], accuracy=0.95)
+    for right, missed in ((0.912, True), (0.95, False), (0.97, False)):
+        measured = {**decision["measured"], "answered": 0.85, "accuracy_of_answers": right}
+        text = decision_text({**decision, "confidence": 0.908, "measured": measured})
+        start = "For an accuracy of 0.95, answer only what is at least 0.908 probable: 85% of other comments answered"
+        assert f"{start}, {right:.3f} of them right" in text
+        assert text.endswith("so 0.95 is not reached on rows it was not chosen on.") == missed
+    none = {**decision, "confidence": 0.9, "measured": {**decision["measured"], "accuracy_of_answers": None}}
+    assert decision_text(none).endswith("; of comments it was not chosen on it would answer none.")
+
+
+@pytest.mark.parametrize("costs, dearer", [([0.025, 0.075], True), ([0.075, 0.025], False), ([0.05, 0.05], False)])
+def test_costs_that_made_it_dearer_are_said(costs, dearer):
+    positions, probabilities = some_rows(200, 3)
+    decision = choose_decision(positions, probabilities, [0, 1, 2], cost={1: 5})
+    text = decision_text({**decision, "measured": {**decision["measured"], "mean_cost": costs}})
+    assert f"a comment costs {costs[1]:.3f} in place of {costs[0]:.3f}" in text
+    assert ("the most probable label is the cheaper answer" in text) == dearer
+
+
 @pytest.mark.parametrize("cost", [None, {"좋음": 4}])
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_decision_round_trip(n_classes, cost):
@@ -150,7 +185,8 @@ def test_few_mistakes_change_no_probability(mistakes):
     probabilities[:mistakes] = probabilities[:mistakes, ::-1]
     decision = choose_decision(labels, probabilities, [0, 1])
     assert decision["temperature"] == 1.0 and decision["mistakes"] == mistakes
-    assert f"{mistakes} mistake" in decision_text(decision) and "too few to judge" in decision_text(decision)
+    few = {0: "0 mistakes in 60 comments are", 1: "1 mistake in 60 comments is", 4: "4 mistakes in 60 comments are"}
+    assert decision_text(decision).startswith(f"{few[mistakes]} too few to judge")
 
 
 @pytest.mark.parametrize("seed", range(5))

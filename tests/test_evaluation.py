@@ -29,6 +29,7 @@ from gemma_lora_sentiment.evaluation import (
     metrics_from_oof,
     probabilities_from_oof,
     simple_baselines,
+    simpler_verdicts,
     sweep,
     verdict,
     word_influence,
@@ -235,7 +236,7 @@ def test_groups_that_are_passed_stay_in_one_fold():
     ("labels", "groups", "folds", "message"),
     [
         (["a"] * 9 + ["b"] * 3, None, 5, r"class 'b' has 3 rows, fewer than folds=5\. Use folds=3 or fewer, or label"),
-        (["a"] * 9 + ["b"], None, 5, r"class 'b' has 1 rows, fewer than folds=5\. Label more rows of it"),
+        (["a"] * 9 + ["b"], None, 5, r"class 'b' has 1 row, fewer than folds=5\. Label more rows of it"),
         (["a"] * 9, None, 5, r"labels hold 1 class, at least 2 are needed"),
         (["a"] * 5 + [1] * 5, None, 2, r"labels mix int and str"),
         (["a"] * 5 + [None], None, 2, r"labels mix NoneType and str"),
@@ -275,7 +276,7 @@ def test_cross_validate_any_estimator():
     }
     calls = []
     oof = cross_validate(estimators, comments, labels, folds=3, progress=lambda *call: calls.append(call))
-    assert calls == [(i + 1, 12, list(estimators)[i % 4]) for i in range(12)]
+    assert calls == [(i // 4 + 1, 3, list(estimators)[i % 4]) for i in range(12)]  # 3 folds, not 12
     for name, estimator in estimators.items():
         assert not hasattr(estimator, "classes_")  # clones were fitted
         metrics = metrics_from_oof(oof, name, ["bad", "good"])
@@ -324,7 +325,7 @@ def test_repeats_cut_anew_and_are_averaged():
         estimators, comments, labels, folds=3, repeats=2, seed=4, progress=lambda *call: calls.append(call)
     )
     assert list(oof.columns)[:3] == ["repeat", "fold", "label"] and oof["repeat"].tolist() == [0] * 32 + [1] * 32
-    assert calls[-1] == (12, 12, "dummy")
+    assert calls[0] == (1, 6, "b") and calls[-1] == (6, 6, "dummy")
     for repeat, part in oof.groupby("repeat"):
         part = part.reset_index(drop=True)
         assert part.fold[0] == part.fold[30] and part.fold[1] == part.fold[31]
@@ -560,6 +561,45 @@ def test_simple_baselines():
     assert oof.columns[2] == "most_frequent_prediction"
     floor = metrics_with_intervals(labels, probabilities_from_oof(oof, "most_frequent", [0, 1, 2]), [0, 1, 2])
     assert floor["accuracy"] < 0.4 and floor["log_loss"] == pytest.approx(np.log(3), abs=0.02)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_most_frequent_class_orders_no_comment(repeats):
+    """Its shares differ from fold to fold, against those of the test rows: pooled, it would be worse than chance."""
+    comments, labels = sweep_rows(38)
+    oof = cross_validate(simple_baselines(), comments, labels, folds=4, repeats=repeats)
+    assert (oof.groupby(oof["repeat"] if repeats > 1 else lambda row: 0).most_frequent_p_0.nunique() == 1).all()
+    assert oof.baseline_p_0.nunique() > 30  # who tells comments apart is left alone
+    layers = probabilities_from_oof(oof, "most_frequent", [0, 1, 2])
+    floor = metrics_with_intervals(labels, layers, [0, 1, 2])
+    assert floor["roc_auc"] == 0.5 and layers[0, 0] == pytest.approx(np.bincount(labels) / len(labels), abs=0.01)
+
+
+def test_what_the_base_does_without_fine_tuning_is_said():
+    compared = {"comparison": {"sentence": "Who is ahead."}}
+    ours = {"accuracy": 0.911, "log_loss": 0.2}
+    better, worse = ({"accuracy": accuracy, "log_loss": 0.3, **compared} for accuracy in (0.914, 0.9))
+
+    def said(**baselines):
+        return simpler_verdicts({**ours, "baselines": baselines})
+
+    assert said(zero_shot=worse, frozen=worse, baseline=better) == [] == simpler_verdicts(ours)
+    assert said(frozen=better, zero_shot=worse) == [
+        "A logistic regression on the frozen base is more accurate, 0.914 against 0.911, for one pass over the "
+        "comments and no fine-tuning. Who is ahead."
+    ]
+    assert said(zero_shot=better) == [
+        "Fine-tuning made the probabilities better (log-loss 0.200 against 0.300), not the answers, on these comments: "
+        "the base itself has an accuracy of 0.914, gemma + LoRA 0.911. Who is ahead."
+    ]
+    assert said(zero_shot={**better, "log_loss": 0.1})[0].startswith("Fine-tuning gained nothing on these comments: ")
+    assert len(said(zero_shot=better, frozen=better)) == 2
+
+
+def test_nothing_to_explain_is_said():
+    mistakes = pd.DataFrame({"id": [], "comment": [], "label": [], "prediction": []})
+    with pytest.warns(UserWarning, match="no answer is wrong, so there is no mistake to explain"):
+        assert len(explain_mistakes(baseline_classifier(), mistakes)) == 0
 
 
 def test_twins_of_another_emphasis_stay_together_from_python_too():

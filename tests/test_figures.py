@@ -231,7 +231,8 @@ def test_hangul_without_a_font_for_it(monkeypatch):
             assert all(text.isascii() for text in texts_of(ax))
         assert "class 1" in texts_of(axes[0])
         assert ("neutral" in texts_of(axes[0])) == ("neutral" in classes)
-        assert any("no installed font has the class names" in text for text in texts_of(axes[0]))
+        note = next(text for text in texts_of(axes[0]) if "no installed font has the class names" in text)
+        assert "counted from 0 in their order" in note and "fonts-nanum" in note
 
 
 def font_with_hangul(path, family):
@@ -465,6 +466,7 @@ def test_learning_curve_refuses():
         ((comments, labels, *tests), {"sizes": (50,)}, r"size 50 is not between 2 \(the classes\) and 40 \(the rows\)"),
         ((comments, labels, *tests), {"sizes": (1,)}, "size 1 is not between"),
         ((comments, labels, comments[:3], labels[:3]), {}, "3 test comments are among the comments too"),
+        ((comments, labels, comments[:1], labels[:1]), {}, "1 test comment is among the comments too"),
         ((comments, labels[:-1], *tests), {}, "40 comments and 39 labels"),
         ((comments, ["bad"] * 40, *tests), {}, "labels hold 1 class"),
     ]:

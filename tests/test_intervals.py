@@ -141,6 +141,39 @@ def test_intervals_of_perfect_and_of_hopeless_rows():
     assert one["accuracy"] == pytest.approx([0.2065, 1.0], abs=1e-3) and one["log_loss"] is None
 
 
+@pytest.mark.parametrize("n, mistakes", [(12, 1), (60, 1), (60, 0), (300, 3)])
+def test_log_loss_reaches_no_further_than_so_many_rows_can_tell(n, mistakes):
+    """Of comments that are answered wrongly a share of 1 - 0.025 ** (1 / n) may be there, and none be seen."""
+    probabilities = np.tile([[0.999, 0.001], [0.002, 0.998]], (n // 2, 1))
+    positions = np.tile([0, 1], n // 2)
+    probabilities[np.arange(mistakes), 1 - positions[:mistakes]] = 0.7  # wrong, and mildly
+    probabilities[np.arange(mistakes), positions[:mistakes]] = 0.3
+    assert (probabilities.argmax(axis=1) != positions).sum() == mistakes
+    low, high = metric_intervals(positions, probabilities, [0, 1])["log_loss"]
+    value = float(-np.log(probabilities[np.arange(n), positions]).mean())
+    dearest, unseen = -np.log(0.001), 1 - 0.025 ** (1 / n)
+    assert low <= value < high < 1.3 * (value + unseen * dearest)
+    if not mistakes:  # nothing was seen of what a mistake costs: the interval goes as far as the bound
+        assert high == pytest.approx(value + unseen * dearest, rel=0.1)
+
+
+def test_copies_make_the_bound_no_tighter():
+    """Sixty comments without a mistake, each ten times, are sixty comments."""
+    probabilities = np.tile([[0.99, 0.01], [0.02, 0.98]], (30, 1))
+    once = metric_intervals([0, 1] * 30, probabilities, [0, 1])["log_loss"]
+    ten = metric_intervals(np.repeat([0, 1] * 30, 10), np.repeat(probabilities, 10, axis=0), [0, 1],
+                           groups=np.repeat(np.arange(60), 10))["log_loss"]  # fmt: skip
+    assert ten == pytest.approx(once, rel=1e-6)
+
+
+def test_sentences_begin_with_a_capital_and_folders_keep_their_names():
+    ours, theirs = np.tile([0.9, 0.1], (9, 1)), np.tile([0.1, 0.9], (9, 1))
+    for name, start in {"a logistic regression on the frozen base": "A logistic", "the base itself": "The base itself",
+                        "runs/one": "runs/one is", "a/run": "a/run is"}.items():  # fmt: skip
+        said = paired_comparison([1] * 9, ours, theirs, [0, 1], names=("gemma + LoRA", name))["sentence"]
+        assert said.startswith(start)
+
+
 def test_intervals_hold_the_value_and_are_plain_numbers():
     positions, probabilities = some_rows()
     labels = np.array(["나쁨", "보통", "좋음"])[positions]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from gemma_lora_sentiment import GemmaLoraClassifier, cli, read_comments
 from gemma_lora_sentiment.model import tiny_gemma
+from gemma_lora_sentiment.report import report_html
 
 HOSTILE = (
     "<script>document.title = 'taken'</script> 국물 & 면",
@@ -280,6 +281,28 @@ def test_explanations_quote_comments(trained_quietly, work, tmp_path):
     assert not (tmp_path / "out" / "influence.tsv").exists()
     assert "mine.tsv" in result.stderr and result.stderr.count("holds comments") == 1
     assert {name for name, _ in quoted(tmp_path / "out")} <= {"mine.tsv"}
+
+
+def test_report_says_which_class_a_figure_counts():
+    """A figure counts classes whose letters no font has; the page is read in a browser, which has them."""
+    metrics = {"accuracy": 0.5, "macro_f1": 0.5, "roc_auc": 0.5, "log_loss": 0.7, "n": 4}
+    said = {}
+    for classes in (["환불", "교환", "문의"], ["été", "hiver"], ["0", "1"]):
+        page = report_html({**metrics, "classes": classes}, figures={"roc.svg": b"<svg/>"})
+        said[classes[0]] = " ".join(Page(page).text.split())
+    assert "Class 0 is 환불, class 1 is 교환, class 2 is 문의. A figure counts them so" in said["환불"]
+    assert "fonts-nanum" in said["환불"]
+    assert "Class 0 is été, class 1 is hiver." in said["été"] and "fonts-nanum" not in said["été"]
+    assert "Class 0" not in said["0"]
+    without = report_html({**metrics, "classes": ["환불", "교환"]})
+    assert "Class 0" not in without  # no figure, nothing to explain
+
+
+def test_report_says_that_there_is_nothing_to_explain():
+    metrics = {"accuracy": 1.0, "macro_f1": 1.0, "roc_auc": 1.0, "log_loss": 0.1, "n": 4, "classes": ["0", "1"]}
+    empty = pd.DataFrame(columns=["id", "comment", "label", "prediction", "spoke_for", "spoke_against"])
+    assert "There is no wrong answer to explain." in report_html(metrics, tables={"influence": empty})
+    assert "to explain" not in report_html(metrics)  # nobody asked
 
 
 def test_report_tells_where_numbers_come_from(trained_quietly, evaluated_quietly):

@@ -690,7 +690,7 @@ def test_pairs_by_order_are_told():
         Path("t.csv").write_text("id,text\n9,음\n7,굿&nbsp;굿\n", encoding="utf-8")
         assert sample_comments("s.csv", "t.csv", say=said.append) == ["굿 굿", "음"]
     by_order = "t.csv: read as ','-separated UTF-8; paired with s.csv row by row, for there are no ids in t.csv"
-    by_id = "t.csv: read as ','-separated UTF-8; 1 comments freed of HTML; matched with s.csv by id"
+    by_id = "t.csv: read as ','-separated UTF-8; 1 comment freed of HTML; matched with s.csv by id"
     assert said == [by_order, by_id]
     Path("l.csv").write_text("target\n0\n0\n")
     sample_comments("l.csv", "t.csv", say=said.append)

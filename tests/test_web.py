@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from gemma_lora_sentiment import DataError, GemmaLoraClassifier, cli, read_comments
 from gemma_lora_sentiment import service as service_room
+from gemma_lora_sentiment.label_page import TEXTS, label_html
 from gemma_lora_sentiment.labelling import Labelling, LabelTable, StaleError, retrain
 from gemma_lora_sentiment.model import tiny_gemma
 from gemma_lora_sentiment.service import Limits, ScoringService, api, decision_of, guarded
@@ -456,6 +457,27 @@ def test_comments_that_judge_are_not_chosen_and_not_trained_on(tmp_path):
     chosen = job.rows(judged=False).comment.str.len()[20:]
     assert chosen.mean() > rows.comment.str.len().mean(), "the doubtful ones"
     assert "accuracy" not in job.estimate(), "20 judge nothing"
+
+
+@pytest.mark.parametrize("comments, aside", [(145, 29), (146, 30), (500, 100)])
+def test_the_page_says_how_many_labels_an_estimate_takes(tmp_path, comments, aside):
+    """Thirty comments to judge by, and one label in five is of such a one: 150 labels, not 30."""
+    rows = pd.DataFrame({"id": range(comments), "comment": [f"{number}번째 손님" for number in range(comments)]})
+    job = Labelling(rows, ["0", "1"], tmp_path / "labels.tsv")
+    assert len(job._aside) == aside
+    for number in range(60):
+        job.label(job.version, str(number % 2))
+    job.update(job.candidates(), np.tile([0.4, 0.6], (len(job.candidates()), 1)), trained_on=48)
+    found = job.estimate()
+    assert (found["n"], found["needed"], "accuracy" in found) == (12, 30, False)
+    said = {language: texts["judge" if found["labels"] else "few"].format(**found) for language, texts in TEXTS.items()}
+    if comments < 146:  # it would never come
+        assert said["en"] == "no estimate from so few comments: 29 are set aside to judge by, and it takes 30"
+        assert "29개" in said["ko"] and "30개" in said["ko"]
+    else:
+        assert said["en"] == "12 of 30 comments to judge by, one in 5 labels: an estimate takes about 150 labels"
+        assert said["ko"] == "평가용 댓글 30개 가운데 12개 (라벨 5개에 하나): 라벨이 150개쯤 되면 어림합니다"
+    assert "e.labels ? T.judge : T.few" in label_html("en", "nonce")
 
 
 # ---- in a browser
