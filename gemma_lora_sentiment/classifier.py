@@ -422,16 +422,6 @@ def _with_forged(
     both = [np.concatenate(pair) for pair in ((rows.label_index, copies.label_index), (rows.weights, copies.weights))]
     return replace(job, rows=Rows(rows.prompts + prompts.token_ids, rows.responses + copies.responses, *both))
 
-# %% ../nbs/05_classifier.ipynb #bc13f131
-def _with_answers_of_base(job: _Job) -> _Job:
-    "The fit with what the base alone answers to its rows, where its recipe keeps some of that."
-    if not (job.recipe.distillation and parts_labels(job.recipe, job.words)):
-        return job
-    untrained = new_adapter(job.base, job.start.rank, job.start.targets)
-    scores = score_labels(job.base, untrained, job.rows.prompts, job.words)
-    return replace(job, rows=replace(job.rows, of_base=np.exp(log_softmax(scores)).astype(np.float32)))
-
-
 # %% ../nbs/05_classifier.ipynb #05c0a018
 def _decided_by_rows(
     job: _Job,
@@ -448,7 +438,7 @@ def _decided_by_rows(
     recipe = replace(job.recipe, **{name: getattr(steps, name) for name in ("epochs", "batch_size") if name in free})
     recipe = choose_loss(job.recipe_name, recipe, choices, words)
     if "lora_alpha" in free:
-        choices["strength"] = choose_strength(choices, len(words.labels), n_rows, recipe.distillation)
+        choices["strength"] = choose_strength(choices, len(words.labels), n_rows)
     if share := choose_forged(job.recipe_name, n_rows):
         choices["forged"] = share
     if verbose and (choices["loss"] is not None or recipe != job.recipe):
@@ -466,7 +456,7 @@ def _as_judged(
     "The fit with the loss, strength and forged rows of one that was judged; the strength is that of so many rows."
     choices = dict(choices)
     if "strength" in choices:
-        choices["strength"] = choose_strength(choices, len(job.words.labels), len(job.rows), recipe.distillation)
+        choices["strength"] = choose_strength(choices, len(job.words.labels), len(job.rows))
     job = replace(job, recipe=with_loss(job.recipe, recipe), choices=choices)
     return _with_forged(job, choices["forged"]) if choices.get("forged") else job
 
@@ -577,8 +567,7 @@ def _program(job: _Job) -> tuple[Any, ...] | None:  # None: it must train by its
     if job.alone or not job.recipe.epochs or choose_shapes(job.rows, job.recipe, seed)[1] is None:
         return None
     shape = (job.recipe.batch_size, max(map(len, job.rows.responses)), job.again, job.lora_dropout)
-    among = parts_labels(job.recipe, job.words) and (len(job.classes), job.rows.of_base is not None)
-    loss = (bool(job.recipe.global_clipnorm), among)
+    loss = (bool(job.recipe.global_clipnorm), parts_labels(job.recipe, job.words) and len(job.classes))
     return id(job.base), job.start.rank, job.start.targets, *shape, *loss
 
 
@@ -948,7 +937,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         elif _is_auto(self.recipe):
             free = [name for name in ("epochs", "batch_size", "lora_alpha") if _is_auto(getattr(self, name))]
             job = _decided_by_rows(job, free, self.label_words is not None, self.verbose)
-        return _within_memory(_with_answers_of_base(job), not _is_auto(self.batch_size), self.verbose)
+        return _within_memory(job, not _is_auto(self.batch_size), self.verbose)
 
     def _take(self, fitted: _Fitted) -> GemmaLoraClassifier:  # itself
         "Be fitted. Only now, so that a fit that fails leaves an earlier one as it was."

@@ -32,17 +32,18 @@ __all__ = ['ROWS_ASKED', 'ROWS_OF_A_LABEL', 'rows_to_ask', 'choose_words', 'choo
            'choose_loss', 'choose_forged', 'choices_text']
 
 # %% ../nbs/04b_search.ipynb #5ea00007
-ROWS_ASKED = 128
+ROWS_ASKED, _MOST_ASKED = 128, 512  # rows; the second where there are many labels
+ROWS_OF_A_LABEL = 12  # with fewer of any label nothing is looked for
 
 
 def rows_to_ask(
     label_index: np.ndarray,  # int (n,), position of each row's label
     seed: int = 0,
-    at_most: int = ROWS_ASKED,  # rows together
+    at_most: int = ROWS_ASKED,  # rows together, as long as that leaves enough of each label to look for words by
 ) -> np.ndarray:  # int (m,), ascending
     "Rows of each label, as equal in number as can be."
     rng, present = np.random.default_rng([seed, 1]), np.unique(label_index)
-    each = max(1, at_most // len(present))
+    each = max(1, min(ROWS_OF_A_LABEL, _MOST_ASKED // len(present)), at_most // len(present))
     drawn = [rng.permutation(np.flatnonzero(label_index == label))[:each] for label in present]
     return np.sort(np.concatenate(drawn))
 
@@ -91,7 +92,6 @@ def _assigned(
     return columns
 
 # %% ../nbs/04b_search.ipynb #5ea00013
-ROWS_OF_A_LABEL = 12  # with fewer of any label nothing is looked for
 _SETTLED = 0.2  # of the loss of guessing: own words of less are kept without a search
 _KNOWN = 0.35  # of the loss of guessing: words of less leave little to learn
 _BELIEVED = 0.75  # of the loss of guessing: words that are found must have less
@@ -241,10 +241,9 @@ def choose_strength(
     evidence: Mapping[str, Any],  # from choose_words
     n_labels: int,  # distinct labels
     n_rows: int,  # trained on
-    distillation: float = 0.0,  # of the recipe; above 0 the base has had its say
 ) -> float:  # factor for the trained adapter, from 0.5 to 1
     "Less than all where the base alone knows the task; all where it has it to learn or nothing is known."
-    if distillation or not _is_known(evidence, n_labels):
+    if not _is_known(evidence, n_labels):
         return 1.0
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
 
@@ -280,16 +279,12 @@ def choose_steps(
     return replace(recipe, batch_size=batch_size, epochs=min(most, max(_LEAST_EPOCHS[name], epochs)))
 
 # %% ../nbs/04b_search.ipynb #5ea00f31
-_OF_BASE = 0.5  # of a target among the labels: what the base alone answers, where it knows the task
-_OF_LOSS = ("among_labels", "label_smoothing", "distillation")  # settings of a recipe
-
-
 def with_loss(
     recipe: Recipe,
     other: Recipe,  # whose loss is taken
 ) -> Recipe:
     "A recipe with the loss of another."
-    return replace(recipe, **{name: getattr(other, name) for name in _OF_LOSS})
+    return replace(recipe, among_labels=other.among_labels, label_smoothing=other.label_smoothing)
 
 
 def choose_loss(
@@ -298,15 +293,11 @@ def choose_loss(
     evidence: Mapping[str, Any],  # from choose_words
     words: LabelWords,  # that speak for the labels
 ) -> Recipe:  # with its loss
-    "Among the label words: for a small base that knows the task in part its own answers, otherwise smoothed targets."
-    if name != "mini_ko" or evidence.get("loss") is None:
+    "Smoothed targets among the label words, where a small base does not know the task by the labels' own words."
+    if name != "mini_ko" or evidence.get("loss") is None or _is_known(evidence, len(words.labels)):
         return recipe
-    of_gemma = RECIPES["gemma"]
-    is_known = _is_known(evidence, len(words.labels))
-    kept = replace(of_gemma, label_smoothing=0.0, distillation=_OF_BASE) if is_known else of_gemma
-    changed = with_loss(recipe, kept)
-    return changed if parts_labels(changed, words) else recipe
-
+    smoothed = with_loss(recipe, RECIPES["gemma"])
+    return smoothed if parts_labels(smoothed, words) else recipe
 
 # %% ../nbs/04b_search.ipynb #5ea00041
 _FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
@@ -330,9 +321,7 @@ def choices_text(
     guessing, strength = np.log(len(words.labels)), evidence.get("strength", 1.0)
     part = f" The trained adapter speaks with {strength:.0%} of its strength." if strength < 1 else ""
     part += f" {steps.epochs} epochs of {steps.batch_size} rows a step." if steps else ""
-    if steps and parts_labels(steps, words):
-        part += " Targets among the labels are smoothed." if steps.label_smoothing else ""
-        part += f" {share:.0%} of each target is what the base alone answers." if (share := steps.distillation) else ""
+    part += " Targets among the labels are smoothed." if steps and parts_labels(steps, words) else ""
     part += f" Copies of {share:.0%} of the rows end in a forged answer." if (share := evidence.get("forged")) else ""
     if evidence.get("loss") is None:
         return f"Too few rows of a label to look for words by them.{part}"

@@ -70,7 +70,6 @@ class Recipe:
     global_clipnorm: float = 0.0  # the gradient of a step is cut down to this norm; 0: it is not
     among_labels: float = 0.0  # share of the loss that is computed among the label words alone, from 0 to 1
     label_smoothing: float = 0.0  # of that share's targets, what all labels have in equal parts, from 0 to 1
-    distillation: float = 0.0  # of that share's targets, what the base alone answers, from 0 to 1
 
     def __post_init__(self):
         if not isinstance(self.target_layers, str):  # JSON makes lists of tuples
@@ -135,7 +134,6 @@ class Rows:
     responses: list[tuple[int, ...]]  # token ids of each row's response, its end included
     label_index: np.ndarray  # int (n,), position of each row's label among the labels
     weights: np.ndarray  # float32 (n,), of class weights; 1 by default
-    of_base: np.ndarray | None = None  # float32 (n, labels), probabilities of the base alone, for distillation
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -153,7 +151,7 @@ class Rows:
         index = np.asarray(index, dtype=int)
         return Rows(
             [self.prompts[i] for i in index], [self.responses[i] for i in index], self.label_index[index],
-            self.weights[index], None if self.of_base is None else self.of_base[index],
+            self.weights[index],
         )  # fmt: skip
 
 # %% ../nbs/04_training.ipynb #79108d24
@@ -273,19 +271,6 @@ def choose_shapes(
     packing = packing if replicas == 1 else Packing.of(lengths, recipe.batch_size, passes, seed, replicas)
     return (packing.length,), packing
 
-# %% ../nbs/04_training.ipynb #3a85441c
-_OF_A_LINE = ("token_ids", "padding_mask")  # arrays with a number for each token
-
-
-def _of_base(rows: Rows, places: tuple[int, int]) -> dict[str, np.ndarray]:  # float32 (n, p, labels), or nothing
-    "What the base alone answers, at the place of each row's label word."
-    if rows.of_base is None:
-        return {}
-    answers = np.zeros((*places, rows.of_base.shape[1]), np.float32)
-    answers[:, 0] = rows.of_base
-    return {"of_base": answers}
-
-
 # %% ../nbs/04_training.ipynb #f884cdc0
 class BatchSequence:
     """Batches of fixed shapes; `epoch` decides their order, `first` where to begin in it."""
@@ -318,19 +303,19 @@ class BatchSequence:
         for length, members in zip(buckets, self.members, strict=True):
             part = rows.take(members)
             positions = n_response if loss_on == "response" else length - 1
-            arrays = training_arrays(part.prompts, part.responses, length, positions, loss_on, part.weights)
-            self.arrays.append(arrays | _of_base(part, arrays["positions"].shape))
+            self.arrays.append(
+                training_arrays(part.prompts, part.responses, length, positions, loss_on, part.weights)
+            )
         self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}
 
     @property
     def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:  # of each bucket that has rows
-        "Arrays of a step, as this process gives them: token_ids, padding_mask, positions, targets, weights, of_base."
+        "Arrays of a step, as this process gives them: token_ids, padding_mask, positions, targets, weights."
         share = self.part.stop - self.part.start
         sizes = {}
         if self.packing:
             places = self.packing.rows * self.arrays[0]["positions"].shape[1]
-            others = ((name, array.shape[2:]) for name, array in self.arrays[0].items() if name not in _OF_A_LINE)
-            sizes = {name: (share, places, *more) for name, more in others}
+            sizes = {name: (share, places) for name in ("positions", "targets", "weights")}
         return [
             {name: jax.ShapeDtypeStruct(sizes.get(name, (share, *array.shape[1:])), array.dtype)
              for name, array in arrays.items()}
@@ -370,10 +355,8 @@ class BatchSequence:
         lines = spread_rows(self.lengths[rows], self.packing.lines, self.packing.rows)[self.part]
         arrays = {name: array[rows] for name, array in self.arrays[0].items()}
         batch = pack_arrays(arrays, lines, self.packing.length, self.packing.rows)
-        flat = {name: array.reshape(len(lines), -1, *array.shape[3:])
-                for name, array in batch.items() if name not in (*_OF_A_LINE, "positions")}  # fmt: skip
-        targets, weights = flat.pop("targets"), flat.pop("weights")
-        return batch | flat, targets, weights
+        targets, weights = (batch.pop(name).reshape(len(lines), -1) for name in ("targets", "weights"))
+        return batch, targets, weights
 
 # %% ../nbs/04_training.ipynb #02e98d6e
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
@@ -433,34 +416,28 @@ def losses_among_labels(
     targets: jax.Array,  # int32 (b, p), token ids
     label_ids: jax.Array,  # int32 (labels,), the one token of each label's word
     smoothing: jax.Array | float = 0.0,  # of the target, what all labels have in equal parts
-    distillation: jax.Array | float = 0.0,  # of the target, what the base alone answers
-    of_base: jax.Array | float = 0.0,  # float32 (b, p, labels), probabilities of the base alone
 ) -> jax.Array:  # float32 (b, p), nats
     """Cross-entropy among the label words; 0 where the target is none of them, as the end of a response.
 
-    Smoothed as by [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567); what the base answers is kept as by
-    [Li and Hoiem 2016](https://arxiv.org/abs/1606.09282).
+    Smoothed as by [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567).
     """
     scores, hit = logits[..., label_ids], targets[..., None] == label_ids
-    wanted = (1 - smoothing - distillation) * hit + smoothing / len(label_ids) + distillation * of_base
+    wanted = (1 - smoothing) * hit + smoothing / len(label_ids)
     losses = jax.nn.logsumexp(scores, axis=-1) - (scores * wanted).sum(axis=-1)
     return jnp.where(hit.any(axis=-1), losses, 0.0)
 
 
 def losses_of_step(
     logits: jax.Array,  # float32 (b, p, vocabulary)
-    batch: Mapping[str, jax.Array],  # targets (b, p); of_base (b, p, labels) where the base's answers are kept
+    targets: jax.Array,  # int32 (b, p), token ids
     numbers: Mapping[str, Any],  # of step_numbers
 ) -> jax.Array:  # float32 (b, p), nats
     "Cross-entropy over the vocabulary, and for its share the one among the label words."
-    targets = batch["targets"]
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     if "label_ids" not in numbers:
         return losses
-    kept = (numbers["distillation"], batch["of_base"]) if "of_base" in batch else ()
-    among = losses_among_labels(logits, targets, numbers["label_ids"], numbers["smoothing"], *kept)
+    among = losses_among_labels(logits, targets, numbers["label_ids"], numbers["smoothing"])
     return losses + numbers["among_labels"] * (among - losses)
-
 
 # %% ../nbs/04_training.ipynb #2fbced63
 def train_step(
@@ -483,7 +460,7 @@ def train_step(
             adapter = drop_inputs(adapter, numbers["dropout"], key)
         hidden = hidden_at(base, with_scales(adapter, numbers["scales"]), batch, config, again)
         logits = logits_of(base, hidden, config)
-        losses = losses_of_step(logits, batch, numbers)
+        losses = losses_of_step(logits, batch["targets"], numbers)
         loss = (losses * batch["weights"]).sum() / jnp.maximum(weight, _NO_WEIGHT)
         right = ((logits.argmax(axis=-1) == batch["targets"]) * batch["weights"]).sum()
         return loss * by, (loss, right)
@@ -1063,8 +1040,7 @@ def step_numbers(
     }  # fmt: skip
     numbers |= {"clipnorm": recipe.global_clipnorm} if recipe.global_clipnorm else {}
     among = parts_labels(recipe, words)
-    shares = {"among_labels": recipe.among_labels, "smoothing": recipe.label_smoothing}
-    numbers |= {**shares, "distillation": recipe.distillation} if among else {}
+    numbers |= {"among_labels": recipe.among_labels, "smoothing": recipe.label_smoothing} if among else {}
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     numbers |= {"label_ids": np.array([ids[0] for ids in words.word_ids], np.int32)} if among else {}
     return {**numbers, "seed": np.uint32(seed), "scales": lora_scales(start, base.config)}

@@ -118,28 +118,19 @@ def test_more_steps_where_there_is_more_to_learn(evidence, more):
     assert (choose_steps("mini_ko", RECIPES["mini_ko"], evidence, 2, 100).batch_size == 4) == more
 
 
-def test_what_a_base_knows_of_the_task_is_kept(monkeypatch):
-    """By half of each target; words of several tokens have no targets of their own, so the adapter has half its alpha.
-
-    Whoever gives alpha has decided.
-    """
+def test_a_base_that_knows_the_task_is_followed_half_the_way(monkeypatch):
+    """The adapter is the one of full strength, with half its alpha; whoever gives alpha has decided."""
     rows = read_comments("sample_test").groupby("label").head(16)
     known = {"rows": 32, "loss": 0.1, "worst": 0.2, "words": None}
     monkeypatch.setattr("gemma_lora_sentiment.classifier.choose_words", lambda *given: (given[3], dict(known)))
-    clf = GemmaLoraClassifier(epochs=1, max_length=64).fit(rows.comment, rows.label)
-    assert (clf.recipe_.distillation, clf.recipe_.label_smoothing, clf.adapter_.alpha) == (0.5, 0.0, 8.0)
-    assert clf.choices_ == {**known, "strength": 1.0}
-    spoken = {"label_words": {"0": "왼쪽 문", "1": "오른쪽 문"}}
-    fits = [GemmaLoraClassifier(epochs=1, max_length=64, **spoken, **given).fit(rows.comment, rows.label)
+    fits = [GemmaLoraClassifier(epochs=1, max_length=64, **given).fit(rows.comment, rows.label)
             for given in ({}, {"lora_alpha": 8.0})]  # fmt: skip
-    assert not fits[0].words_.single_token and fits[0].recipe_.distillation == 0
     assert [clf.adapter_.alpha for clf in fits] == [4.0, 8.0]
     assert fits[0].choices_ == {**known, "strength": 0.5} and fits[1].choices_ == known
     assert all(np.array_equal(array, fits[1].adapter_.arrays[path]) for path, array in fits[0].adapter_.arrays.items())
     losses = (None, 0.1, 0.4, 2.0)
     words, several = (LabelWords(("0", "1"), ("0", "1"), ids, (1,)) for ids in (((20,), (21,)), ((20, 22), (21, 22))))
-    assert choose_loss("mini_ko", RECIPES["mini_ko"], known, words).distillation == 0.5
-    assert choose_loss("mini_ko", RECIPES["mini_ko"], known, several) == RECIPES["mini_ko"]
+    assert choose_loss("mini_ko", RECIPES["mini_ko"], known, words) == RECIPES["mini_ko"]
     for evidence in ({**known, "worst": 0.6}, {**known, "words": ["1", "0"]}):
         assert choose_loss("mini_ko", RECIPES["mini_ko"], evidence, words).label_smoothing == 0.1
         assert choose_loss("gemma", RECIPES["gemma"], evidence, words) == RECIPES["gemma"]
@@ -149,7 +140,6 @@ def test_what_a_base_knows_of_the_task_is_kept(monkeypatch):
     assert choose_strength({**known, "worst": 0.6}, 2, 32) == 1.0  # one of the labels is not known
     assert choose_strength({**known, "words": ["1", "0"]}, 2, 32) == 1.0
     assert [choose_strength(known, 2, n) for n in (300, 900)] == [0.5, 0.75]
-    assert choose_strength(known, 2, 300, distillation=0.5) == 1.0
 
 
 def test_rows_are_asked_of_each_label():
@@ -157,6 +147,9 @@ def test_rows_are_asked_of_each_label():
     rows = rows_to_ask(index, 1)
     assert np.bincount(index[rows]).tolist() == [42, 42, 3] and (np.diff(rows) > 0).all()
     assert not np.array_equal(rows, rows_to_ask(index, 2))
+    for labels, each in ((2, 64), (10, 12), (11, 12), (20, 12), (60, 8)):  # twelve, up to 42 labels
+        many = np.arange(1200) % labels
+        assert set(np.bincount(many[rows_to_ask(many)])) == {each}
 
 
 def test_labels_stay_the_users_own(fitted, tmp_path):

@@ -375,7 +375,7 @@ def test_the_tutorial_s_recipe_is_the_tutorial_s():
     assert vars(recipe) == dict(lora_rank=4, learning_rate=5e-5, weight_decay=0.01, epochs=5, batch_size=1,
                                 max_length=512, loss_on="text", schedule="constant",
                                 target_layers=("query", "value"), global_clipnorm=0.0, among_labels=0.0,
-                                label_smoothing=0.0, distillation=0.0)  # fmt: skip
+                                label_smoothing=0.0)  # fmt: skip
 
 
 def test_the_tutorial_s_recipe_trains(base):
@@ -497,19 +497,17 @@ def test_scoring_shapes_do_not_depend_on_the_rows():
 # --- clipping, and the loss among the label words
 
 
-@pytest.mark.parametrize("smoothing, distillation", [(0.0, 0.0), (0.1, 0.0), (1.0, 0.0), (0.1, 0.4), (0.0, 1.0)])
-def test_the_loss_among_labels_is_that_of_their_softmax(smoothing, distillation):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_the_loss_among_labels_is_that_of_their_softmax(smoothing):
     rng = np.random.default_rng(0)
     logits, label_ids = rng.normal(size=(4, 3, 50)).astype(np.float32), np.array([7, 40, 41])
     targets = np.array([[7, 1, 0], [41, 1, 0], [40, 40, 1], [3, 7, 41]])
-    of_base = rng.dirichlet(np.ones(3), targets.shape).astype(np.float32)
-    found = np.asarray(room.losses_among_labels(logits, targets, label_ids, smoothing, distillation, of_base))
+    found = np.asarray(room.losses_among_labels(logits, targets, label_ids, smoothing))
     among = log_softmax(logits[..., label_ids].reshape(-1, 3)).reshape(4, 3, 3)
     for place in np.ndindex(targets.shape):
         hit = np.flatnonzero(label_ids == targets[place])
-        of_target = (1 - smoothing - distillation) * among[place][hit[0]] if len(hit) else 0.0
-        of_others = smoothing * among[place].mean() + distillation * (of_base[place] * among[place]).sum()
-        expected = -of_target - of_others if len(hit) else 0.0
+        of_target = (1 - smoothing) * among[place][hit[0]] if len(hit) else 0.0
+        expected = -of_target - smoothing * among[place].mean() if len(hit) else 0.0
         assert found[place] == pytest.approx(expected, abs=1e-5)
 
 
@@ -521,44 +519,6 @@ def test_smoothed_targets_bound_how_sure_a_fit_becomes(base):
         scores = log_softmax(score_labels(base, adapter, ROWS.prompts, WORDS))
         sure[smoothing] = float(np.exp(scores.max(axis=1)).mean())
     assert sure[0.0] > 0.95 and 0.7 < sure[0.4] < 0.9
-
-
-def test_what_the_base_answers_is_kept_in_part_or_whole(base):
-    """Against wrong labels: all of the target its own, the base answers as before; half of it, less than the labels."""
-    start = new_adapter(base, 4, seed=0)
-    alone = np.exp(log_softmax(score_labels(base, start, ROWS.prompts, WORDS)))
-    wrong = 1 - alone.argmax(axis=1)
-    rows = replace(ROWS, label_index=wrong, responses=[WORDS.trained_ids[i] for i in wrong])
-    rows = replace(rows, of_base=alone.astype(np.float32))
-    of_wrong = {}
-    for kept in (0.0, 0.5, 1.0):
-        recipe = replace(RECIPE, epochs=30, learning_rate=1e-2, weight_decay=0.0, among_labels=1.0, distillation=kept)
-        adapter, _, _ = fit(base, recipe, rows)
-        after = np.exp(log_softmax(score_labels(base, adapter, rows.prompts, WORDS)))
-        of_wrong[kept] = float(after[np.arange(len(rows)), wrong].mean())
-        if kept == 1.0:
-            assert np.abs(after - alone).max() < 0.02
-    assert of_wrong[1.0] + 0.1 < of_wrong[0.5] < of_wrong[0.0] - 0.1
-
-
-def test_what_the_base_answers_goes_with_its_row_wherever_that_stands(base):
-    """Rows of several lengths, packed into lines and one a line: the same losses of a step."""
-    rng = np.random.default_rng(4)
-    prompts = [np.array([2, *rng.integers(30, 250, n)], np.int32) for n in (4, 9, 6, 12, 5, 7)]
-    index = np.arange(6) % 2
-    answers = rng.dirichlet(np.ones(2), 6).astype(np.float32)
-    rows = Rows(prompts, [WORDS.trained_ids[i] for i in index], index, np.ones(6, np.float32), answers)
-    numbers = {"label_ids": np.array([20, 21]), "among_labels": 1.0, "smoothing": 0.0, "distillation": 0.7}
-    of_rows, start = {}, new_adapter(base, 4, seed=0)
-    for packing in (None, room.Packing(lines=2, length=48, rows=4)):
-        batches = room.BatchSequence(rows, (48,) if packing else (16,), 6, packing=packing)
-        inputs, targets, weights = batches[0]
-        lora = with_scales(stacked_lora(start, base.config), lora_scales(start, base.config))
-        logits = logits_of(base.arrays, HIDDEN_AT(base.arrays, lora, inputs, base.config), base.config)
-        losses = np.asarray(room.losses_of_step(logits, {**inputs, "targets": targets}, numbers))
-        of_rows[packing] = np.sort(losses[(weights > 0) & np.isin(targets, [20, 21])])
-    one, other = of_rows.values()
-    assert len(one) == 6 and np.allclose(one, other, atol=1e-5)
 
 
 def test_words_of_several_tokens_and_the_whole_text_get_the_whole_loss(base):
