@@ -32,7 +32,7 @@ from gemma_lora_sentiment.data import (
     split_comments,
     write_table,
 )
-from .files import whole_file
+from .files import RunError, whole_file
 from .report import name_of, report_html
 from gemma_lora_sentiment.run import (
     CHECKPOINT,
@@ -334,6 +334,8 @@ def evaluate_run(
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 
     started = time.perf_counter()
+    if Path(out).resolve() != Path(run).resolve() and RunFolder(out).file(DESCRIPTION):
+        raise RunError(f"{out} holds another run, whose numbers this would replace. Give --out another folder.")
     clf = GemmaLoraClassifier.load(run, preset)
     rows = labelled_rows(source, clf, reading)
     say(rows.attrs["reading"]["text"])
@@ -504,6 +506,19 @@ def compare_runs(
     return "\n".join([result["comparison"]["sentence"], table, rows])
 
 # %% ../nbs/06e_judge.ipynb #98b9d149
+_BY_ROWS = ("epochs", "batch_size", "among_labels", "label_smoothing")  # of a recipe, what each fit may decide anew
+
+
+def _given_recipe(described: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
+    "The recipe of a job without what the rows decide in this job and in the other one."
+    each = [job.get("settings") or {} for job in (described, other)]
+    recipe = described.get("recipe")
+    if not recipe or any(settings.get("recipe") != "auto" for settings in each):
+        return recipe
+    decided = [name for name in _BY_ROWS if all(settings.get(name, "auto") == "auto" for settings in each)]
+    return {name: value for name, value in recipe.items() if name not in decided}
+
+
 def _check_same_job(run: Path, by: Path) -> None:
     "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
     ours, theirs = RunFolder(run).description(), RunFolder(by).metrics()
@@ -511,9 +526,12 @@ def _check_same_job(run: Path, by: Path) -> None:
         both = [each.get(name) for each in (ours, theirs)]
         if name == "data":
             both = [(each or {}).get("fingerprint") for each in both]
+        if name == "recipe":
+            both = [_given_recipe(ours, theirs), _given_recipe(theirs, ours)]
         if both[0] is None or both[0] != both[1]:
             what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
             raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
+
 
 # %% ../nbs/06e_judge.ipynb #f109fafe
 def decide_run(

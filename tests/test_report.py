@@ -262,10 +262,17 @@ def test_decision_by_cross_validation(crossed, trained_quietly, work, tmp_path):
     assert "Tried on rows it was not chosen on, 28 comments" in (run / "report.html").read_text(encoding="utf-8")
     done("predict", run, work / "rows.tsv", "--calibrated", "--out", tmp_path / "out.tsv")
     content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    content["recipe"]["epochs"] += 1
-    (run / "run.json").write_text(json.dumps(content), encoding="utf-8")
-    result = CliRunner().invoke(cli.app, ["decide", str(run), "--by", str(crossed)])
-    assert result.exit_code == 2 and "another recipe" in result.stderr
+    assert content["settings"]["recipe"] == "auto" and content["settings"]["batch_size"] == "auto"
+
+    def decided_with(**recipe):
+        changed = {**content, "recipe": {**content["recipe"], **recipe}}
+        (run / "run.json").write_text(json.dumps(changed), encoding="utf-8")
+        return CliRunner().invoke(cli.app, ["decide", str(run), "--by", str(crossed)])
+
+    by_rows = decided_with(batch_size=4, among_labels=0.9, label_smoothing=0.1)  # the rows decide these in each fit
+    assert by_rows.exit_code == 0, by_rows.output
+    other = decided_with(learning_rate=1.0)
+    assert other.exit_code == 2 and "another recipe" in other.stderr
 
 
 def test_explanations_quote_comments(trained_quietly, work, tmp_path):
