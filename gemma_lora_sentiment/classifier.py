@@ -247,14 +247,15 @@ def _weight_of_each(
 ) -> Any:  # as class_weights takes it: None, "balanced", or a number for each class
     "Raise `ModelError` for weights that are none."
     if not isinstance(class_weight, Mapping):
-        if class_weight not in (None, "balanced"):
+        if class_weight is not None and not (isinstance(class_weight, str) and class_weight == "balanced"):
             raise ModelError(f"class_weight={class_weight!r} is not None, 'balanced', or a mapping label -> number.")
         return class_weight
     missing = [_plain(label) for label in classes if _plain(label) not in class_weight]
     if missing:
         raise ModelError(f"class_weight has no number for label {missing[0]!r}. Add it.")
     numbers = [class_weight[_plain(label)] for label in classes]
-    fit = all(isinstance(number, (int, float)) and 0 <= number < float("inf") for number in numbers)
+    kinds = (int, float, np.integer, np.floating)
+    fit = all(isinstance(number, kinds) and 0 <= number < float("inf") for number in numbers)
     if not fit or not any(numbers):
         raise ModelError(f"class_weight must give numbers of at least 0, not all of them 0; it gives {numbers}.")
     return numbers
@@ -380,6 +381,10 @@ def _new_job(
     prompts = _encode(comments, tokenizer, template, prepared.words, prepared.recipe.max_length)
     rows = _with_words(Rows(prompts, [], index, weights), prepared.words)
     rows, comments, validation = _held_apart(rows, comments, parameters["validation_fraction"], parameters["seed"])
+    if validation is not None and not validation.weights.sum() > 0:
+        share = f"validation_fraction={parameters['validation_fraction']!r}"
+        problem = f"{share} holds out {len(validation)} of {len(index)} rows, of which none counts"
+        raise DataError(f"{problem} (copies stay together; weights may be 0). Change it, or hold nothing out with 0.")
     options = {name: parameters[name] for name in ("patience", "seed", "checkpoint_dir")}
     options["callbacks"] = parameters["callbacks"] or ()
     options["progress"] = print_progress if parameters["verbose"] else None

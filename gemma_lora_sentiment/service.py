@@ -183,7 +183,8 @@ class ScoringService:
         with self._lock:
             self._waiting -= len(comments)
         for job, result in zip(jobs, results, strict=True):
-            (job.reply.set_exception if isinstance(result, Exception) else job.reply.set_result)(result)
+            if job.reply.set_running_or_notify_cancel():  # who cancelled it waits no more
+                (job.reply.set_exception if isinstance(result, Exception) else job.reply.set_result)(result)
 
     def answers(
         self,

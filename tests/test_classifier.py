@@ -31,7 +31,7 @@ from sklearn.utils import estimator_checks
 from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment import classifier as room
 from gemma_lora_sentiment.adapter import RunError
-from gemma_lora_sentiment.data import DataError
+from gemma_lora_sentiment.data import DataError, split_comments
 from gemma_lora_sentiment.model import (
     ModelError,
     keras,
@@ -529,6 +529,27 @@ def test_sample_weights_that_cannot_work_are_refused_in_one_line(weights, make):
     with pytest.raises(DataError, match="sample_weight") as error:
         make().fit(COMMENTS, LABELS, weights)
     assert one_line(error)
+
+
+def test_class_weights_may_be_numpy_s_and_are_saved(make, tmp_path):
+    y = ["a", "b"] * 6
+    clf = make(class_weight={"a": np.int64(1), "b": np.float32(3)}).fit(COMMENTS, y)
+    assert same(clf, make(class_weight={"a": 1, "b": 3.0}).fit(COMMENTS, y))
+    clf.save(tmp_path / "run")
+    assert GemmaLoraClassifier.load(tmp_path / "run").class_weight == {"a": 1, "b": 3.0}
+    with pytest.raises(ModelError, match="mapping label"):
+        make(class_weight=np.array([1.0, 2.0])).fit(COMMENTS, y)
+
+
+def test_held_out_rows_that_count_nothing_are_told_before_training(make):
+    y, table = ["a", "b"] * 6, pd.DataFrame({"id": np.arange(12), "comment": COMMENTS, "label": [0, 1] * 6})
+    held_out = split_comments(table, 0.25, 0)[1]["id"]
+    only_kept = np.isin(np.arange(12), held_out, invert=True).astype(float)
+    clf = make(validation_fraction=0.25)
+    for comments, weights in ((["같은 말"] * 12, None), (COMMENTS, only_kept)):
+        with pytest.raises(DataError, match="of which none counts.*hold nothing out with 0"):
+            clf.fit(comments, y, sample_weight=weights)
+    assert not hasattr(clf, "adapter_")
 
 
 def test_class_weight_mapping_and_balanced(make):

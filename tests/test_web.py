@@ -129,6 +129,12 @@ def _note(elsewhere, url):
 # ---- for programs
 
 
+def test_who_gives_up_waiting_does_not_end_the_service(service):
+    """As `asyncio.wait_for` does on a timeout: it cancels the future that `submit` gave."""
+    service.submit(["맛있어요"] * 3).cancel()
+    assert len(service.submit(["또 갈게요"]).result(timeout=120).labels) == 1
+
+
 def test_requests_together_are_what_they_are_alone(service, client):
     compiled = []
 
