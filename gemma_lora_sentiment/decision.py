@@ -369,7 +369,7 @@ def _cost_text(decision: Mapping[str, Any]) -> str:
     dearer = "by these rows the most probable label is the cheaper answer"
     return f"{text}, tried on rows it was not chosen on: {dearer}." if after > before + 1e-9 else f"{text}."
 
-
+# %% ../nbs/06f_decision.ipynb #12b797a8
 def _band_text(decision: Mapping[str, Any]) -> str:
     confidence, measured = decision["confidence"], decision["measured"]
     wanted = f"For an accuracy of {decision['wanted_accuracy']:g}"
