@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from .files import RunError, damaged, digest, seal, sync_folder, unseal, write_atomically
+from .files import RunError, damaged, digest, hold, seal, sync_folder, unseal, write_atomically
 
 # %% auto #0
-__all__ = ['fit_name', 'difference', 'save_checkpoint', 'load_checkpoint', 'on_first_process']
+__all__ = ['fit_name', 'difference', 'save_checkpoint', 'load_checkpoint', 'on_first_process', 'kept_fit']
 
 # %% ../nbs/03a_checkpoint.ipynb #8692725a
 def fit_name(
@@ -161,3 +162,25 @@ def _broadcast(content: bytes) -> bytes:  # of the first process, on all
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     numbers = np.frombuffer(content.ljust(size, b"\0"), np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(numbers)).tobytes()
+
+# %% ../nbs/03a_checkpoint.ipynb #b1ca1cea
+@contextmanager
+def kept_fit(
+    parent: str | Path | None,  # where fits keep their checkpoints; None: nothing is kept
+    settings: Mapping[str, Any],  # all that this fit depends on
+    together: bool = False,  # several processes compute this fit; the first one holds the lock
+) -> Iterator[tuple[Path, Mapping[str, Any]] | None]:  # its folder and settings, as `save_checkpoint` takes them
+    "Inside, no other process writes to the checkpoint of this fit. Raises `RunError` where another one does already."
+    if parent is None:
+        yield None
+        return
+    folder = Path(parent) / fit_name(settings)
+    with ExitStack() as held:
+
+        def take() -> None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(folder.with_suffix(".lock"), folder))
+
+        on_first_process(take, together)
+        yield folder, settings
+

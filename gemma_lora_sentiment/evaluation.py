@@ -466,7 +466,6 @@ def verdict(
         f"{abs(difference)} more of {n} comments right."
     )
 
-
 # %% ../nbs/06_evaluation.ipynb #f48612d7
 def _frozen_verdict(
     metrics: Mapping[str, Any],  # with `baselines`, each with its `comparison`
@@ -501,7 +500,6 @@ def simpler_verdicts(
 ) -> list[str]:  # one text each; none where ours is more accurate than both, or they were not measured
     "What the base does as well as ours without fine-tuning: under a logistic regression, and as it is."
     return [said for said in (_frozen_verdict(metrics), _untrained_verdict(metrics)) if said is not None]
-
 
 # %% ../nbs/06_evaluation.ipynb #1ce45ddb
 def wrong_rows(

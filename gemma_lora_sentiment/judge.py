@@ -230,7 +230,6 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
     return run.path / REPORT
 
-
 # %% ../nbs/06e_judge.ipynb #8d6aaf0c
 def _write_numbers(
     folder: Path,
@@ -334,7 +333,7 @@ def evaluate_run(
     from gemma_lora_sentiment.classifier import GemmaLoraClassifier
 
     started = time.perf_counter()
-    if Path(out).resolve() != Path(run).resolve() and RunFolder(out).file(DESCRIPTION):
+    if Path(out).resolve() != Path(run).resolve() and RunFolder(out).file(DESCRIPTION, FOLDS_FILE):
         raise RunError(f"{out} holds another run, whose numbers this would replace. Give --out another folder.")
     clf = GemmaLoraClassifier.load(run, preset)
     rows = labelled_rows(source, clf, reading)
@@ -531,7 +530,6 @@ def _check_same_job(run: Path, by: Path) -> None:
         if both[0] is None or both[0] != both[1]:
             what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
             raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
-
 
 # %% ../nbs/06e_judge.ipynb #f109fafe
 def decide_run(

@@ -522,7 +522,7 @@ def pack_arrays(
                       [9 1]]
     """
     lengths = arrays["padding_mask"].sum(axis=1)
-    shapes = {name: (length,) if name in ("token_ids", "padding_mask") else (rows_a_line, *array.shape[1:])
+    shapes = {name: (length,) if name in ("token_ids", "padding_mask") else (rows_a_line, array.shape[1])
               for name, array in arrays.items()}  # fmt: skip
     packed = {name: np.zeros((len(lines), *shapes[name]), array.dtype) for name, array in arrays.items()}
     for line, rows in enumerate(lines):

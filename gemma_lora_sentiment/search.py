@@ -124,7 +124,6 @@ def _candidates(
             break
     return found
 
-
 # %% ../nbs/04b_search.ipynb #5ea00031
 _PARTS = 5
 
@@ -164,13 +163,11 @@ def _most_often_found(
     words = max(found, key=lambda each: len(found[each]))  # the first of those found as often
     return words, np.isin(part, found[words])
 
-
 # %% ../nbs/04b_search.ipynb #5ea00032
 def _said(log_probabilities: jax.Array, words: LabelWords) -> float:  # float32 (n, vocabulary), on the base's devices
     "How probable it is that the base goes on with the first token of one of the words, in the mean."
     first = np.array(sorted({ids[0] for ids in words.word_ids}))
     return round(float(np.exp(np.asarray(log_probabilities[:, first])).sum(axis=1).mean()), 4)
-
 
 # %% ../nbs/04b_search.ipynb #5ea00046
 def _words_found(
@@ -194,7 +191,6 @@ def _words_found(
     chosen = replace(words, words=spoken, word_ids=tuple((token,) for token in ids))
     evidence |= {"own_loss": evidence["loss"], "loss": round(float(loss), 4), "words": list(spoken)}
     return chosen, {**evidence, "said": _said(likes, chosen)}
-
 
 # %% ../nbs/04b_search.ipynb #5ea00014
 def choose_words(
@@ -226,7 +222,6 @@ def choose_words(
     evidence["said"] = _said(likes, words)
     return (words, evidence) if keep else _words_found(likes, index, words, tokenizer, own, evidence)
 
-
 # %% ../nbs/04b_search.ipynb #5ea00021
 _ROWS_OF_KNOWLEDGE = 300  # rows that weigh as much as what a base knows
 
@@ -246,7 +241,6 @@ def choose_strength(
     if not _is_known(evidence, n_labels):
         return 1.0
     return max(0.5, round(n_rows / (n_rows + _ROWS_OF_KNOWLEDGE), 2))
-
 
 # %% ../nbs/04b_search.ipynb #5ea00024
 _STEPS = {  # rows a step and steps, the first of which are taken that do not need more epochs than stand beside them

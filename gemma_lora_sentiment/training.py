@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,8 +39,8 @@ __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rat
 
 # %% ../nbs/04_training.ipynb #2d814942
 from .adapter import Adapter, lora_scales, stacked_lora, unstacked_lora
-from .checkpoint import fit_name, load_checkpoint, on_first_process, save_checkpoint
-from .files import RunError, digest, hold
+from .checkpoint import kept_fit, load_checkpoint, on_first_process, save_checkpoint
+from .files import RunError, digest
 from .gemma import GemmaConfig, block_bytes, drop_inputs, hidden_at, logits_of, with_scales
 from .memory import fitting_batch, memory_estimate, memory_text
 from gemma_lora_sentiment.prompt import (
@@ -78,7 +78,6 @@ class Recipe:
     def targets(self, base: Base) -> tuple[str, ...]:
         "Names of the base's layers that get LoRA."
         return lora_targets(base.config) if self.target_layers == "all" else self.target_layers
-
 
 # %% ../nbs/04_training.ipynb #97365bc0
 RECIPES = {
@@ -443,7 +442,7 @@ def losses_of_step(
 def train_step(
     state: Mapping[str, Any],  # of first_state
     base: Mapping[str, Any],  # arrays of a base
-    batch: Mapping[str, jax.Array],  # of BatchSequence, with targets and weights
+    batch: Mapping[str, jax.Array],  # token_ids, padding_mask (b, l); positions, targets, weights (b, p)
     numbers: Mapping[str, Any],  # of step_numbers
     config: GemmaConfig,  # of the base
     layout: LoraLayout,  # of the adapter
@@ -611,7 +610,6 @@ def _callbacks(
         list(given), add_history=True, model=handle, epochs=epochs, steps=steps, verbose=0
     )
 
-
 # %% ../nbs/04_training.ipynb #3e0a605a
 class _Guard:
     "Ends a fit whose loss is not finite, or whose adapter does not move."
@@ -713,8 +711,8 @@ class _Fit:
     again: bool  # blocks are computed again in the backward pass
     callbacks: Sequence[keras.callbacks.Callback]
     progress: Callable[[dict[str, float]], None] | None
-    save: Callable[[dict[str, np.ndarray], dict[str, Any]], None] | None  # what writes a checkpoint
-    every: int | None  # steps between checkpoints within an epoch; None: `CHECKPOINT_SECONDS`
+    save: Callable[[dict[str, np.ndarray], dict[str, Any]], None] | None = None  # what writes a checkpoint
+    every: int | None = None  # steps between checkpoints within an epoch; None: `CHECKPOINT_SECONDS`
     history: list[dict[str, float]] = field(default_factory=list)
     best: tuple[float, int, dict[str, np.ndarray]] | None = None  # val_loss, epoch, arrays
     earlier: float = 0.0  # seconds of this epoch before a resume
@@ -987,40 +985,27 @@ def train_adapter(
     settings: Mapping[str, Any] | None = None,  # what else tells this fit from others, as JSON can hold it
     rematerialize: bool = False,  # compute decoder blocks twice, for less memory
 ) -> tuple[Adapter, pd.DataFrame, tuple[int, ...]]:  # trained adapter, history (a row an epoch), the lengths padded to
-    """Train under the base's lock.
-
-    Raises `RunError` when the loss is not finite, the adapter does not move, memory is short, or a checkpoint is
-    damaged; `OSError` when one cannot be written.
-    """
+    """Train under the base's lock. Raises `RunError` when the loss is not finite, the adapter does not move, memory is
+    short, or a checkpoint is damaged; `OSError` when one cannot be written."""
     lengths, packing = choose_shapes(rows, recipe, seed, base.replicas)
-    batches = BatchSequence(
-        rows, lengths, recipe.batch_size, recipe.loss_on, seed, base.replicas, base.processes, packing
-    )  # fmt: skip
+    of_devices = (base.replicas, base.processes, packing)
+    batches = BatchSequence(rows, lengths, recipe.batch_size, recipe.loss_on, seed, *of_devices)
     shape, steps = _step_shape(rows, recipe, lengths, packing), len(batches) * recipe.epochs
     more = {**(settings or {}), "lora_dropout": lora_dropout, "seed": seed, "patience": patience,
-            "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
-    more |= {"rematerialize": True} if rematerialize else {}
+            "callbacks": [type(callback).__name__ for callback in callbacks],
+            **({"rematerialize": True} if rematerialize else {})}  # fmt: skip
     with base.lock, memory_explained(base, start, recipe.batch_size, shape):
         apart = runs_apart(base, steps)
         more |= {"blocks_apart": True} if apart else {}
         base.lay_out(apart)
         numbers = step_numbers(base, start, recipe, steps, lora_dropout, seed, words)
-        fit = _Fit(
-            base, start, recipe, batches, words, validation, patience, numbers, rematerialize, callbacks, progress,
-            None, checkpoint_steps,
-        )  # fmt: skip
+        fit = _Fit(base, start, recipe, batches, words, validation, patience, numbers, rematerialize, callbacks,
+                   progress, every=checkpoint_steps)  # fmt: skip
         if checkpoint_dir is None:
             return _train(fit, None, lengths)
         identity = fit_identity(base, start, rows, validation, () if packing else lengths, recipe, more)
-        folder = Path(checkpoint_dir) / fit_name(identity)
-        with ExitStack() as held:  # by the first process, where several compute one fit
-
-            def take() -> None:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(hold(folder.with_suffix(".lock"), folder))
-
-            on_first_process(take, base.processes > 1)
-            return _train(fit, (folder, identity), lengths)
+        with kept_fit(checkpoint_dir, identity, base.processes > 1) as keep:
+            return _train(fit, keep, lengths)
 
 # %% ../nbs/04_training.ipynb #1dc4ec45
 def step_numbers(

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from .adapter import Adapter
-from .checkpoint import fit_name, load_checkpoint, save_checkpoint
-from .files import RunError, hold
+from .checkpoint import kept_fit, load_checkpoint, save_checkpoint
+from .files import RunError
 from .model import Base
 from .prompt import LabelWords
 from .scoring import score_labels
@@ -141,21 +140,6 @@ def _state(
     return saved, {"finished": False, "epoch": history[-1]["epoch"], "stopped": bool(model.stop_training),
                    "history": history, "best": found}  # fmt: skip
 
-# %% ../nbs/04a_tutorial.ipynb #003e02a0
-@contextmanager
-def _kept(
-    checkpoint_dir: str | Path | None,  # where fits keep their checkpoints
-    identity: Mapping[str, Any],  # of this fit
-) -> Iterator[tuple[Path, Mapping[str, Any]] | None]:  # its folder and identity, None without checkpoints
-    "Inside, no other process writes to the checkpoint of this fit."
-    if checkpoint_dir is None:
-        yield None
-        return
-    folder = Path(checkpoint_dir) / fit_name(identity)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold(folder.with_suffix(".lock"), folder):
-        yield folder, identity
-
 # %% ../nbs/04a_tutorial.ipynb #26bf493a
 class _Around(keras.callbacks.Callback):
     "Validation, early stopping, history and checkpoints of one fit by Keras."
@@ -219,7 +203,7 @@ def train_tutorial(
     more = {**(settings or {}), "by": "keras", "seed": seed, "patience": patience,
             "callbacks": [type(callback).__name__ for callback in callbacks]}  # fmt: skip
     identity = fit_identity(base, start, rows, validation, lengths, recipe, more)
-    with base.lock, _kept(checkpoint_dir, identity) as keep:
+    with base.lock, kept_fit(checkpoint_dir, identity) as keep:
         saved = load_checkpoint(*keep) if keep else None
         if saved and saved[1]["finished"]:
             arrays = part_of_checkpoint(saved[0], "adapter", start.arrays)

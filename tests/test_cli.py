@@ -244,12 +244,15 @@ def test_unknown_label_in_evaluate(tmp_path, trained):
 
 
 def test_evaluate_leaves_another_run_as_it_is(tmp_path, trained):
-    other = Path(shutil.copytree(trained / "run", tmp_path / "other"))
+    shutil.copytree(trained / "run", tmp_path / "other")
+    (tmp_path / "crossed").mkdir()
+    (tmp_path / "crossed" / "cv.json").write_text("{}")
     (tmp_path / "rows.tsv").write_text(tsv(ROWS), encoding="utf-8")
-    before = {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}
-    line = one_error_line(call("evaluate", trained / "run", tmp_path / "rows.tsv", "--out", other), 2)
-    assert "holds another run" in line and "--out" in line
-    assert before == {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}
+    before = tree(tmp_path)
+    for name in ("other", "crossed"):
+        line = one_error_line(call("evaluate", trained / "run", tmp_path / "rows.tsv", "--out", tmp_path / name), 2)
+        assert "holds another run" in line and "--out" in line
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["좋\0아요", "\x01맛\x02있\x1b[31m어요", "a\x7fb\x85c", "\x0b\x0c끝"], ids=repr)

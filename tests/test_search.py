@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, search
+from gemma_lora_sentiment import GemmaLoraClassifier, judge, read_comments, search
 from gemma_lora_sentiment.model import load_base
 from gemma_lora_sentiment.prompt import LabelWords, PromptTemplate, TextTokenizer, encode_prompts, label_words
 from gemma_lora_sentiment.search import (
@@ -150,6 +150,28 @@ def test_rows_are_asked_of_each_label():
     for labels, each in ((2, 64), (10, 12), (11, 12), (20, 12), (60, 8)):  # twelve, up to 42 labels
         many = np.arange(1200) % labels
         assert set(np.bincount(many[rows_to_ask(many)])) == {each}
+
+
+def test_many_labels_are_asked_for_as_well(base, tokenizer):
+    """Eleven labels leave each less than twelve of 128 rows; they would be fitted as if nothing were to be learned."""
+    own = label_words(list("abcdefghijk"), tokenizer, PromptTemplate())
+    index = np.arange(132) % 11
+    prompts = encode_prompts([f"{n}번" for n in index], tokenizer, PromptTemplate(), 96, 8).token_ids
+    words, evidence = choose_words(base, prompts, index, own, tokenizer, keep=True)
+    assert words == own and evidence["rows"] == 132 and evidence["loss"] > 1
+    assert choose_steps("mini_ko", RECIPES["mini_ko"], evidence, 11, 132).batch_size == 4
+    assert choose_loss("mini_ko", RECIPES["mini_ko"], evidence, own).label_smoothing == 0.1
+
+
+def test_a_cross_validation_is_of_the_same_job_whatever_the_rows_decide():
+    """What `decide --by` leaves out of the comparison is what `recipe="auto"` may change of a recipe, and no more."""
+    words = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
+    unknown, changed = {"loss": 0.66, "worst": 0.68, "words": None, "said": 0.0}, set()
+    for name in ("mini_ko", "gemma"):
+        for n_rows in (20, 100, 1000):
+            recipe = choose_loss(name, choose_steps(name, RECIPES[name], unknown, 2, n_rows), unknown, words)
+            changed |= {field for field, value in vars(RECIPES[name]).items() if getattr(recipe, field) != value}
+    assert changed == set(judge._BY_ROWS)
 
 
 def test_labels_stay_the_users_own(fitted, tmp_path):
