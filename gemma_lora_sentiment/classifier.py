@@ -28,7 +28,7 @@ __all__ = ['Prepared', 'GemmaLoraClassifier']
 from . import __version__
 from .adapter import Adapter, adapter_files, load_adapter, new_adapter
 from .checkpoint import on_first_process
-from .data import DataError, composed, kind_of_label, split_comments
+from .data import DataError, composed, half_a_character, kind_of_label, shown, split_comments
 from .files import RunError, check_files, save_files
 from .memory import memory_estimate, memory_text
 from .model import Base, ModelError, load_base, resolve_preset
@@ -84,8 +84,24 @@ def _check_comments(
     for i, comment in enumerate(comments):
         if not isinstance(comment, str):
             remedy = "Remove the row, or convert the column to text."
-            raise DataError(f"Comment {i} is {_plain(comment)!r}, not a string. {remedy}")
+            raise DataError(f"Comment {i} is {_in_a_line(comment)}, not a string. {remedy}")
+        if half_a_character("comment", comment):
+            remedy = "Write it again, or remove the row."
+            raise DataError(f"Comment {i} holds half a character (a lone surrogate). {remedy}")
     return [composed(comment) for comment in comments]
+
+# %% ../nbs/05_classifier.ipynb #baefc6e1
+def _check_saveable(
+    labels: Sequence[Any],  # n
+    kinds: Sequence[str],  # n, of `kind_of_label`
+) -> None:
+    "Raise `DataError` for the first label that a saved run could not hold."
+    for i, (label, kind) in enumerate(zip(labels, kinds, strict=True)):
+        if kind not in ("truth value", "number", "text") or not isinstance(_plain(label), (bool, int, float, str)):
+            problem = f"Label {i} is {shown(label)}, of type {type(label).__name__}"
+            raise DataError(f"{problem}; a run can hold text, numbers and truth values. Convert the labels to text.")
+        if isinstance(label, str) and half_a_character("label", label):
+            raise DataError(f"Label {i} holds half a character (a lone surrogate). Write it again.")
 
 # %% ../nbs/05_classifier.ipynb #762ee219
 def _check_labels(
@@ -107,6 +123,7 @@ def _check_labels(
                 f"Label {i} is {_plain(given[i])!r}, a {kind}, and label 0 is a {kinds[0]}: labels of different types "
                 "do not sort. Convert them to one type."
             )
+    _check_saveable(given, kinds)
     try:
         classes, index = np.unique(labels, return_inverse=True)
     except TypeError:
@@ -131,6 +148,13 @@ def _plain(
     label: Any,  # a NumPy scalar or any label
 ) -> Any:  # the Python value, for words and for JSON
     return label.item() if isinstance(label, np.generic) else label
+
+
+def _in_a_line(
+    value: Any,  # of a user; a whole table perhaps
+) -> str:  # for a message
+    text = " ".join(repr(_plain(value)).split())
+    return text if len(text) <= 200 else text[:197] + "..."
 
 # %% ../nbs/05_classifier.ipynb #b3cf7692
 _process: list[int] = []  # the process that used JAX first, which its forks inherit
@@ -178,9 +202,8 @@ def _check_number(
 ) -> None:
     "Raise `ModelError` for what is no finite number within the parameter's limits."
     smallest, inclusive, whole = _LIMITS[name]
-    said = f"{name}={_plain(value)!r}"
-    kind = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    fits = isinstance(value, kind) and not isinstance(value, bool)
+    said, number = f"{name}={_in_a_line(value)}", _plain(value)
+    fits = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
     if not fits or not (value >= smallest if inclusive else value > smallest):
         what = "a whole number" if whole else "a number"
         limit = f"{'of at least' if inclusive else 'above'} {smallest}"
@@ -193,41 +216,52 @@ def _check_kinds(
     parameters: Mapping[str, Any],  # by name
 ) -> None:
     "Raise `ModelError` for a parameter of another type than it can have."
-    recipe, callbacks, targets = (parameters[name] for name in ("recipe", "callbacks", "target_layers"))
-    if not _is_auto(recipe) and recipe not in RECIPES:
-        raise ModelError(f"Recipe {recipe!r} is not one of auto, {', '.join(RECIPES)}. Choose one of these.")
+    callbacks, targets = parameters["callbacks"], parameters["target_layers"]
+    said = {name: f"{name}={_in_a_line(value)}" for name, value in parameters.items()}
     each = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
     if callbacks is not None and not all(hasattr(callback, "on_epoch_end") for callback in each):
-        raise ModelError(f"callbacks={callbacks!r} must be None or a list of Keras callbacks.")
+        raise ModelError(f"{said['callbacks']} must be None or a list of Keras callbacks.")
     if parameters["seed"] >= 2**31:
         raise ModelError(f"seed={parameters['seed']!r} must be below 2**31.")
+    if not isinstance(parameters["preset"], str | Path):
+        raise ModelError(f"{said['preset']} must be the name of a base, or the path of its folder or file.")
     if not isinstance(parameters["template"], str):
-        raise ModelError(f"template={parameters['template']!r} must be text with {{instruction}} and {{response}}.")
+        raise ModelError(f"{said['template']} must be text with {{instruction}} and {{response}}.")
     if not isinstance(parameters["label_words"], Mapping | list | tuple | None):
-        problem = f"label_words={parameters['label_words']!r} must be None, a mapping of labels to words"
+        problem = f"{said['label_words']} must be None, a mapping of labels to words"
         raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")
     if not isinstance(parameters["warm_start"], bool):
-        raise ModelError(f"warm_start={parameters['warm_start']!r} must be True or False.")
+        raise ModelError(f"{said['warm_start']} must be True or False.")
+    if not isinstance(_plain(parameters["verbose"]), int | None):
+        raise ModelError(f"{said['verbose']} must be 0 or 1.")
     if not isinstance(targets, Sequence) or (isinstance(targets, str) and targets not in ("auto", "all")):
-        raise ModelError(f"target_layers={targets!r} must be 'auto', 'all' or a list of names of layers.")
+        raise ModelError(f"{said['target_layers']} must be 'auto', 'all' or a list of names of layers.")
 
 # %% ../nbs/05_classifier.ipynb #05c0a006
+_CHOICES = {
+    "recipe": ("auto", *RECIPES), "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "quantization": (None, "auto", "int8", "int4"), "loss_on": ("auto", "response", "text"),
+    "strategy": (None, "auto", "data", "model"),
+}  # fmt: skip
+
+
 def _check_choices(
     parameters: Mapping[str, Any],  # by name
 ) -> None:
     "Raise `ModelError` for a value that is none of those it can be, or that another parameter rules out."
-    quantization, loss_on, patience = (parameters[name] for name in ("quantization", "loss_on", "patience"))
+    for name, choices in _CHOICES.items():
+        value = parameters[name]
+        if not isinstance(value, str | None) or value not in choices:  # an array has no truth value
+            among = ", ".join(map(repr, choices))
+            raise ModelError(f"{name}={_in_a_line(value)} is not one of {among}. Choose one of these.")
     for name in ("lora_dropout", "validation_fraction"):
         if parameters[name] >= 1:
             raise ModelError(f"{name}={parameters[name]!r} must be below 1.")
-    if quantization not in (None, "auto", "int8", "int4"):
-        raise ModelError(f"quantization={quantization!r} is not one of None, 'auto', 'int8', 'int4'.")
-    if loss_on not in ("auto", "response", "text"):
-        raise ModelError(f"loss_on={loss_on!r} is not one of auto, response, text.")
-    if patience is not None and not parameters["validation_fraction"]:
+    if parameters["patience"] is not None and not parameters["validation_fraction"]:
         raise ModelError("patience needs held-out rows to watch. Set validation_fraction, to 0.2 for example.")
     if not isinstance(parameters["checkpoint_dir"], str | Path | None):
-        raise ModelError(f"checkpoint_dir={parameters['checkpoint_dir']!r} must be None or the path of a folder.")
+        problem = f"checkpoint_dir={_in_a_line(parameters['checkpoint_dir'])}"
+        raise ModelError(f"{problem} must be None or the path of a folder.")
 
 
 def _check_parameters(
@@ -248,7 +282,8 @@ def _weight_of_each(
     "Raise `ModelError` for weights that are none."
     if not isinstance(class_weight, Mapping):
         if class_weight is not None and not (isinstance(class_weight, str) and class_weight == "balanced"):
-            raise ModelError(f"class_weight={class_weight!r} is not None, 'balanced', or a mapping label -> number.")
+            given = _in_a_line(class_weight)
+            raise ModelError(f"class_weight={given} is not None, 'balanced', or a mapping label -> number.")
         return class_weight
     missing = [_plain(label) for label in classes if _plain(label) not in class_weight]
     if missing:
@@ -257,7 +292,8 @@ def _weight_of_each(
     kinds = (int, float, np.integer, np.floating)
     fit = all(isinstance(number, kinds) and 0 <= number < float("inf") for number in numbers)
     if not fit or not any(numbers):
-        raise ModelError(f"class_weight must give numbers of at least 0, not all of them 0; it gives {numbers}.")
+        given = [_plain(number) for number in numbers]
+        raise ModelError(f"class_weight must give numbers of at least 0, not all of them 0; it gives {given}.")
     return numbers
 
 
@@ -491,6 +527,7 @@ def _check_goes_on(
     then: tuple[np.ndarray, str, Adapter],  # classes, fingerprint of the base and adapter of the earlier fit
     now: tuple[np.ndarray, str, Adapter],  # the same of this one, its adapter untrained
     preset: str | Path,
+    alpha: float | None = None,  # that was asked for; None: the adapter's
 ) -> Adapter:  # the fitted one
     "The adapter that a warm start begins with. Raises `ModelError` where it fits not what the parameters ask for."
     remedy = "Fit with warm_start=False to start anew."
@@ -502,6 +539,9 @@ def _check_goes_on(
     shapes = [{name: array.shape for name, array in adapter.arrays.items()} for _, _, adapter in (then, now)]
     if shapes[0] != shapes[1]:
         raise ModelError(f"warm_start=True, and lora_rank or target_layers are not the adapter's. {remedy}")
+    if alpha is not None and not np.isclose(alpha, then[2].alpha):
+        problem = f"warm_start=True, and lora_alpha={_in_a_line(alpha)} is not the adapter's {then[2].alpha:.4g}"
+        raise ModelError(f'{problem}. Go on with lora_alpha="auto", or fit with warm_start=False to start anew.')
     return then[2]
 
 # %% ../nbs/05_classifier.ipynb #05c0a024
@@ -680,6 +720,22 @@ def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 # %% ../nbs/05_classifier.ipynb #204456f0
+def _name_of(
+    dtype: np.dtype,  # of classes
+) -> str:  # "int8" and so on; of what is no number its kind, "U" or "O"
+    return dtype.name if dtype.kind in "iuf" else dtype.kind
+
+
+def _classes_of(
+    labels: Sequence[Any],  # as JSON has them
+    name: str,  # from `_name_of`; earlier versions wrote the kind of numbers too, "i"
+) -> np.ndarray:
+    "The classes as they were fitted. Raises `ValueError`, `TypeError` or `OverflowError` for numbers that are none."
+    if name == "O":
+        return np.array(labels, dtype=object)
+    return np.array(labels, dtype=None if len(name) == 1 else np.dtype(name))
+
+
 def _description(
     parameters: Mapping[str, Any],  # of the classifier, by name
     fitted: _Fitted,
@@ -690,7 +746,7 @@ def _description(
         "format": 2,
         "version": __version__,
         "parameters": {name: _jsonable(value) for name, value in parameters.items() if name not in unsaved},
-        "classes": {"dtype": fitted.classes.dtype.kind, "values": [_plain(label) for label in fitted.classes]},
+        "classes": {"dtype": _name_of(fitted.classes.dtype), "values": [_plain(label) for label in fitted.classes]},
         "words": list(fitted.words.words),
         "choices": fitted.choices,
         "recipe_name": fitted.recipe_name,
@@ -727,13 +783,13 @@ def _read_saved(
     folder: Path,
     verify: bool,  # False: take files that were edited since they were saved
 ) -> _Saved:
-    "Read `classifier.json`. Raises `ValueError`, `KeyError` or `TypeError` where it is damaged."
+    "Read `classifier.json`. Raises `ValueError`, `KeyError`, `TypeError` or `OverflowError` where it is damaged."
     saved = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
     if saved["format"] not in (1, 2):
         raise ValueError(f"format {saved['format']!r}, this version reads formats 1 and 2")
     if verify and (saved["format"] == 2 or (folder / "SHA256SUMS").is_file()):
         check_files(folder, ("classifier.json", "adapter_config.json", "adapter_model.safetensors"))
-    parameters, kind = dict(saved["parameters"]), saved["classes"]["dtype"]
+    parameters = dict(saved["parameters"])
     if isinstance(parameters.get("class_weight"), list):
         parameters["class_weight"] = {label: number for label, number in parameters["class_weight"]}
     labels, words = list(saved["classes"]["values"]), list(saved["words"])
@@ -741,7 +797,7 @@ def _read_saved(
         raise ValueError(f"{len(labels)} labels and {len(words)} words")
     fitted = {name: saved[name] for name in ("recipe_name", "dtype", "base_fingerprint", "best_epoch")}
     fitted |= {"recipe": _saved_recipe(saved["recipe"]), "buckets": tuple(saved["buckets"])}
-    fitted |= {"classes": np.array(labels, dtype=object if kind == "O" else None), "history": pd.DataFrame()}
+    fitted |= {"classes": _classes_of(labels, saved["classes"]["dtype"]), "history": pd.DataFrame()}
     # Runs of earlier versions chose nothing, and did not say how their base was quantized.
     fitted["choices"] = dict(saved.get("choices", {}))
     fitted["quantization"] = saved.get("quantization", parameters.get("quantization"))
@@ -756,7 +812,7 @@ def _damage_explained(folder: str | Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder} holds no classifier.json; give the folder of a saved run.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"  # not its repr, which of an encoding error holds the whole file
         raise RunError(f"{path} is damaged ({reason}); train again or restore the file.") from None
 
@@ -913,7 +969,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         chosen = self.label_words
         if self.warm_start and hasattr(self, "adapter_"):
             then = (self.classes_, self.base_fingerprint_, self.adapter_)
-            start = _check_goes_on(then, (classes, base.fingerprint, start), self.preset)
+            start = _check_goes_on(then, (classes, base.fingerprint, start), self.preset, alpha)
             chosen = list(self.words_.words) if chosen is None else chosen  # those that the adapter has learned
         tokenizer = _tokenizer(base.tokenizer_proto)
         words = label_words([_plain(label) for label in classes], tokenizer, template, chosen)
@@ -981,6 +1037,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         base: Base | None = None,  # None: before it is loaded, when a folder's size is not known
     ) -> tuple[str, Recipe]:  # name, and the recipe with the user's numbers in place
         "The settings that a fit begins with; the rows may change what is auto."
+        _check_parameters(vars(self))
         size = (base.parameter_count, base.config.hidden_dim) if base else (None, None)
         name, recipe = recipe_for(str(self.preset), self.recipe, *size)
         return name, replace(recipe, **_decided(vars(self)))
@@ -1034,7 +1091,7 @@ class GemmaLoraClassifier(ClassifierMixin, BaseEstimator):
         base = self.fitted_base() if fitted else self.choose_base()
         recipe = self.recipe_ if fitted else self.resolve_recipe(base)[1]
         tokenizer = _tokenizer(base.tokenizer_proto)
-        prompt = encode_prompts([comment], tokenizer, template, recipe.max_length, 1).token_ids[0]
+        prompt = encode_prompts(_check_comments([comment]), tokenizer, template, recipe.max_length, 1).token_ids[0]
         if not fitted and _is_auto(self.dtype) and overflows(base, [prompt]):
             quantization = base.quantization
             del base  # before the other takes its place

@@ -254,12 +254,18 @@ def lora_parameter_count(
     return tuple(sum(int(np.prod(of_array)) for of_array in each.values()) for each in shapes)
 
 # %% ../nbs/02_model.ipynb #b915ab3c
+def _in_a_line(value: Any) -> str:  # of a user; a whole table perhaps
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _devices_and_strategy(
     devices: int | Sequence[Any] | None, strategy: str | None, path: str, dtype: str
 ) -> tuple[tuple[str, ...], str | None]:  # names of devices, "data" or "model"; nothing for one device
     "What the two parameters amount to. Raises `ModelError` when they cannot work."
-    if strategy not in (None, "auto", "data", "model"):
-        raise ModelError(f"strategy={strategy!r} is not one of None, 'auto', 'data', 'model'. Choose one of these.")
+    if not isinstance(strategy, str | None) or strategy not in (None, "auto", "data", "model"):
+        problem = f"strategy={_in_a_line(strategy)} is not one of None, 'auto', 'data', 'model'"
+        raise ModelError(f"{problem}. Choose one of these.")
     if devices is None and strategy is None:
         return (), None
     known = list(_devices())
@@ -277,6 +283,10 @@ def _devices_and_strategy(
     return names, strategy
 
 # %% ../nbs/02_model.ipynb #070f1d79
+def _is_device(device: Any) -> bool:  # its name, or one of JAX's
+    return isinstance(device, (str, jax.Device))
+
+
 def _named(
     devices: int | Sequence[Any] | None,  # how many, or which
     known: Sequence[str],  # names of all
@@ -287,8 +297,9 @@ def _named(
         raise ModelError(f"devices={devices}, and JAX sees {len(known)}: {', '.join(known[:8])}. Ask for so many.")
     if devices is None or is_number:
         names = tuple(known[:devices])
-    elif isinstance(devices, str) or not isinstance(devices, Sequence):
-        raise ModelError(f"devices={devices!r} must be None, a number, or a list of names such as {known[0]!r}.")
+    elif isinstance(devices, (str, bytes)) or not isinstance(devices, Sequence) or not all(map(_is_device, devices)):
+        problem = f"devices={_in_a_line(devices)} must be None, a number"
+        raise ModelError(f"{problem}, or a list of names such as {known[0]!r}.")
     else:
         names = tuple(d if isinstance(d, str) else f"{d.platform}:{d.id}" for d in devices)
     unknown = [name for name in names if name not in known]
@@ -610,8 +621,9 @@ def load_base(
     """
     check_backend()
     use_compile_cache()
-    if quantization not in (None, "int8", "int4"):
-        raise ModelError(f"quantization {quantization!r} is not one of None, int8, int4. Choose one of these.")
+    if not isinstance(quantization, str | None) or quantization not in (None, "int8", "int4"):
+        problem = f"quantization {_in_a_line(quantization)} is not one of None, int8, int4"
+        raise ModelError(f"{problem}. Choose one of these.")
     path, dtype = resolve_preset(preset), choose_dtype(dtype)[0]
     config = Path(path) if path.lower().endswith(".gguf") else Path(path) / "config.json"
     names, strategy = _devices_and_strategy(devices, strategy, path, dtype)

@@ -13,6 +13,7 @@ import threading
 import tracemalloc
 import unicodedata
 import warnings
+from decimal import Decimal
 from pathlib import Path
 
 import jax
@@ -252,7 +253,16 @@ def test_unfitted_use_raises_not_fitted(use, make, tmp_path, monkeypatch):
     (COMMENTS[:2], pd.Series([1, pd.NA], dtype="Int64"), "Label 1 is missing"),
     (COMMENTS[:2], np.array([0, "a"], dtype=object), "Convert them to one type"),
     (COMMENTS[:2], ["", "a"], "has no word"),
-], ids=str)  # fmt: skip
+    (["a", "\ud800 abc"], [0, 1], "Comment 1 holds half a character"),
+    (COMMENTS[:2], ["a", "\udfff"], "Label 1 holds half a character"),
+    (COMMENTS[:2], [pd.Timestamp("2020-01-01"), pd.Timestamp("2021-01-01")], "of type Timestamp; .*Convert the labels"),
+    (COMMENTS[:2], np.array(["2020-01-01", "2021-01-01"], "datetime64[ns]"), "of type datetime64; .*Convert"),
+    (COMMENTS[:2], pd.Series(pd.to_datetime(["2020-01-01", "2021-01-01"])), "of type datetime64; .*Convert"),
+    (COMMENTS[:2], [b"a", b"b"], "of type bytes; .*Convert the labels"),
+    (COMMENTS[:2], [Decimal(0), Decimal(1)], "of type Decimal; .*Convert the labels"),
+    (COMMENTS[:2], [1j, 2j], "of type complex; .*Convert the labels"),
+    (COMMENTS[:2], np.array([1, 2], np.complex64), "of type complex64; .*Convert the labels"),
+], ids=ascii)  # fmt: skip
 def test_data_that_cannot_be_fitted_is_refused_in_one_line(X, y, message, make):
     clf = make()
     with pytest.raises(DataError, match=message) as error:
@@ -260,11 +270,19 @@ def test_data_that_cannot_be_fitted_is_refused_in_one_line(X, y, message, make):
     assert one_line(error) and not hasattr(clf, "classes_")
 
 
-@pytest.mark.parametrize("X", ["abc", None, [["a"]], [1], ["a", None]], ids=str)
+@pytest.mark.parametrize("X", ["abc", None, [["a"]], [1], ["a", None], ["\ud800 abc"]], ids=ascii)
 def test_comments_that_cannot_be_predicted_are_refused_in_one_line(X, fitted):
     for method in (fitted.predict_proba, fitted.predict):
         with pytest.raises(DataError) as error:
             method(X)
+        assert one_line(error)
+
+
+@pytest.mark.parametrize("comment", [None, 5, "\ud800 abc"], ids=ascii)
+def test_a_comment_that_nothing_can_be_said_of_is_refused_in_one_line(comment, make, fitted):
+    for method in (fitted.generate, make().generate, fitted.token_influence):
+        with pytest.raises(DataError, match="Comment 0") as error:
+            method(comment)
         assert one_line(error)
 
 
@@ -286,6 +304,26 @@ def test_parameters_that_cannot_work_are_refused_in_one_line(parameters, make):
     with pytest.raises(ModelError) as error:
         clf.fit(COMMENTS, LABELS)
     assert one_line(error) and not hasattr(clf, "classes_")
+
+
+@pytest.mark.parametrize("value", [
+    np.array([1.0, 2.0]), np.array("auto"), pd.Series(["a", "b"]), pd.DataFrame({"a": [1]}), [["a"]], [3], b"x",
+    {1: [2]}, pd.NA, list(range(10_000)),
+], ids=lambda value: type(value).__name__)  # fmt: skip
+@pytest.mark.parametrize("name", inspect.signature(GemmaLoraClassifier).parameters)
+def test_parameters_of_any_other_type_are_refused_in_one_line(name, value, make):
+    with pytest.raises((ModelError, DataError)) as error:
+        make(**{name: value}).fit(COMMENTS, LABELS)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("recipe", [["a"], np.zeros(2)], ids=str)
+def test_what_is_asked_before_a_fit_is_refused_in_one_line_too(recipe, make):
+    clf = make(recipe=recipe)
+    for ask in (clf.resolve_recipe, clf.memory_needs, clf.choose_base, lambda: clf.generate("맛있어요")):
+        with pytest.raises(ModelError, match="recipe=.* is not one of 'auto', 'tutorial'") as error:
+            ask()
+        assert one_line(error)
 
 
 @pytest.mark.parametrize("parameters", [
@@ -336,6 +374,19 @@ def test_labels_come_out_as_they_went_in(values, container, make, tmp_path):
     assert loaded.classes_.tolist() == clf.classes_.tolist()
     assert [type(room._plain(label)) for label in loaded.classes_] == [type(room._plain(c)) for c in clf.classes_]
     assert np.array_equal(loaded.predict(COMMENTS), predicted)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint64", "int64", "float16", "float32", "float64"])
+def test_numbers_as_labels_keep_their_type_in_a_saved_run(dtype, make, tmp_path):
+    clf = make(epochs=0, max_length=32).fit(COMMENTS, np.array(LABELS, dtype))
+    loaded = GemmaLoraClassifier.load(clf.save(tmp_path / "run"))
+    assert loaded.predict(COMMENTS).dtype == clf.predict(COMMENTS).dtype == np.dtype(dtype)
+    path = tmp_path / "run" / "classifier.json"  # as earlier versions wrote it
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(f'"dtype": "{dtype}",\n    "values"', f'"dtype": "{dtype[0]}",\n    "values"'))
+    assert path.read_text(encoding="utf-8") != text
+    earlier = GemmaLoraClassifier.load(tmp_path / "run", verify=False)
+    assert earlier.classes_.tolist() == clf.classes_.tolist()
 
 
 @pytest.mark.parametrize("container", [
@@ -812,6 +863,8 @@ def test_missing_files_are_refused_in_one_line(name, folder):
     lambda saved: saved.pop("recipe"), lambda saved: saved.pop("base_fingerprint"), lambda saved: saved.pop("buckets"),
     lambda saved: saved.update(parameters=[1]), lambda saved: saved["parameters"].update(unknown=1),
     lambda saved: saved.update(classes="01"), lambda saved: saved["classes"].update(values=[0]),
+    lambda saved: saved["classes"].update(dtype="int8", values=[0, 999]),
+    lambda saved: saved["classes"].update(dtype="int99"), lambda saved: saved["classes"].update(dtype=5),
     lambda saved: saved["classes"].update(values=[0, 1, 2]), lambda saved: saved.update(words=["0"]),
     lambda saved: saved.update(words=None), lambda saved: saved.update(words=["x", "x"]),
     lambda saved: saved.update(words=[1, 2]), lambda saved: saved["classes"].update(values=None),
@@ -987,7 +1040,11 @@ def test_warm_start_goes_on_from_the_fitted_adapter(make, tmp_path):
     assert any(not np.array_equal(onward.adapter_.arrays[path], array) for path, array in before.items())
     anew = GemmaLoraClassifier.load(tmp_path / "run").set_params(warm_start=False).fit(COMMENTS, LABELS)
     assert same(anew, whole)
+    alpha = whole.adapter_.alpha
+    assert same(GemmaLoraClassifier.load(tmp_path / "run").set_params(epochs=1, lora_alpha=alpha).fit(COMMENTS, LABELS),
+                GemmaLoraClassifier.load(tmp_path / "run").set_params(epochs=1).fit(COMMENTS, LABELS))  # fmt: skip
     for change, rows, said in (
+        ({"lora_alpha": 64}, LABELS, f'lora_alpha=64 is not the adapter\'s {alpha:.4g}. Go on with lora_alpha="auto"'),
         ({"lora_rank": 3}, LABELS, "lora_rank or target_layers"), ({}, [str(x) for x in LABELS], "the labels were"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=said) as error:

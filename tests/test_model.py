@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from gemma_lora_sentiment import model as room
@@ -674,3 +675,19 @@ def test_no_room_imports_tensorflow(room, tmp_path):
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["jax", "GemmaBackbone"]
+
+
+# --- parameters of another type
+
+
+@pytest.mark.parametrize("name", ["devices", "strategy", "quantization"])
+@pytest.mark.parametrize("value", [[3], [[1]], b"x", np.array([1.0, 2.0]), pd.DataFrame({"a": [1, 2]})],
+                         ids=lambda value: type(value).__name__)  # fmt: skip
+def test_what_says_where_a_base_lies_is_refused_in_one_line(name, value):
+    with pytest.raises(ModelError, match=name) as error:
+        load_base("mini_ko", **{name: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_device_may_be_named_or_given():
+    assert load_base("mini_ko", devices=[jax.devices()[0]]) is load_base("mini_ko", devices=["cpu:0"])
