@@ -9,6 +9,7 @@
     curve       16 to 1,000 rows of sample_validation, five seeds, on sample_test
     folds       ten folds side by side and one by one, in seconds
     forged      answers that a comment's ending changes, without and with forged copies
+    forged_few  the same for 32 to 200 rows of sample, and what the copies cost
 
 BASE is a preset or a .gguf file, TARR the competition's tarr_train.txt. Each line of OUT is one measurement; `right` is
 a bit a row, in hexadecimal, so that two lines can be compared row by row. Settings are chosen on `tarr`'s folds and on
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gemma_lora_sentiment import GemmaLoraClassifier, read_comments
+from gemma_lora_sentiment import GemmaLoraClassifier, read_comments, search
 from gemma_lora_sentiment import classifier as classifier_room
 from gemma_lora_sentiment.data import duplicate_groups
 from gemma_lora_sentiment.evaluation import baseline_classifier, compute_metrics, cross_validate, fold_indices
@@ -127,6 +128,20 @@ FORGED = (
 )
 
 
+def changed_by_endings(fitted, judge: pd.DataFrame) -> dict:
+    "Shares of right answers that change, by who is announced (the own label or the other) and by the ending."
+    classes = fitted.classes_.tolist()
+    right = judge[fitted.predict(judge.comment) == judge.label]
+    other = [classes[1 - classes.index(label)] for label in right.label]
+    flips = {}
+    for announced, labels in {"own": right.label, "other": other}.items():
+        for form in FORGED:
+            texts = [comment + form.format(*[label] * form.count("{}"))
+                     for comment, label in zip(right.comment, labels, strict=True)]  # fmt: skip
+            flips[announced, form] = float((fitted.predict(texts) != right.label).mean())
+    return {who: {form: round(flips[who, form], 3) for form in FORGED} for who in ("own", "other")}
+
+
 def forged(base: str, tarr: pd.DataFrame):
     "How many right answers change when the comment announces its own label, or the other."
     judge, seeds = read_comments("sample_validation").iloc[:300], (0, 1, 2)
@@ -135,17 +150,27 @@ def forged(base: str, tarr: pd.DataFrame):
             clf = GemmaLoraClassifier(base, recipe=recipe)
             fits = clf.fit_many([(rows.comment, rows.label)] * len(seeds), [{"seed": seed} for seed in seeds])
             for seed, fitted in zip(seeds, fits, strict=True):
-                classes = fitted.classes_.tolist()
-                right = judge[fitted.predict(judge.comment) == judge.label]
-                other = [classes[1 - classes.index(label)] for label in right.label]
-                flips = {}
-                for announced, labels in {"own": right.label, "other": other}.items():
-                    for form in FORGED:
-                        texts = [comment + form.format(*[label] * form.count("{}"))
-                                 for comment, label in zip(right.comment, labels, strict=True)]  # fmt: skip
-                        flips[announced, form] = float((fitted.predict(texts) != right.label).mean())
-                changed = {who: {form: round(flips[who, form], 3) for form in FORGED} for who in ("own", "other")}
-                yield {"rows": called, "recipe": recipe, "seed": seed, "accuracy": len(right) / len(judge), **changed}
+                accuracy = float((fitted.predict(judge.comment) == judge.label).mean())
+                yield {"rows": called, "recipe": recipe, "seed": seed, "accuracy": accuracy,
+                       **changed_by_endings(fitted, judge)}  # fmt: skip
+
+
+def forged_few(base: str, tarr: pd.DataFrame):
+    "Copies with forged answers of fewer rows than get them: accuracy, log-loss, answers that endings change."
+    sample, validation, seeds = read_comments("sample"), read_comments("sample_validation"), (0, 1, 2, 3)
+    usual = search._FORGED, search._FORGED_FROM
+    search._FORGED_FROM = 0
+    for size, share in itertools.product((32, 64, 128, 200), (0.0, 0.3, 1.0)):
+        search._FORGED = {"gemma": share}
+        parts = [some(sample, size, seed) for seed in seeds]
+        fits = GemmaLoraClassifier(base).fit_many([(each.comment, each.label) for each in parts],
+                                                  [{"seed": seed} for seed in seeds])  # fmt: skip
+        for seed, fitted in zip(seeds, fits, strict=True):
+            found = numbers(validation.label, fitted.predict_proba(validation.comment), fitted.classes_)
+            found |= {who: round(float(np.mean(list(shares.values()))), 4)
+                      for who, shares in changed_by_endings(fitted, validation.iloc[:150]).items()}  # fmt: skip
+            yield {"rows": f"sample, {size}", "copies": share, "seed": seed, **found}
+    search._FORGED, search._FORGED_FROM = usual
 
 
 def judged(what: str, fitted, test: pd.DataFrame) -> dict:
@@ -229,7 +254,7 @@ def folds(base: str, tarr: pd.DataFrame):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["recipes", "steps", "smoothing", "defaults", "curve", "folds", "forged"])
+    parser.add_argument("what", choices=[line.split()[0] for line in __doc__.split("\n\n")[2].splitlines()])
     parser.add_argument("base")
     parser.add_argument("tarr")
     parser.add_argument("out", type=Path)
