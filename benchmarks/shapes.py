@@ -119,7 +119,7 @@ def random_base(
 ) -> Any:  # Base with a tokenizer that is empty
     "A base of this shape, its weights drawn on the device. Raises `ModelError` for an unknown dtype."
     from gemma_lora_sentiment.backend import choose_dtype, jax
-    from gemma_lora_sentiment.gemma import LORA_LAYERS, array_name, array_shapes, gemma_config, stacked
+    from gemma_lora_sentiment.gemma import LORA_LAYERS, OUTSIDE, array_name, array_shapes, block_shapes, gemma_config
     from gemma_lora_sentiment.model import Base, complete_arguments, quantized_kernel
     from gemma_lora_sentiment.precision import choose_quantization
 
@@ -129,14 +129,31 @@ def random_base(
         quantization = choose_quantization(f"Shape {shape}", dtype, found=found, **needs)[0]
     arguments = complete_arguments("Gemma", SHAPES[shape])
     config = gemma_config("Gemma", arguments)
-    draw = jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
-    arrays: dict[str, Any] = {}
-    for number, (path, sizes) in enumerate(array_shapes(config).items()):
-        fan_in = sizes[-1] if path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
-        arrays[path] = draw(jax.random.key(number, impl="rbg"), sizes, dtype, fan_in)
-        if quantization and array_name(path) in LORA_LAYERS:
-            arrays[path] = quantized_kernel(path, np.asarray(arrays[path]), quantization)[0]
-    laid = stacked(arrays, config, stack=jax.numpy.stack)
+    shapes = array_shapes(config)
+    numbers = {path: number for number, path in enumerate(shapes)}
+
+    def drawn(paths: list[str]) -> Any:  # jax.Array, (len(paths), ...)
+        sizes, last = shapes[paths[0]], paths[0].endswith("embeddings")
+        fan_in = sizes[-1] if last else sizes[-2] if len(sizes) > 1 else 0
+        keys = jax.random.wrap_key_data(
+            jax.numpy.stack([jax.random.key_data(jax.random.key(numbers[path], impl="rbg")) for path in paths]),
+            impl="rbg",
+        )
+        return draw(keys, sizes, dtype, fan_in)
+
+    draw = jax.jit(_scaled_normals, static_argnums=(1, 2, 3))  # a program a shape
+    laid: dict[str, Any] = {name: drawn([path])[0] for path, name in OUTSIDE.items() if path in shapes}
+    laid["groups"] = []
+    for first, end in config.groups:  # stacked as they are drawn, so that nothing is held twice
+        group = {}
+        for path in block_shapes(config, config.layers[first]):
+            name = array_name(path)
+            whole = drawn([f"decoder_block_{i}/{path}" for i in range(first, end)])
+            if quantization and name in LORA_LAYERS:
+                parts = [quantized_kernel(path, np.asarray(each), quantization)[0] for each in whole]
+                whole = jax.tree.map(lambda *each: jax.numpy.asarray(np.stack(each)), *parts)
+            group[name] = whole
+        laid["groups"].append(group)
     return Base(f"random {shape}", config, laid, b"", dtype, shape, arguments, quantization)
 
 
@@ -145,9 +162,9 @@ def base_of(settings: BenchmarkSettings) -> Any:  # Base
     return random_base(settings.shape, settings.dtype, settings.quantization, **needs)
 
 
-def _scaled_normal(key: Any, shape: tuple[int, ...], dtype: str, fan_in: int) -> Any:  # jax.Array
+def _scaled_normals(keys: Any, shape: tuple[int, ...], dtype: str, fan_in: int) -> Any:  # jax.Array, (keys, ...)
     import jax
 
-    if not fan_in:  # scale of a norm, to which Gemma adds 1
-        return jax.numpy.zeros(shape, dtype)
-    return jax.random.normal(key, shape, dtype) * fan_in**-0.5
+    if not fan_in:  # scales of norms, to which Gemma adds 1
+        return jax.numpy.zeros((len(keys), *shape), dtype)
+    return jax.lax.map(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5, keys)

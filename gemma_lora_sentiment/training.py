@@ -195,6 +195,9 @@ def _padded(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:  # tokens
     return int(np.asarray(buckets)[assign_buckets(lengths, buckets)].sum())
 
 # %% ../nbs/04_training.ipynb #a152dc4a
+_EPOCHS_TRIED = 4  # for each number of lines: later epochs hardly need longer ones
+
+
 @dataclass(frozen=True)
 class Packing:
     """Lines into which the rows of a step are packed."""
@@ -219,10 +222,12 @@ class Packing:
         most = min(batch_size, len(lengths))
         sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
         candidates = {min(n, -(-most // replicas)) * replicas for n in sizes}
-        found = [cls._longest(lengths, batch_size, 1, seed, lines) for lines in sorted(candidates)]
+        some = min(epochs, _EPOCHS_TRIED)
+        found = [cls._longest(lengths, batch_size, some, seed, lines) for lines in sorted(candidates)]
         # A token costs more in a longer line, where its row's neighbours are computed and thrown away.
-        best = min(found, key=lambda packing: packing.lines * packing.length * (1 + packing.length / 1024))
-        return cls._longest(lengths, batch_size, epochs, seed, best.lines)
+        dear = 1024 if jax.default_backend() == "cpu" else 4096  # tokens of a line that cost as much as all else
+        best = min(found, key=lambda packing: packing.lines * packing.length * (1 + packing.length / dear))
+        return best if some == epochs else cls._longest(lengths, batch_size, epochs, seed, best.lines)
 
     @classmethod
     def _longest(cls, lengths, batch_size, epochs, seed, lines):

@@ -98,6 +98,7 @@ def main() -> None:
     rows, large = rows_of(min(250_000, base.config.vocabulary_size)), name == "gemma_2b"
     what = [(lines, "all", large) for lines in (1, 2, 3, 4, 6, 8)]
     what += [(2, kept, large) for kept in list(KEPT)[1:]] if large else [(2, "all", True)]
+    what = [each for each in what if each[0] == 2] if quantization else what
     with Path(out).open("a", encoding="utf-8") as file:
         for lines, kept, apart in what:
             found = {"base": name, "quantization": quantization, "targets": called}
