@@ -1,5 +1,6 @@
 """What would bore a reader of 05_classifier: scikit-learn's contract, labels of all kinds, threads, damaged folders."""
 
+import errno
 import functools
 import inspect
 import json
@@ -914,6 +915,23 @@ def test_saving_to_a_place_that_cannot_be_written_is_an_os_error(fitted, tmp_pat
     with pytest.raises(OSError):
         fitted.save(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["run", "runs/monday/run"])
+def test_saving_on_a_full_disk_leaves_no_folder(name, fitted, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(os, "fsync", full)
+        fitted.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir(parents=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(os, "fsync", full)
+        fitted.save(tmp_path / name)
+    assert list((tmp_path / name).iterdir()) == []  # a folder that was there stays
+    assert same(GemmaLoraClassifier.load(fitted.save(tmp_path / name)), fitted)
 
 
 def test_the_bundled_base_fits_predicts_and_comes_back(tmp_path):
