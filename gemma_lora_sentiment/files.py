@@ -80,7 +80,7 @@ def _written_beside(path: Path, data: bytes | str) -> str:  # a temporary file i
         raise
     return temporary
 
-
+# %% ../nbs/00b_files.ipynb #da73ef22
 def _write_together(files: Mapping[Path, bytes | str]) -> None:
     waiting: dict[Path, str] = {}
     made: list[Path] = []  # folders, each before the one that holds it
