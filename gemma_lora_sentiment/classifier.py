@@ -227,6 +227,8 @@ def _check_kinds(
         raise ModelError(f"{said['preset']} must be the name of a base, or the path of its folder or file.")
     if not isinstance(parameters["template"], str):
         raise ModelError(f"{said['template']} must be text with {{instruction}} and {{response}}.")
+    if half_a_character("template", parameters["template"]):
+        raise ModelError(f"{said['template']} holds half a character (a lone surrogate). Write it again.")
     if not isinstance(parameters["label_words"], Mapping | list | tuple | None):
         problem = f"{said['label_words']} must be None, a mapping of labels to words"
         raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")

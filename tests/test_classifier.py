@@ -332,7 +332,8 @@ def test_what_is_asked_before_a_fit_is_refused_in_one_line_too(recipe, make):
 @pytest.mark.parametrize("parameters", [
     dict(template="no fields"), dict(template=None), dict(template=5), dict(label_words={0: "x", 1: "x"}),
     dict(label_words={0: "x"}), dict(label_words=["x"]), dict(label_words="xy"), dict(warm_start=1), dict(max_length=3),
-], ids=str)  # fmt: skip
+    dict(template="\ud800{instruction}{response}"),
+], ids=ascii)  # fmt: skip
 def test_templates_and_words_that_cannot_work_are_refused_in_one_line(parameters, make):
     clf = make(**parameters)
     with pytest.raises((DataError, ModelError)) as error:
