@@ -89,9 +89,10 @@ def choose_dtype(
             found = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
             numbers = [float(number) for number in found if number.replace(".", "", 1).isdigit()]  # AMD's are words
             compute_capability = min(numbers, default=None)
-    if dtype != "auto":
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16. Choose one of these.")
+    if not isinstance(dtype, str) or dtype != "auto":  # an array has no truth value
+        if not isinstance(dtype, str) or dtype not in ("float32", "bfloat16", "float16"):
+            given = " ".join(repr(dtype).split())[:200]
+            raise ModelError(f"dtype {given} is not one of auto, float32, bfloat16, float16. Choose one of these.")
         return dtype, "as asked for"
     if platform == "cpu":
         return "float32", "a CPU computes 16-bit numbers more slowly than float32"

@@ -227,6 +227,8 @@ def _check_kinds(
         raise ModelError(f"{said['preset']} must be the name of a base, or the path of its folder or file.")
     if not isinstance(parameters["template"], str):
         raise ModelError(f"{said['template']} must be text with {{instruction}} and {{response}}.")
+    if half_a_character("template", parameters["template"]):
+        raise ModelError(f"{said['template']} holds half a character (a lone surrogate). Write it again.")
     if not isinstance(parameters["label_words"], Mapping | list | tuple | None):
         problem = f"{said['label_words']} must be None, a mapping of labels to words"
         raise ModelError(f"{problem}, or a list of words in the order of the sorted labels.")
@@ -371,6 +373,27 @@ def _held_apart(
     kept, held_out = split_comments(table, fraction, seed)
     return rows.take(kept["id"].to_numpy()), kept["comment"].tolist(), rows.take(held_out["id"].to_numpy())
 
+# %% ../nbs/05_classifier.ipynb #50fd8f87
+def _check_some_count(
+    rows: Rows,  # to train on
+    validation: Rows | None,  # to watch
+    fraction: float,  # held out
+) -> None:
+    "Raise `DataError` where nothing could be trained on, or watched."
+    if validation is None:
+        if not rows.weights.any():
+            problem = f"class_weight and sample_weight leave {len(rows)} rows, of which none counts"
+            raise DataError(f"{problem}. Give some row a weight above 0 in both.")
+        return
+    n, problem = len(rows) + len(validation), None
+    if not validation.weights.any():
+        problem = f"holds out {len(validation)} of {n} rows"
+    elif not rows.weights.any():
+        problem = f"leaves {len(rows)} of {n} rows to train on"
+    if problem:
+        problem = f"validation_fraction={fraction!r} {problem}, of which none counts"
+        raise DataError(f"{problem} (copies stay together; weights may be 0). Change it, or hold nothing out with 0.")
+
 # %% ../nbs/05_classifier.ipynb #797d5bc3
 class Prepared(NamedTuple):
     """What a fit needs beside its rows."""
@@ -417,10 +440,7 @@ def _new_job(
     prompts = _encode(comments, tokenizer, template, prepared.words, prepared.recipe.max_length)
     rows = _with_words(Rows(prompts, [], index, weights), prepared.words)
     rows, comments, validation = _held_apart(rows, comments, parameters["validation_fraction"], parameters["seed"])
-    if validation is not None and not validation.weights.sum() > 0:
-        share = f"validation_fraction={parameters['validation_fraction']!r}"
-        problem = f"{share} holds out {len(validation)} of {len(index)} rows, of which none counts"
-        raise DataError(f"{problem} (copies stay together; weights may be 0). Change it, or hold nothing out with 0.")
+    _check_some_count(rows, validation, parameters["validation_fraction"])
     options = {name: parameters[name] for name in ("patience", "seed", "checkpoint_dir")}
     options["callbacks"] = parameters["callbacks"] or ()
     options["progress"] = print_progress if parameters["verbose"] else None

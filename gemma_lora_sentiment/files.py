@@ -80,11 +80,13 @@ def _written_beside(path: Path, data: bytes | str) -> str:  # a temporary file i
         raise
     return temporary
 
-
+# %% ../nbs/00b_files.ipynb #da73ef22
 def _write_together(files: Mapping[Path, bytes | str]) -> None:
     waiting: dict[Path, str] = {}
+    made: list[Path] = []  # folders, each before the one that holds it
     try:
         for path, data in files.items():
+            made[:0] = [folder for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             waiting[path] = _written_beside(path, data)
         for path, temporary in waiting.items():
@@ -92,6 +94,9 @@ def _write_together(files: Mapping[Path, bytes | str]) -> None:
     except BaseException:
         for temporary in waiting.values():
             Path(temporary).unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # something is in it by now
+                folder.rmdir()
         raise
 
 

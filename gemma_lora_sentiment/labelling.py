@@ -32,7 +32,7 @@ from gemma_lora_sentiment.evaluation import (
 )
 from .files import sync_folder
 from .intervals import paired_comparison, share_interval
-from .tables import DataError, shown, tab_field
+from .tables import DataError, half_a_character, is_blank, shown, tab_field
 
 # %% auto #0
 __all__ = ['JUDGED_AT_LEAST', 'worth_labelling', 'LabelTable', 'Task', 'StaleError', 'Labelling', 'retrain',
@@ -234,6 +234,22 @@ def _order(
     return drawn[:aside], drawn[aside:]
 
 # %% ../nbs/06d_labelling.ipynb #9950923c
+def _checked_event(
+    found: Any,  # what a line of JSON says
+    path: Path,  # of the file
+    number: int,  # of the line in it, from 1
+) -> Mapping[str, Any]:
+    "Raises `DataError` for what is none."
+    holds = _HOLDS.get(str(found.get("do"))) if isinstance(found, Mapping) else None
+    if holds is None or not all(isinstance(found.get(name), kind) for name, kind in holds.items()):
+        problem = f"{shown(found)} is no event of labelling. Remove the line; the labels are in the file beside."
+        raise DataError(problem, source=str(path), row=number)
+    return found
+
+
+_HOLDS = {"label": {"id": str, "judged": bool}, "skip": {"id": str}, "undo": {}}  # what is done -> what its line says
+
+
 class _Events:
     "What the table of labels does not say: skipped comments, and which labels judge. A line each, like the labels."
 
@@ -241,9 +257,9 @@ class _Events:
         self.path = path
         self.found = []
         path.touch()
-        for line in _whole_lines(path):
-            with suppress(ValueError):
-                self.found.append(json.loads(line))
+        for number, line in enumerate(_whole_lines(path), start=1):
+            with suppress(json.JSONDecodeError, UnicodeDecodeError):
+                self.found.append(_checked_event(json.loads(line), path, number))
         self._size = path.stat().st_size
 
     def add(self, **event: Any) -> None:
@@ -459,6 +475,13 @@ class Labelling:
 
 # %% ../nbs/06d_labelling.ipynb #389448a8
 def _checked_names(labels: Sequence[str]) -> list[str]:
+    "Labels that a line of the file can hold, told apart. Raises `DataError`."
+    for label in map(str, labels):
+        if half_a_character("label", label):
+            raise DataError(f"label {shown(label)} holds half a character (a lone surrogate). Write it again.")
+        if is_blank(label) or not {*"\t\r\n"}.isdisjoint(label):
+            problem = "is blank" if is_blank(label) else "has a tab or a line break"
+            raise DataError(f"label {shown(label)} {problem}, which no line of a file can hold. Write it again.")
     if len(set(labels)) < 2 or len(set(labels)) < len(labels):
         raise DataError(f"labels are {', '.join(map(str, labels))}: at least two, all different, are needed.")
     return [str(label) for label in labels]

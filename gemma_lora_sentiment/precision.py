@@ -175,8 +175,8 @@ def base_for_device(
     **needs: Any,  # rank, batch_size, length, target_layers: what a step must hold
 ) -> Base:
     "`load_base`, where auto means what this device can do, and what an earlier batch has shown."
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":  # an array has no truth value
         dtype = _OVERFLOWED.get(resolve_preset(preset), "auto")
-    if quantization == "auto":
+    if isinstance(quantization, str) and quantization == "auto":
         quantization = choose_quantization(preset, dtype, **needs)[0]
     return load_base(preset, dtype, quantization, devices, strategy)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import sentencepiece
 
-from .data import DataError, composed, fold_whitespace, label_key
+from .data import DataError, composed, fold_whitespace, half_a_character, label_key, shown
 
 # %% auto #0
 __all__ = ['TUTORIAL_TEMPLATE', 'PromptTemplate', 'TextTokenizer', 'encode_comments', 'LabelWords', 'label_words',
@@ -251,7 +251,7 @@ def label_words(
     template: PromptTemplate,
     words: Mapping[Any, str] | Sequence[str] | None = None,  # label -> word, or in that order; None: its own spelling
 ) -> LabelWords:
-    "Give each label its word. Raises `DataError` when a word is missing, empty, or two labels share one."
+    "Give each label its word. Raises `DataError` when a word is missing, empty or no text, or two labels share one."
     chosen = _chosen_words(labels, words)
     for label, word in zip(labels, chosen, strict=True):
         if not isinstance(word, str) or not word.strip():
@@ -259,6 +259,8 @@ def label_words(
             raise DataError(
                 f"Label {label!r} has no word (words are given for: {known}). Add {label!r} to label_words."
             )
+        if half_a_character("word", word):
+            raise DataError(f"The word {shown(word)} of label {label!r} holds half a character. Write it again.")
     word_ids = [tuple(ids) for ids in tokenizer.encode(chosen)]
     for i, ids in enumerate(word_ids):
         if ids in word_ids[:i]:

@@ -37,7 +37,7 @@ from gemma_lora_sentiment.data import (
     write_table,
 )
 from .decision import apply_decision
-from .files import RunError, check_folder, digest, hold, whole_file
+from .files import RunError, check_folder, damaged, digest, file_digest, hold, whole_file
 from .prompt import PromptTemplate, TextTokenizer, encode_prompts
 from .scoring import label_probabilities, scoring_batch_size
 from .tables import DataError, fold_whitespace, format_of, listed, shown
@@ -70,10 +70,10 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """Read comments without labels, some at a time.
 
-    Raises `DataError` when a row at fault is reached; for a folder of no files or several formats at once, and for a
-    file whose columns are not those of the first when that file is reached.
+    Raises `DataError` when a row at fault is reached; for `rows` below 1, a folder of no files or several formats at
+    once, and for a file whose columns are not those of the first when that file is reached.
     """
-    path, reading = locate(source), reading or Reading()
+    path, reading, rows = locate(source), reading or Reading(), _checked_count("rows", rows)
     files = _files_of(path, reading.dialect.format)
     sizes = np.array([file.stat().st_size if path.is_dir() else 1 for file in files])
     first, before, expected = 0, 0, None
@@ -101,6 +101,16 @@ def _ids(ids: list) -> pd.Series:
     return pd.Series(ids) if {type(name) for name in ids} in ({int}, {float}) else pd.Series(ids, dtype=object)
 
 # %% ../nbs/08_scale.ipynb #d3d21a12
+def _checked_count(
+    name: str,  # of the parameter
+    value: Any,
+) -> int:  # of rows
+    "Raise `DataError` for what is none."
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise DataError(f"{name}={shown(value)} must be a whole number of at least 1.")
+    return int(value)
+
+
 def _files_of(path: Path, format: str | None) -> list[Path]:  # by name
     "The files of a folder, all of one format, or the file itself."
     if not path.is_dir():
@@ -139,6 +149,8 @@ def _database(folder: Path) -> sqlite3.Connection:
         database.execute("CREATE TABLE IF NOT EXISTS settings (content TEXT)")
         database.execute("CREATE TABLE IF NOT EXISTS parts (number INTEGER PRIMARY KEY, rows INTEGER, digest TEXT)")
         database.execute("CREATE TABLE IF NOT EXISTS ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        # A table of its own: journals of earlier versions have none, and their parts are taken as they are.
+        database.execute("CREATE TABLE IF NOT EXISTS files (number INTEGER PRIMARY KEY, bytes INTEGER, sha256 TEXT)")
     return database
 
 # %% ../nbs/08_scale.ipynb #fd58cdab
@@ -163,6 +175,25 @@ def _enter_ids(
             return place, found[0]
     return None
 
+# %% ../nbs/08_scale.ipynb #26a542c8
+class _Part(NamedTuple):
+    "A finished part."
+
+    rows: int
+    digest: str  # of the comments it was made from
+    bytes: int | None  # of its file; None: an earlier version has finished it
+    sha256: str | None  # likewise
+
+
+def _enter_part(database: sqlite3.Connection, number: int, part: _Part) -> None:
+    database.execute("INSERT INTO parts VALUES (?, ?, ?)", (number, part.rows, part.digest))
+    database.execute("INSERT INTO files VALUES (?, ?, ?)", (number, part.bytes, part.sha256))
+
+
+def _entered_parts(database: sqlite3.Connection) -> list[_Part]:  # in their order
+    wanted = "SELECT rows, digest, bytes, sha256 FROM parts LEFT JOIN files USING (number) ORDER BY number"
+    return [_Part(*found) for found in database.execute(wanted)]
+
 # %% ../nbs/08_scale.ipynb #adae3c74
 class _Journal:
     "What is finished of a prediction: settings, parts, ids."
@@ -186,9 +217,9 @@ class _Journal:
         "A part is finished, and there is more than one to come."
         return bool(self.parts()) and self.settings.get("several", False)
 
-    def parts(self) -> list[tuple[int, str]]:  # rows and digest of each
+    def parts(self) -> list[_Part]:  # in their order
         with _storage(self.folder):
-            return self.db.execute("SELECT rows, digest FROM parts ORDER BY number").fetchall()
+            return _entered_parts(self.db)
 
     def twice(self, ids: Sequence[object], rows: Sequence[int]) -> tuple[int, int] | None:
         "Begin a transaction with these ids; for an id that is known, its place among them and the row it stood in."
@@ -196,9 +227,9 @@ class _Journal:
             self.db.execute("BEGIN IMMEDIATE")
             return _enter_ids(self.db, ids, rows)
 
-    def commit(self, number: int, rows: int, digest: str) -> None:
+    def commit(self, number: int, part: _Part) -> None:
         with _storage(self.folder):
-            self.db.execute("INSERT INTO parts VALUES (?, ?, ?)", (number, rows, digest))
+            _enter_part(self.db, number, part)
             self.db.execute("COMMIT")
 
     def close(self) -> None:
@@ -321,7 +352,7 @@ def _opened_journal(folder: Path, settings: dict[str, Any], resume: bool) -> _Jo
         journal = _Journal(folder)
         if journal.is_worth_keeping:
             if not resume:
-                done = sum(rows for rows, _ in journal.parts())
+                done = sum(part.rows for part in journal.parts())
                 journal.close()
                 problem = f"{folder} holds {done:,} finished rows of an earlier run."
                 raise RunError(f"{problem} Go on with --resume (resume=True), or remove the folder.")
@@ -363,7 +394,7 @@ def _given_up(journal: _Journal | None) -> int:  # finished rows that are worth 
     try:
         if journal.db.in_transaction:
             journal.db.execute("ROLLBACK")
-        return sum(rows for rows, _ in journal.parts()) if journal.is_worth_keeping else 0
+        return sum(part.rows for part in journal.parts()) if journal.is_worth_keeping else 0
     except (OSError, RunError, sqlite3.Error):
         return 0
     finally:
@@ -400,12 +431,13 @@ def predict_file(
 
     Comments are written as they stand in the input, in one line; a CSV that is not ASCII gets a byte order mark.
 
-    Raises `DataError` at the first row that cannot be used, `RunError` for finished parts of another prediction,
-    `OSError` when the disk is full; then the finished parts stay for `resume`.
+    Raises `DataError` for sizes below 1 and at the first row that cannot be used, `RunError` for finished parts that
+    are damaged or another's, `OSError` when the disk is full; then the finished parts stay for `resume`.
     """
     out, path = Path(out), locate(source)
     suffix = _checked_suffix(out, path)
-    sizes = {"chunk_rows": chunk_rows, "batch_size": batch_size or scoring_batch_size()}
+    sizes = {"chunk_rows": chunk_rows, "batch_size": scoring_batch_size() if batch_size is None else batch_size}
+    sizes = {name: _checked_count(name, value) for name, value in sizes.items()}
     settings = _identity(clf, suffix, decision, sizes)
     folder = out.parent / f".{out.name}.parts"
     chunks = read_chunks(path, chunk_rows, reading=reading)
@@ -460,7 +492,7 @@ def _predict_parts(
     for number, (chunk, probabilities) in enumerate(results, start=len(parts)):
         counts[chunk.file] = chunk.counts
         parts.append(journal.folder / f"part-{number:06}{suffix}")
-        with _entered(number, chunk, journal, path):
+        with _entered(number, chunk, journal, path, parts[-1]):
             _write_part(parts[-1], _predictions(chunk, probabilities, clf.classes_, decision), suffix, parts[0])
         rows += len(chunk.table)
         clock.tell(rows, min(chunk.fraction, 0.999))
@@ -481,7 +513,7 @@ def _past_finished(
     suffix: str,
     clock: _Clock,  # which counts from the end of what is finished
 ) -> tuple[int, list[Path]]:  # rows, finished parts in order
-    "Read past the chunks that are finished. Raises `RunError` where the input is another one."
+    "Read past the chunks that are finished. Raises `RunError` for another input, and for a part that is damaged."
     rows, parts = 0, []
     for number, finished in enumerate(journal.parts()):
         if (chunk := next(chunks, None)) is None:
@@ -494,13 +526,19 @@ def _past_finished(
     return rows, parts
 
 
-def _compare(chunk: Chunk, done: tuple[int, str], part: Path) -> None:
-    if (len(chunk.table), _chunk_digest(chunk)) != tuple(done):
+def _compare(chunk: Chunk, done: _Part, part: Path) -> None:
+    if (len(chunk.table), _chunk_digest(chunk)) != (done.rows, done.digest):
         where = f"{chunk.unit}s {chunk.table.index[0]} to {chunk.table.index[-1]}"
         problem = f"{chunk.path} is not the input that {part.parent} was made from: {where} differ."
         raise RunError(f"{problem} Use the same input, or remove the folder to start anew.")
     if not part.exists():
         raise RunError(f"{part} is missing. Remove {part.parent} to start anew.")
+    if done.sha256 is None:
+        return
+    if (size := part.stat().st_size) != done.bytes:
+        raise damaged(part, f"it has {size} bytes, {done.bytes} were written")
+    if file_digest(part) != done.sha256:
+        raise damaged(part, "its bytes are not those that were written")
 
 # %% ../nbs/08_scale.ipynb #fcae69dd
 def _check_ids(chunk: Chunk, journal: _Journal, path: Path) -> None:
@@ -515,11 +553,12 @@ def _check_ids(chunk: Chunk, journal: _Journal, path: Path) -> None:
 
 
 @contextmanager
-def _entered(number: int, chunk: Chunk, journal: _Journal, path: Path) -> Iterator[None]:
+def _entered(number: int, chunk: Chunk, journal: _Journal, path: Path, part: Path) -> Iterator[None]:
     "One transaction: the chunk's ids before, the chunk afterwards, if its part could be written."
     _check_ids(chunk, journal, path)
     yield
-    journal.commit(number, len(chunk.table), _chunk_digest(chunk))
+    written = _Part(len(chunk.table), _chunk_digest(chunk), part.stat().st_size, file_digest(part))
+    journal.commit(number, written)
 
 # %% ../nbs/08_scale.ipynb #d217a6a4
 def _warn_of_truncated(scorer: _ChunkScorer, rows: int) -> None:

@@ -1,5 +1,6 @@
 """What would bore a reader of 05_classifier: scikit-learn's contract, labels of all kinds, threads, damaged folders."""
 
+import errno
 import functools
 import inspect
 import json
@@ -32,6 +33,7 @@ from sklearn.utils import estimator_checks
 from gemma_lora_sentiment import GemmaLoraClassifier
 from gemma_lora_sentiment import classifier as room
 from gemma_lora_sentiment.adapter import RunError
+from gemma_lora_sentiment.backend import choose_dtype
 from gemma_lora_sentiment.data import DataError, split_comments
 from gemma_lora_sentiment.model import (
     ModelError,
@@ -42,6 +44,7 @@ from gemma_lora_sentiment.model import (
     tiny_gemma,
     without_tensorflow,
 )
+from gemma_lora_sentiment.precision import base_for_device, choose_quantization
 from gemma_lora_sentiment.training import RECIPES
 
 GOOD = ["맛있어요", "최고예요", "친절해요", "좋았어요", "또 갈게요", "추천합니다"]
@@ -329,12 +332,34 @@ def test_what_is_asked_before_a_fit_is_refused_in_one_line_too(recipe, make):
 @pytest.mark.parametrize("parameters", [
     dict(template="no fields"), dict(template=None), dict(template=5), dict(label_words={0: "x", 1: "x"}),
     dict(label_words={0: "x"}), dict(label_words=["x"]), dict(label_words="xy"), dict(warm_start=1), dict(max_length=3),
-], ids=str)  # fmt: skip
+    dict(template="\ud800{instruction}{response}"),
+], ids=ascii)  # fmt: skip
 def test_templates_and_words_that_cannot_work_are_refused_in_one_line(parameters, make):
     clf = make(**parameters)
     with pytest.raises((DataError, ModelError)) as error:
         clf.fit(COMMENTS, LABELS)
     assert one_line(error) and not hasattr(clf, "classes_")
+
+
+@pytest.mark.parametrize("words", [["\ud800나쁨", "좋음"], {0: "나쁨", 1: "좋\udfff음"}], ids=ascii)
+def test_half_a_character_in_label_words_is_refused_in_one_line(words, make):
+    for recipe in ("auto", "tutorial"):
+        with pytest.raises(DataError, match="The word .* of label [01] holds half a character") as error:
+            make(label_words=words, recipe=recipe).fit(COMMENTS, LABELS)
+        assert one_line(error) and str(error.value).encode()
+
+
+@pytest.mark.parametrize("dtype", [
+    np.array(["float32"]), np.array(["auto", "float32"]), pd.Series(["auto"] * 2), ["auto"], np.zeros(10_000), 5,
+], ids=lambda dtype: f"{type(dtype).__name__}-{np.size(dtype)}")  # fmt: skip
+def test_a_dtype_of_another_type_is_refused_in_one_line(dtype, make, tiny):
+    for ask in (
+        choose_dtype, lambda dtype: load_base(tiny, dtype), lambda dtype: make(dtype=dtype).choose_base(),
+        lambda dtype: base_for_device(tiny, dtype), lambda dtype: choose_quantization(tiny, dtype, 10**9),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match="dtype.* is not one of .*auto.*, .*float32") as error:
+            ask(dtype)
+        assert one_line(error)
 
 
 def test_pickle_and_joblib_keep_a_fitted_classifier(fitted, tmp_path):
@@ -601,6 +626,20 @@ def test_held_out_rows_that_count_nothing_are_told_before_training(make):
         with pytest.raises(DataError, match="of which none counts.*hold nothing out with 0"):
             clf.fit(comments, y, sample_weight=weights)
     assert not hasattr(clf, "adapter_")
+
+
+@pytest.mark.parametrize("recipe", ["auto", "tutorial"])
+def test_rows_to_train_on_that_count_nothing_are_told_before_training(recipe, make):
+    table = pd.DataFrame({"id": np.arange(12), "comment": COMMENTS, "label": LABELS})
+    held_out = np.isin(np.arange(12), split_comments(table, 0.25, 0)[1]["id"]).astype(float)
+    clf = make(recipe=recipe, validation_fraction=0.25)
+    with pytest.raises(DataError, match="leaves 9 of 12 rows to train on, of which none counts.*Change it") as error:
+        clf.fit(COMMENTS, LABELS, sample_weight=held_out)
+    assert one_line(error) and not hasattr(clf, "adapter_")
+    clf = make(recipe=recipe, class_weight={0: 0, 1: 1})
+    with pytest.raises(DataError, match="class_weight and sample_weight leave 12 rows, of which none counts") as error:
+        clf.fit(COMMENTS, LABELS, sample_weight=[float(label == 0) for label in LABELS])
+    assert one_line(error) and not hasattr(clf, "adapter_")
 
 
 def test_class_weight_mapping_and_balanced(make):
@@ -914,6 +953,23 @@ def test_saving_to_a_place_that_cannot_be_written_is_an_os_error(fitted, tmp_pat
     with pytest.raises(OSError):
         fitted.save(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["run", "runs/monday/run"])
+def test_saving_on_a_full_disk_leaves_no_folder(name, fitted, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(os, "fsync", full)
+        fitted.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir(parents=True)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(os, "fsync", full)
+        fitted.save(tmp_path / name)
+    assert list((tmp_path / name).iterdir()) == []  # a folder that was there stays
+    assert same(GemmaLoraClassifier.load(fitted.save(tmp_path / name)), fitted)
 
 
 def test_the_bundled_base_fits_predicts_and_comes_back(tmp_path):

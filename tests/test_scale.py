@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -392,6 +393,63 @@ def test_another_input_run_or_option_is_refused(tmp_path, clf, monkeypatch):
     write_tsv(path, comments(50))
     assert predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True) == 50
     assert names(tmp_path) == ["in.tsv", "out.tsv"]
+
+
+@contextmanager
+def changed(path, content):
+    """The file holds something else for a while."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    yield
+    path.write_bytes(before)
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".parquet"])
+def test_a_part_that_is_not_as_it_was_written_is_not_joined(suffix, tmp_path, clf, monkeypatch):
+    path, out = write_tsv(tmp_path / "in.tsv", comments(50)), tmp_path / f"out{suffix}"
+    predict_file(clf, path, tmp_path / f"expected{suffix}", chunk_rows=10)
+    with full_at(monkeypatch, "000003"), pytest.raises(OSError, match="30 finished rows are kept"):
+        predict_file(clf, path, out, chunk_rows=10)
+    parts = tmp_path / f".out{suffix}.parts"
+    part, before = parts / f"part-000001{suffix}", names(parts)
+    whole = part.read_bytes()
+    for content, said in (
+        (whole[:-5], f"{len(whole) - 5} bytes, {len(whole)} were written"), (b"", "it has 0 bytes"),
+        (whole.replace("요".encode(), "효".encode(), 1), "its bytes are not those that were written"),
+    ):  # fmt: skip
+        with changed(part, content), pytest.raises(scale.RunError, match=f"{part.name} is damaged .*{said}") as error:
+            predict_file(clf, path, out, chunk_rows=10, resume=True)
+        assert "\n" not in str(error.value) and f"remove {parts} to start anew" in str(error.value)
+        assert names(parts) == before and not out.exists()
+    assert predict_file(clf, path, out, chunk_rows=10, resume=True) == 50
+    assert out.read_bytes() == (tmp_path / f"expected{suffix}").read_bytes()
+
+
+def test_a_journal_of_an_earlier_version_goes_on(tmp_path, clf, monkeypatch):
+    path = write_tsv(tmp_path / "in.tsv", comments(50))
+    predict_file(clf, path, tmp_path / "expected.tsv", chunk_rows=10)
+    with full_at(monkeypatch, "000003"), pytest.raises(OSError, match="30 finished rows are kept"):
+        predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10)
+    with sqlite3.connect(tmp_path / ".out.tsv.parts" / "journal.sqlite") as database:
+        database.execute("DROP TABLE files")  # it had no sizes and digests of parts
+    database.close()
+    assert predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=10, resume=True) == 50
+    assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "expected.tsv").read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [
+    {"chunk_rows": 0}, {"chunk_rows": -1}, {"chunk_rows": "a"}, {"chunk_rows": 2.5}, {"chunk_rows": None},
+    {"batch_size": 0}, {"batch_size": -4}, {"batch_size": "a"}, {"batch_size": True}, {"batch_size": np.arange(3)},
+], ids=str)  # fmt: skip
+def test_sizes_that_are_none_are_refused_in_one_line(sizes, tmp_path, clf):
+    path, name = write_tsv(tmp_path / "in.tsv", comments(5)), next(iter(sizes))
+    with pytest.raises(DataError, match=f"{name}=.* must be a whole number of at least 1") as error:
+        predict_file(clf, path, tmp_path / "out.tsv", **sizes)
+    assert "\n" not in str(error.value) and names(tmp_path) == ["in.tsv"]
+    if name == "chunk_rows":
+        with pytest.raises(DataError, match="rows=.* must be a whole number of at least 1"):
+            next(read_chunks(path, sizes[name]))
+    assert predict_file(clf, path, tmp_path / "out.tsv", chunk_rows=np.int64(3), batch_size=np.int32(4)) == 5
 
 
 @pytest.fixture

@@ -382,6 +382,38 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert Labelling(comments, ["0", "1"], tmp_path / "labels.tsv").rows().equals(job.rows())
 
 
+@pytest.mark.parametrize("label, said", [
+    ("다시\t옴", "has a tab or a line break"), ("다시\n옴", "has a tab or a line break"),
+    ("옴\r", "has a tab or a line break"), ("\ud800옴", "holds half a character"), (" ", "is blank"),
+    ("", "is blank"), ("\u200b", "is blank"),
+], ids=ascii)  # fmt: skip
+def test_labels_that_a_line_cannot_hold_are_refused_before_there_is_a_file(label, said, tmp_path):
+    comments = pd.DataFrame({"id": range(4), "comment": list("가나다라")})
+    with pytest.raises(DataError, match=f"label .* {said}") as error:
+        Labelling(comments, [label, "1"], tmp_path / "labels.tsv")
+    assert "\n" not in str(error.value) and str(error.value).encode() and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", [
+    "5", "{}", "null", "[]", '"undo"', '{"do": "sing"}', '{"do": ["undo"]}', '{"do": "label", "id": "1"}',
+    '{"do": "label", "id": ["1"], "judged": true}', '{"do": "label", "id": "1", "judged": "yes"}', '{"do": "skip"}',
+])  # fmt: skip
+def test_a_line_of_the_journal_that_is_no_event_is_named(line, tmp_path):
+    comments = pd.DataFrame({"id": range(4), "comment": list("가나다라")})
+    path, journal = tmp_path / "labels.tsv", tmp_path / "labels.tsv.journal"
+    job = Labelling(comments, ["0", "1"], path)
+    job.label(job.version, "1")
+    job.skip(job.version)
+    job.undo(job.version)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + line.encode() + b"\n")
+    with pytest.raises(DataError, match=r"labels\.tsv\.journal line 4: .* is no event") as error:
+        Labelling(comments, ["0", "1"], path)
+    assert "\n" not in str(error.value)
+    journal.write_bytes(whole)
+    assert Labelling(comments, ["0", "1"], path).rows().equals(job.rows())
+
+
 def test_whatever_is_done_another_process_goes_on_from_it(tmp_path):
     comments = pd.DataFrame({"id": range(40), "comment": [f"{i}번째 댓글" for i in range(40)]})
     rng, path = np.random.default_rng(0), tmp_path / "labels.tsv"
