@@ -135,13 +135,12 @@ def random_base(
     def drawn(paths: list[str]) -> Any:  # jax.Array, (len(paths), ...)
         sizes, last = shapes[paths[0]], paths[0].endswith("embeddings")
         fan_in = sizes[-1] if last else sizes[-2] if len(sizes) > 1 else 0
-        keys = jax.random.wrap_key_data(
-            jax.numpy.stack([jax.random.key_data(jax.random.key(numbers[path], impl="rbg")) for path in paths]),
-            impl="rbg",
-        )
-        return draw(keys, sizes, dtype, fan_in)
+        whole = jax.numpy.zeros((len(paths), *sizes), dtype)  # scales of norms, to which Gemma adds 1
+        for place, path in enumerate(paths if fan_in else ()):
+            whole = put(whole, place, jax.random.key(numbers[path], impl="rbg"), fan_in)
+        return whole
 
-    draw = jax.jit(_scaled_normals, static_argnums=(1, 2, 3))  # a program a shape
+    put = jax.jit(_with_normals, static_argnums=3, donate_argnums=0)  # a program a shape
     laid: dict[str, Any] = {name: drawn([path])[0] for path, name in OUTSIDE.items() if path in shapes}
     laid["groups"] = []
     for first, end in config.groups:  # stacked as they are drawn, so that nothing is held twice
@@ -162,9 +161,7 @@ def base_of(settings: BenchmarkSettings) -> Any:  # Base
     return random_base(settings.shape, settings.dtype, settings.quantization, **needs)
 
 
-def _scaled_normals(keys: Any, shape: tuple[int, ...], dtype: str, fan_in: int) -> Any:  # jax.Array, (keys, ...)
+def _with_normals(whole: Any, place: int, key: Any, fan_in: int) -> Any:  # jax.Array
     import jax
 
-    if not fan_in:  # scales of norms, to which Gemma adds 1
-        return jax.numpy.zeros((len(keys), *shape), dtype)
-    return jax.lax.map(lambda key: jax.random.normal(key, shape, dtype) * fan_in**-0.5, keys)
+    return whole.at[place].set(jax.random.normal(key, whole.shape[1:], whole.dtype) * fan_in**-0.5)

@@ -559,11 +559,13 @@ def _of_own_input(
 KEPT = ("keys", "values", "queries", "attended", "residual", "gate", "up", "fed")  # of a block, for the backward pass
 
 
-def _kept(config: GemmaConfig, again: bool) -> Callable[..., bool]:
+def _kept(config: GemmaConfig, arrays: Mapping[str, Any], again: bool) -> Callable[..., bool]:
     "What `jax.checkpoint` keeps of a block: nothing, or what takes a product with the base to make again."
     if again:
         return jax.checkpoint_policies.nothing_saveable
     needed = {"attended": config.post_attention_norm, "fed": config.post_ffw_norm or config.experts > 0}
+    if any(isinstance(array, Mapping) for array in arrays.values()):  # who quantizes a base has little memory
+        needed |= {"gate": False, "up": False}
     return jax.checkpoint_policies.save_only_these_names(*(name for name in KEPT if needed.get(name, True)))
 
 
@@ -634,7 +636,7 @@ def through_blocks(
             seen = tables["seen"][which["view"]]
             return block(x, arrays, lora, turns, seen, config, layer, chosen, borrowed, own_input)
 
-        compute = jax.checkpoint(compute, prevent_cse=end - first == 1, policy=_kept(config, again))
+        compute = jax.checkpoint(compute, prevent_cse=end - first == 1, policy=_kept(config, arrays, again))
         each = (arrays, _as_computed(lora, config, x.dtype, chosen), which, own)
         if end - first > 1:
             def onward(x, each, compute=compute):

@@ -22,11 +22,12 @@ __all__ = ['memory_estimate', 'memory_text', 'step_bytes', 'fitting_batch']
 def _kept_of_a_block(
     config: GemmaConfig,
     layer: Layer,
+    quantized: bool,  # then the two wide products are made again
 ) -> int:  # numbers a token
     "What a block keeps for the backward pass, see `hidden_at`."
     wide = 2 + config.post_attention_norm + (config.post_ffw_norm or config.experts > 0)  # input, sum after attention
     heads = (layer.heads + 2 * layer.key_heads) * layer.head_dim
-    return wide * config.hidden_dim + heads + 2 * layer.ffw_dim
+    return wide * config.hidden_dim + heads + (0 if quantized else 2 * layer.ffw_dim)
 
 
 def memory_estimate(
@@ -41,12 +42,13 @@ def memory_estimate(
     "Bytes that a training step needs."
     config, tokens = base.config, batch_size * length
     adapter = 4 * sum(int(np.prod(shape)) for shape in lora_shapes(config, rank, targets).values())
-    item, kept = 4 if base.dtype == "float32" else 2, [_kept_of_a_block(config, layer) for layer in config.layers]
+    item, quantized = 4 if base.dtype == "float32" else 2, base.quantization is not None
+    kept = [_kept_of_a_block(config, layer, quantized) for layer in config.layers]
     few = 2 * positions <= length  # then the last block is computed there alone
     held = len(kept) * config.hidden_dim + max(kept) if rematerialize else sum(kept[:-1] if few else kept)
     widest = max(config.layers, key=lambda layer: layer.ffw_dim)
     now = item * (_WIDE * widest.ffw_dim + _NARROW * config.hidden_dim) + 4 * _PAIRS * widest.heads * length
-    unpacked = item * config.hidden_dim * widest.ffw_dim if base.quantization else 0  # the largest kernel
+    unpacked = item * config.hidden_dim * widest.ffw_dim if quantized else 0  # the largest kernel
     activations = int(tokens * (item * held + now) + unpacked)
     activations += 4 * _LOGITS * batch_size * positions * config.vocabulary_size
     parts = {"base": base.nbytes, "adapter": 2 * adapter, "optimizer": 2 * adapter, "activations": activations}

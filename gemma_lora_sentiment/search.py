@@ -295,7 +295,7 @@ def choose_loss(
 
 # %% ../nbs/04b_search.ipynb #5ea00041
 _FORGED = {"gemma": 0.3}  # copies that end in a forged answer, as a share of the training rows, by recipe
-_FORGED_FROM = 64  # rows; fewer have the task to learn, and no step to spare
+_FORGED_FROM = 128  # rows; fewer have the task to learn, and no step to spare
 
 
 def choose_forged(

@@ -40,7 +40,17 @@ from ..shapes import SHAPES, random_base
 
 WORDS = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
 LEFT_OUT = {"all": (), "not up": ("up",), "neither gate nor up": ("gate", "up"), "nothing": gemma.KEPT}
-KEPT = {kept: tuple(name for name in gemma.KEPT if name not in left_out) for kept, left_out in LEFT_OUT.items()}
+
+
+def keep(kept: str) -> None:
+    "Let blocks keep this, whether the base is quantized or not."
+
+    def names(config, *_):
+        needed = {"attended": config.post_attention_norm, "fed": config.post_ffw_norm}
+        left_out = {name for name, is_needed in needed.items() if not is_needed}.union(LEFT_OUT[kept])
+        return jax.checkpoint_policies.save_only_these_names(*set(gemma.KEPT).difference(left_out))
+
+    gemma._kept = names
 
 
 def rows_of(vocabulary: int) -> Rows:
@@ -62,7 +72,7 @@ def milliseconds(program, state, *given) -> list[float]:
 
 
 def measure(base, rows: Rows, targets, lines: int, kept: str, apart: bool) -> dict:
-    gemma.KEPT = KEPT[kept]
+    keep(kept)
     recipe = Recipe(lora_rank=8, learning_rate=1e-4, epochs=4, batch_size=16)
     packing = Packing.of(rows.lengths, 16, recipe.epochs, lines=lines)
     batches = BatchSequence(rows, (packing.length,), 16, packing=packing)
@@ -97,7 +107,7 @@ def main() -> None:
     targets = ("query", "value") if called == "qv" else lora_targets(base.config)
     rows, large = rows_of(min(250_000, base.config.vocabulary_size)), name == "gemma_2b"
     what = [(lines, "all", large) for lines in (1, 2, 3, 4, 6, 8)]
-    what += [(2, kept, large) for kept in list(KEPT)[1:]] if large else [(2, "all", True)]
+    what += [(2, kept, large) for kept in list(LEFT_OUT)[1:]] if large else [(2, "all", True)]
     what = [each for each in what if each[0] == 2] if quantization else what
     with Path(out).open("a", encoding="utf-8") as file:
         for lines, kept, apart in what:
