@@ -132,27 +132,29 @@ def random_base(
     shapes = array_shapes(config)
     numbers = {path: number for number, path in enumerate(shapes)}
 
-    def drawn(paths: list[str]) -> Any:  # jax.Array, (len(paths), ...)
-        sizes, last = shapes[paths[0]], paths[0].endswith("embeddings")
-        fan_in = sizes[-1] if last else sizes[-2] if len(sizes) > 1 else 0
-        whole = jax.numpy.zeros((len(paths), *sizes), dtype)  # scales of norms, to which Gemma adds 1
-        for place, path in enumerate(paths if fan_in else ()):
-            whole = put(whole, place, jax.random.key(numbers[path], impl="rbg"), fan_in)
+    draw = jax.jit(_scaled_normal, static_argnums=(1, 2, 3))  # a program a shape
+    put = jax.jit(lambda whole, place, one: whole.at[place].set(one), donate_argnums=0)
+
+    def drawn(path: str) -> Any:  # jax.Array
+        sizes = shapes[path]
+        fan_in = sizes[-1] if path.endswith("embeddings") else sizes[-2] if len(sizes) > 1 else 0
+        return draw(jax.random.key(numbers[path], impl="rbg"), sizes, dtype, fan_in)
+
+    def stacked(paths: list[str]) -> Any:  # of jax.Array, (len(paths), ...); nothing is on the device twice
+        if quantization and array_name(paths[0]) in LORA_LAYERS:
+            parts = [quantized_kernel(path, np.asarray(drawn(path)), quantization)[0] for path in paths]
+            return jax.tree.map(lambda *each: jax.numpy.asarray(np.stack(each)), *parts)
+        whole = jax.numpy.zeros((len(paths), *shapes[paths[0]]), dtype)
+        for place, path in enumerate(paths):
+            whole = put(whole, place, drawn(path))
         return whole
 
-    put = jax.jit(_with_normals, static_argnums=3, donate_argnums=0)  # a program a shape
-    laid: dict[str, Any] = {name: drawn([path])[0] for path, name in OUTSIDE.items() if path in shapes}
-    laid["groups"] = []
-    for first, end in config.groups:  # stacked as they are drawn, so that nothing is held twice
-        group = {}
-        for path in block_shapes(config, config.layers[first]):
-            name = array_name(path)
-            whole = drawn([f"decoder_block_{i}/{path}" for i in range(first, end)])
-            if quantization and name in LORA_LAYERS:
-                parts = [quantized_kernel(path, np.asarray(each), quantization)[0] for each in whole]
-                whole = jax.tree.map(lambda *each: jax.numpy.asarray(np.stack(each)), *parts)
-            group[name] = whole
-        laid["groups"].append(group)
+    laid: dict[str, Any] = {name: drawn(path) for path, name in OUTSIDE.items() if path in shapes}
+    laid["groups"] = [
+        {array_name(path): stacked([f"decoder_block_{i}/{path}" for i in range(first, end)])
+         for path in block_shapes(config, config.layers[first])}
+        for first, end in config.groups
+    ]  # fmt: skip
     return Base(f"random {shape}", config, laid, b"", dtype, shape, arguments, quantization)
 
 
@@ -161,7 +163,9 @@ def base_of(settings: BenchmarkSettings) -> Any:  # Base
     return random_base(settings.shape, settings.dtype, settings.quantization, **needs)
 
 
-def _with_normals(whole: Any, place: int, key: Any, fan_in: int) -> Any:  # jax.Array
+def _scaled_normal(key: Any, shape: tuple[int, ...], dtype: str, fan_in: int) -> Any:  # jax.Array
     import jax
 
-    return whole.at[place].set(jax.random.normal(key, whole.shape[1:], whole.dtype) * fan_in**-0.5)
+    if not fan_in:  # scale of a norm, to which Gemma adds 1
+        return jax.numpy.zeros(shape, dtype)
+    return jax.random.normal(key, shape, dtype) * fan_in**-0.5
