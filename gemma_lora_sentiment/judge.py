@@ -17,8 +17,9 @@ from sklearn.base import clone
 
 # %% auto #0
 __all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
-           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
-           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
+           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'rows_of_run', 'trained_on',
+           'baselines_of_run', 'evaluate_run', 'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs',
+           'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #e2e1c0b7
 from . import decision, evaluation, figures, intervals, labelling
@@ -28,6 +29,7 @@ from gemma_lora_sentiment.data import (
     duplicate_groups,
     fingerprint,
     label_key,
+    leaked_comments,
     read_comments,
     split_comments,
     write_table,
@@ -302,20 +304,55 @@ def train_run(
     return metrics
 
 # %% ../nbs/06e_judge.ipynb #a61734c9
+def _fitted_part(rows: pd.DataFrame, description: Mapping[str, Any]) -> pd.DataFrame:
+    "Of a run's rows those that the saved adapter was fitted on."
+    has_held_out = description.get("command") == "train" and description.get("refit") is False
+    return split_comments(rows, 0.2, description["settings"]["seed"])[0] if has_held_out else rows
+
+
+def rows_of_run(
+    run: Path,  # folder of a saved run
+) -> tuple[pd.DataFrame | None, str]:  # id, comment, label; None and why not
+    "The rows that a saved run was fitted on, where they are still there and unchanged."
+    try:
+        description = RunFolder(run).description()
+        data = description["data"]
+        rows = read_comments(data["source"], reading=reading_of(data.get("reading")))
+        if fingerprint(rows) != data["fingerprint"]:
+            return None, f"{data['source']} has changed since the run"
+        return _fitted_part(rows, description), ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return None, f"the run's training rows are not there ({reason})"
+
+
+def trained_on(
+    rows: pd.DataFrame,  # id, comment, label: to judge by
+    run: Path,  # folder of a saved run
+    training: pd.DataFrame | None,  # of `rows_of_run`; None: these rows are known to be the run's by their fingerprint
+) -> str:  # a caution; empty where no row is known to be one of them
+    "Say how many of the rows a run was fitted on."
+    if training is None and RunFolder(run).file(DESCRIPTION):
+        description = RunFolder(run).description()
+        is_same = (description.get("data") or {}).get("fingerprint") == fingerprint(rows)
+        training = _fitted_part(rows, description) if is_same else None
+    many = 0 if training is None else len(leaked_comments(training, rows))
+    if not many:
+        return ""
+    are = "is a training row" if many == 1 else "are training rows"
+    which = f"{many} of these {len(rows)} comments {are} of the run (case and punctuation aside)"
+    return f"{which}: what is measured on them says nothing about new comments."
+
+
+# %% ../nbs/06e_judge.ipynb #fbdef647
 def baselines_of_run(
     run: Path,  # folder of a saved run
     clf: Any,  # loaded from it
 ) -> tuple[dict[str, Any] | None, str]:  # fitted baselines or None, and why not
     "What a saved run is compared with, fitted on the rows that it was fitted on."
-    try:
-        data = RunFolder(run).description()["data"]
-        rows = read_comments(data["source"], reading=reading_of(data.get("reading")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return None, f"no baseline: the run's training rows are not there ({reason})"
-    if fingerprint(rows) != data["fingerprint"]:
-        return None, f"no baseline: {data['source']} has changed since the run"
-    return fitted_baselines(rows, clf), ""
+    rows, why_not = rows_of_run(run)
+    return (None, f"no baseline: {why_not}") if rows is None else (fitted_baselines(rows, clf), "")
+
 
 # %% ../nbs/06e_judge.ipynb #ee3d3c54
 def evaluate_run(
@@ -338,10 +375,14 @@ def evaluate_run(
     clf = GemmaLoraClassifier.load(run, preset)
     rows = labelled_rows(source, clf, reading)
     say(rows.attrs["reading"]["text"])
-    baselines, why_not = baselines_of_run(run, clf)
-    if why_not:
-        say(why_not)
-    more = {"reading": reading, "run": str(run), **seen_before(source, str(clf.preset))}
+    training, why_not = rows_of_run(run)
+    baselines = None if training is None else fitted_baselines(training, clf)
+    cautions = [*seen_before(source, str(clf.preset)).values(), trained_on(rows, run, training)]
+    for line in filter(None, (cautions[-1], why_not and f"no baseline: {why_not}")):
+        say(line)
+    more = {"reading": reading, "run": str(run)}
+    if any(cautions):
+        more["caution"] = " ".join(filter(None, cautions))
     if why_not:
         more["no_baseline"] = "the rows of its training are not there, or have changed"
     with whole_folder(out, obsolete=("influence.tsv",)) as folder:
@@ -518,6 +559,24 @@ def _given_recipe(described: Mapping[str, Any], other: Mapping[str, Any]) -> dic
     return {name: value for name, value in recipe.items() if name not in decided}
 
 
+def _labels_of_run(run: Path) -> list[str] | None:  # by `label_key`, sorted; None where no run.json tells
+    if RunFolder(run).file(DESCRIPTION) is None:
+        return None
+    counted = (RunFolder(run).description().get("data") or {}).get("summary") or {}
+    start = "rows of label "
+    return sorted(label_key(name.removeprefix(start)) for name in counted if name.startswith(start)) or None
+
+
+def _check_labels(run: Path, metrics: Mapping[str, Any], by: Path, table: pd.DataFrame) -> None:
+    "`ValueError` unless the numbers of `run` and the predictions of `by` are of the labels that the run has."
+    ours = sorted(map(label_key, metrics["classes"]))
+    predicted = sorted(label_key(name.removeprefix("p_")) for name in table if name.startswith("p_"))
+    for what, labels in ((f"the {DESCRIPTION} of {run}", _labels_of_run(run)), (f"the predictions of {by}", predicted)):
+        if labels is not None and labels != ours:
+            problem = f"the metrics of {run} are for the labels {', '.join(ours)}, {what} for {', '.join(labels)}"
+            raise ValueError(f"{problem}: they are of two runs. Evaluate the run again, or give another folder.")
+
+
 def _check_same_job(run: Path, by: Path) -> None:
     "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
     ours, theirs = RunFolder(run).description(), RunFolder(by).metrics()
@@ -543,6 +602,7 @@ def decide_run(
     metrics = folder.metrics()
     if by is not None:
         _check_same_job(run, by)
+    _check_labels(run, metrics, by or run, table)
     spelled = by_key(metrics["classes"])
     try:
         pairs = [text.rpartition("=") for text in cost]

@@ -933,6 +933,24 @@ def test_decide_refuses(cost, run):
     assert tree(run) == before
 
 
+def test_decide_refuses_numbers_of_another_run(run):
+    three = json.loads((run / "run.json").read_text())
+    three["data"]["summary"]["rows of label 2"] = 4
+    rewrite(run / "run.json", data=three["data"])  # as after `evaluate` of an earlier version with this folder as --out
+    before = tree(run)
+    line = one_error_line(call("decide", run), 2)
+    assert "labels 0, 1," in line and "run.json" in line and "0, 1, 2" in line and tree(run) == before
+    del three["data"]["summary"]["rows of label 2"]
+    rewrite(run / "run.json", data=three["data"])
+    text = (run / "predictions.tsv").read_text(encoding="utf-8")
+    (run / "predictions.tsv").write_text(text.replace("\tp_1\n", "\tp_2\n"), encoding="utf-8")
+    before = tree(run)
+    line = one_error_line(call("decide", run), 2)
+    assert "predictions" in line and "for 0, 2" in line and tree(run) == before
+    (run / "predictions.tsv").write_text(text, encoding="utf-8")
+    done("decide", run)
+
+
 def test_suggest(tmp_path, trained):
     (tmp_path / "new.txt").write_text("\n".join(f"{PHRASES[i % 6]} {i}" for i in range(30)), encoding="utf-8")
     result = done("suggest", trained / "run", tmp_path / "new.txt", "--out", tmp_path / "next.tsv", "--number", 4)
@@ -972,6 +990,27 @@ def test_evaluate_with_and_without_the_rows_of_training(tmp_path, good, tiny, ru
     assert without["baseline_accuracy"] is None and METRICS <= set(without)
     assert without["accuracy"] == metrics["accuracy"] and without["log_loss"] == metrics["log_loss"]
     assert "no baseline" in result.stderr and "accuracy" in result.stdout
+
+
+def test_evaluate_says_which_rows_the_run_was_trained_on(tmp_path, good, tiny, run):
+    rewrite(run / "run.json", data__source=str(good))
+    rows = [*ROWS[:6], ("x", ROWS[6][1].replace(" ", "  ") + "!!", ROWS[6][2]), ("y", "처음 보는 말이에요", "1")]
+    (tmp_path / "mixed.tsv").write_text(tsv(rows), encoding="utf-8")
+    result = done("evaluate", run, tmp_path / "mixed.tsv", "--out", tmp_path / "mixed")
+    said = "7 of these 8 comments are training rows of the run"
+    assert said in result.stderr and said in (tmp_path / "mixed" / "report.html").read_text(encoding="utf-8")
+    caution = json.loads((tmp_path / "mixed" / "metrics.json").read_text())["caution"]
+    assert caution.startswith(said) and "nothing about new comments" in caution
+    (tmp_path / "new.tsv").write_text(tsv([rows[-1], ("z", "또 다른 말", "0")]), encoding="utf-8")
+    result = done("evaluate", run, tmp_path / "new.tsv", "--out", tmp_path / "new")
+    assert "training rows" not in result.stderr
+    assert "caution" not in json.loads((tmp_path / "new" / "metrics.json").read_text())
+    good.rename(tmp_path / "moved.tsv")  # by the fingerprint
+    result = done("evaluate", run, tmp_path / "moved.tsv", "--out", tmp_path / "moved")
+    assert "24 of these 24 comments are training rows" in result.stderr and "no baseline" in result.stderr
+    done(*train_arguments(tiny, tmp_path / "moved.tsv"), "--no-refit", "--out", tmp_path / "part")
+    result = done("evaluate", tmp_path / "part", tmp_path / "moved.tsv", "--out", tmp_path / "of part")
+    assert "19 of these 24 comments are training rows" in result.stderr  # five were held out
 
 
 def test_evaluate_on_rows_of_one_class(tmp_path, trained):
