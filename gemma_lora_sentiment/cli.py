@@ -317,7 +317,7 @@ def _description_of_run(path: Path) -> dict[str, Any]:
         settings = {name: value for name, value in dict(run["settings"]).items() if name != "checkpoint_dir"}
         data, recipe = {**run["data"]}, {**run["recipe"]}
         known = {"settings": settings, "data": {name: data[name] for name in ("source", "rows", "fingerprint")}}
-        known["data"]["reading"] = {**data.get("reading", {})}
+        known["data"] |= {"path": data.get("path"), "reading": {**data.get("reading", {})}}
         known |= {"recipe": recipe, "refit": run.get("refit", True), "versions": {**run["versions"]}}
         known["quantization"] = run.get("quantization", settings.get("quantization"))  # earlier versions had no "auto"
         return known | {name: run[name] for name in ("dtype", "base_fingerprint", "device")}
@@ -453,7 +453,9 @@ def _job(
     if file is None and earlier is None:
         raise ValueError("There is nothing to train on. Give FILE, or --from and the run.json of a run to repeat.")
     if file is None:
-        file, reading = earlier["data"]["source"], reading or earlier["data"]["reading"]
+        from gemma_lora_sentiment.run import place_of
+
+        file, reading = place_of(earlier["data"]), reading or earlier["data"]["reading"]
     refit = (earlier["refit"] if earlier else True) if refit is None else refit
     rows = _read(file, reading)  # before the classifier's imports: a bad file is told at once
     if earlier:

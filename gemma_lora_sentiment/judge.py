@@ -46,6 +46,7 @@ from gemma_lora_sentiment.run import (
     REPORT,
     RunFolder,
     describe_run,
+    place_of,
     plan_of,
     reading_of,
     unfinished_run,
@@ -317,7 +318,7 @@ def rows_of_run(
     try:
         description = RunFolder(run).description()
         data = description["data"]
-        rows = read_comments(data["source"], reading=reading_of(data.get("reading")))
+        rows = read_comments(place_of(data), reading=reading_of(data.get("reading")))
         if fingerprint(rows) != data["fingerprint"]:
             return None, f"{data['source']} has changed since the run"
         return _fitted_part(rows, description), ""

@@ -28,7 +28,7 @@ from .tables import Dialect
 # %% auto #0
 __all__ = ['METRICS_FILE', 'FOLDS_FILE', 'METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT',
            'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions',
-           'device', 'settings_of', 'describe_run', 'plan_of', 'unfinished_run']
+           'device', 'settings_of', 'describe_run', 'place_of', 'plan_of', 'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
 METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
@@ -266,6 +266,8 @@ def describe_run(
     name, recipe = clf.resolve_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
     summary, more = describe_comments(rows)["value"].to_dict(), {**more}
     data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary}
+    if Path(source).expanduser().is_file():  # a name such as sample_test is the same everywhere
+        data["path"] = str(Path(source).expanduser().resolve())
     if reading := more.pop("reading", None):
         data["reading"] = reading
     return {
@@ -282,6 +284,17 @@ def describe_run(
         "versions": versions(),
         "device": device(),
     }
+
+
+def place_of(
+    data: Mapping[str, Any],  # of a description
+) -> str:  # path or name, to be read
+    "Where the rows of a run are: the name that was given where it still leads to the file, else the file's full path."
+    source, path = data["source"], data.get("path")  # which earlier versions did not keep
+    if path is None or Path(source).expanduser().is_absolute() or not Path(path).is_file():
+        return source
+    return source if str(Path(source).resolve()) == path else path
+
 
 # %% ../nbs/05b_run.ipynb #0df1b82b
 def plan_of(

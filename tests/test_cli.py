@@ -992,6 +992,26 @@ def test_evaluate_with_and_without_the_rows_of_training(tmp_path, good, tiny, ru
     assert "no baseline" in result.stderr and "accuracy" in result.stdout
 
 
+def test_the_rows_of_a_run_are_found_from_another_folder(tmp_path, tiny, monkeypatch):
+    (tmp_path / "train.tsv").write_text(tsv(ROWS), encoding="utf-8")
+    new = tsv([("y", "처음 보는 말이에요", "1"), ("z", "또 다른 말", "0")])
+    (tmp_path / "new.tsv").write_text(new, encoding="utf-8")
+    done(*train_arguments(tiny, "train.tsv"), "--out", "run")
+    data = json.loads(Path("run", "run.json").read_text(encoding="utf-8"))["data"]
+    assert (data["source"], data["path"]) == ("train.tsv", str(tmp_path / "train.tsv"))
+    assert str(tmp_path) not in Path("run", "report.html").read_text(encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "train.tsv").write_text(tsv(ROWS[:9]), encoding="utf-8")  # another file of the same name
+    result = done("evaluate", "../run", "../new.tsv", "--out", "judged")
+    assert "no baseline" not in result.stderr and "TF-IDF" in result.stdout
+    done("train", "--from", "../run/run.json", "--out", "again")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "elsewhere" / "again")
+    older = {name: value for name, value in data.items() if name != "path"}
+    rewrite(tmp_path / "run" / "run.json", data={**older, "source": str(tmp_path / "train.tsv")})
+    assert "no baseline" not in done("evaluate", "../run", "../new.tsv", "--out", "judged").stderr
+
+
 def test_evaluate_says_which_rows_the_run_was_trained_on(tmp_path, good, tiny, run):
     rewrite(run / "run.json", data__source=str(good))
     rows = [*ROWS[:6], ("x", ROWS[6][1].replace(" ", "  ") + "!!", ROWS[6][2]), ("y", "처음 보는 말이에요", "1")]
