@@ -49,6 +49,7 @@ from gemma_lora_sentiment.run import (
     place_of,
     plan_of,
     reading_of,
+    replaced_text,
     unfinished_run,
     whole_folder,
     write_json,
@@ -284,7 +285,9 @@ def train_run(
     caution = seen_before(source, str(clf.preset))
     say(rows.attrs["reading"]["text"])
     say(describe_comments(rows).to_string(header=False))
-    plan = plan_of(rows, clf, refit)
+    plan, replaced = plan_of(rows, clf, refit), replaced_text(out)
+    if replaced:
+        say(replaced)
     with (
         whole_folder(out, obsolete=(CHECKPOINT, "conflicts.tsv")) as folder,
         unfinished_run(out, plan, resume, say) as checkpoints,

@@ -28,7 +28,7 @@ from .tables import Dialect
 # %% auto #0
 __all__ = ['METRICS_FILE', 'FOLDS_FILE', 'METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT',
            'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions',
-           'device', 'settings_of', 'describe_run', 'place_of', 'plan_of', 'unfinished_run']
+           'device', 'settings_of', 'describe_run', 'place_of', 'replaced_text', 'plan_of', 'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
 METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
@@ -295,6 +295,23 @@ def place_of(
         return source
     return source if str(Path(source).resolve()) == path else path
 
+
+# %% ../nbs/05b_run.ipynb #51e36af8
+def replaced_text(
+    out: Path,  # folder that a run is to be written to
+) -> str:  # empty where no run is there
+    "Say which run another one takes the place of."
+    folder = RunFolder(out)
+    if not folder.file(DESCRIPTION):
+        return ""
+    try:
+        then = folder.description()
+        preset, data = then["settings"]["preset"], then["data"]
+        base = preset if "://" in preset else Path(preset).name
+        which = f"the run of {base} on {data['rows']} rows of {Path(data['source']).name}, finished {then['finished']}"
+    except (ValueError, KeyError, TypeError):
+        which = "a run that cannot be read"
+    return f"this replaces {which}, in {out}"
 
 # %% ../nbs/05b_run.ipynb #0df1b82b
 def plan_of(

@@ -692,7 +692,9 @@ def test_resume_of_a_finished_run_does_nothing(run, good, tiny):
 
 def test_resume_with_nothing_to_resume_starts(tmp_path, good, tiny, trained):
     (tmp_path / "run").mkdir()
-    done(*train_arguments(tiny, good, 2), "--resume", "--out", tmp_path / "run")
+    result = done(*train_arguments(tiny, good, 2), "--resume", "--out", tmp_path / "run")
+    assert "no checkpoint" in result.stderr and "from the beginning" in result.stderr
+    assert "replaces" not in result.stderr and "going on" not in result.stderr
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(trained / "run")
 
 
@@ -713,8 +715,10 @@ def test_options_win_over_the_description(tmp_path, good, trained):
 
 def test_training_over_an_earlier_run_replaces_it(tmp_path, good, tiny, run):
     (run / "notes.txt").write_text("my own")
-    old = adapter_bytes(run)
-    done(*train_arguments(tiny, good, 1), "--seed", 5, "--out", run)
+    old, then = adapter_bytes(run), json.loads((run / "run.json").read_text())["finished"]
+    result = done(*train_arguments(tiny, good, 1), "--seed", 5, "--out", run)
+    said = f"this replaces the run of tiny on 24 rows of train.tsv, finished {then}, in {run}"
+    assert result.stderr.splitlines().count(said) == 1
     assert adapter_bytes(run) != old and (run / "notes.txt").read_text() == "my own"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a run", "good.tsv"]
 
