@@ -283,14 +283,12 @@ def train_run(
     started = time.perf_counter() if started is None else started
     kept, held_out = split_comments(rows, 0.2, clf.seed)
     caution = seen_before(source, str(clf.preset))
-    say(rows.attrs["reading"]["text"])
-    say(describe_comments(rows).to_string(header=False))
-    plan, replaced = plan_of(rows, clf, refit), replaced_text(out)
-    if replaced:
-        say(replaced)
+    told = [rows.attrs["reading"]["text"], describe_comments(rows).to_string(header=False), replaced_text(out)]
+    for text in filter(None, told):
+        say(text)
     with (
         whole_folder(out, obsolete=(CHECKPOINT, "conflicts.tsv")) as folder,
-        unfinished_run(out, plan, resume, say) as checkpoints,
+        unfinished_run(out, plan_of(rows, clf, refit), resume, say) as checkpoints,
     ):
         clf.set_params(checkpoint_dir=checkpoints)
         say(f"fitting on {len(kept)} rows, {len(held_out)} held out")
@@ -563,6 +561,20 @@ def _given_recipe(described: Mapping[str, Any], other: Mapping[str, Any]) -> dic
     return {name: value for name, value in recipe.items() if name not in decided}
 
 
+def _check_same_job(run: Path, by: Path) -> None:
+    "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
+    ours, theirs = RunFolder(run).description(), RunFolder(by).metrics()
+    for name in ("data", "base_fingerprint", "recipe"):
+        both = [each.get(name) for each in (ours, theirs)]
+        if name == "data":
+            both = [(each or {}).get("fingerprint") for each in both]
+        if name == "recipe":
+            both = [_given_recipe(ours, theirs), _given_recipe(theirs, ours)]
+        if both[0] is None or both[0] != both[1]:
+            what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
+            raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
+
+# %% ../nbs/06e_judge.ipynb #abe34303
 def _labels_of_run(run: Path) -> list[str] | None:  # by `label_key`, sorted; None where no run.json tells
     if RunFolder(run).file(DESCRIPTION) is None:
         return None
@@ -579,20 +591,6 @@ def _check_labels(run: Path, metrics: Mapping[str, Any], by: Path, table: pd.Dat
         if labels is not None and labels != ours:
             problem = f"the metrics of {run} are for the labels {', '.join(ours)}, {what} for {', '.join(labels)}"
             raise ValueError(f"{problem}: they are of two runs. Evaluate the run again, or give another folder.")
-
-
-def _check_same_job(run: Path, by: Path) -> None:
-    "`ValueError` unless `by` has cross-validated the job of `run`: its rows, its recipe, its base."
-    ours, theirs = RunFolder(run).description(), RunFolder(by).metrics()
-    for name in ("data", "base_fingerprint", "recipe"):
-        both = [each.get(name) for each in (ours, theirs)]
-        if name == "data":
-            both = [(each or {}).get("fingerprint") for each in both]
-        if name == "recipe":
-            both = [_given_recipe(ours, theirs), _given_recipe(theirs, ours)]
-        if both[0] is None or both[0] != both[1]:
-            what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
-            raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
 
 # %% ../nbs/06e_judge.ipynb #f109fafe
 def decide_run(

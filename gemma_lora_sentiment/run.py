@@ -285,7 +285,7 @@ def describe_run(
         "device": device(),
     }
 
-
+# %% ../nbs/05b_run.ipynb #494ec850
 def place_of(
     data: Mapping[str, Any],  # of a description
 ) -> str:  # path or name, to be read
