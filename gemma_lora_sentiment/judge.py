@@ -288,7 +288,7 @@ def train_run(
         say(text)
     with (
         whole_folder(out, obsolete=(CHECKPOINT, "conflicts.tsv")) as folder,
-        unfinished_run(out, plan_of(rows, clf, refit), resume, say) as checkpoints,
+        unfinished_run(out, plan_of(rows, clf, refit, source, reading), resume, say) as checkpoints,
     ):
         clf.set_params(checkpoint_dir=checkpoints)
         say(f"fitting on {len(kept)} rows, {len(held_out)} held out")

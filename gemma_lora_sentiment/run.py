@@ -314,31 +314,53 @@ def replaced_text(
     return f"this replaces {which}, in {out}"
 
 # %% ../nbs/05b_run.ipynb #0df1b82b
+_NOT_COMPARED = ("source", "reading")  # of a plan: for messages, and for whoever goes on with it
+
+
 def plan_of(
     rows: pd.DataFrame,  # id, comment, label
     clf: Any,  # unfitted
     refit: bool,  # whether the saved adapter is fitted on all rows
+    source: str | None = None,  # file or name of the rows
+    reading: Mapping[str, Any] | None = None,  # options with which they were read
 ) -> dict[str, Any]:  # as JSON holds it
     "All that decides what a run comes to."
     base = clf.choose_base()
     plan = {"rows": len(rows), "data": fingerprint(rows), **settings_of(clf), "refit": refit}
     plan |= {"platform": device()["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
     plan |= {"resolved_quantization": base.quantization} if clf.quantization == "auto" else {}
-    return json.loads(json.dumps(plan, default=str))
+    return json.loads(json.dumps({**plan, "source": source, "reading": dict(reading or {})}, default=str))
 
 
-def _planned(folder: Path, plan: dict[str, Any], resume: bool) -> bool:  # whether there is a run to go on with
-    "Raise `RunError` where it is of another plan, `ValueError` where the folder is no run's."
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:  # of two plans; empty where there is none
+    "The first thing in which they differ, as who gave it knows it: a digest tells nobody anything."
     from gemma_lora_sentiment.checkpoint import difference
 
+    then, now = ({"source": None, **plan} for plan in (then, now))
+    if then.get("data") != now["data"]:
+        was, given = (f"{plan['rows']} rows of {plan['source'] or 'a file'}" for plan in (then, now))
+        what = " with other comments or labels, or in another order" if then["rows"] == now["rows"] else ""
+        return f"it was started on {was}, and is given {given}{what}"
+    differs = difference(*({name: plan[name] for name in plan if name not in _NOT_COMPARED} for plan in (then, now)))
+    return f"the base at {now['preset']} has changed" if differs.startswith("base_fingerprint ") else differs
+
+
+# %% ../nbs/05b_run.ipynb #e99a04c0
+def _planned(folder: Path, plan: dict[str, Any], resume: bool) -> bool:  # whether there is a run to go on with
+    "Raise `RunError` where it is of another plan, `ValueError` where the folder is no run's."
     if not (folder / "plan.json").is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
             raise ValueError(f"{folder} is not of an unfinished run. Move it away, or give another --out.")
         return False
-    if resume and (differs := difference(unseal(folder / "plan.json"), plan)):
+    if resume and (differs := _difference(unseal(folder / "plan.json"), plan)):
         what = "Give the file and options it was started with, or leave out --resume to start anew."
         raise RunError(f"{folder} is of another run: {differs}. {what}")
     return True
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob("*/checkpoint.json"))
+
 
 # %% ../nbs/05b_run.ipynb #c0325eca
 @contextmanager
@@ -352,8 +374,9 @@ def unfinished_run(
     folder = out / CHECKPOINT
     made = [path for path in (folder, out) if not path.exists()]
     known = _planned(folder, plan, resume)
-    if known and resume:
-        say(f"going on from {folder}")
+    if resume:
+        nothing = f"there is no checkpoint in {out}: this starts from the beginning"
+        say(f"going on from {folder}" if known and _has_checkpoint(folder) else nothing)
     try:
         if not (known and resume):
             if known:
@@ -362,11 +385,12 @@ def unfinished_run(
             write_atomically(folder / "plan.json", seal(plan))
         yield folder
     except BaseException as error:
-        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError))
-        if (known and resume) or (stopped and any(folder.glob("*/checkpoint.json"))):
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                say("stopped; the same command with --resume goes on")
-        else:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        may_go_on = stopped or isinstance(error, (OSError, MemoryError))
+        if stopped:
+            goes_on = "stopped; the same command with --resume goes on"
+            say(goes_on if _has_checkpoint(folder) else "stopped before the first checkpoint; nothing was kept")
+        if not (known and resume) and not (may_go_on and _has_checkpoint(folder)):
             shutil.rmtree(folder, ignore_errors=True)
             if out in made and not any(out.iterdir()):
                 out.rmdir()
