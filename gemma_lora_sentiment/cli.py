@@ -399,6 +399,13 @@ def _is_done(out: Path, comments: bool) -> bool:
         _warn_of_comments(out)
     return True
 
+
+def _columns_to_resume(out: Path, file: str | None, reading: dict[str, Any] | None) -> dict[str, Any] | None:
+    "Options of reading, with the columns that the unfinished run was started with."
+    from gemma_lora_sentiment.run import RunFolder, with_known_columns
+
+    return reading if file is None else with_known_columns(file, reading, RunFolder(out).reading(unfinished=True))
+
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
 @_guarded
@@ -431,6 +438,7 @@ def train(
     given = {**_given(locals()), "validation_fraction": 0.2 if patience else None}
     if resume and _is_done(out, comments):
         return
+    reading = _columns_to_resume(out, file, reading) if resume else reading
     started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit)
     from gemma_lora_sentiment.judge import train_run
 
@@ -626,12 +634,22 @@ def predict(
 
     _check_table(out)
     _check_apart(out, file)
-    decision = _decision_of_run(run) if calibrated else None
+    decision, how = _decision_of_run(run) if calibrated else None, _how_of_run(run, file, reading)
     score = ray_workers(workers, address) if engine == "ray" else None
     clf = GemmaLoraClassifier.load(run, preset, devices=devices, strategy=strategy)
-    say, how = functools.partial(_say, quiet), _how(reading)
+    say = functools.partial(_say, quiet)
     rows = predict_file(clf, file, out, decision=decision, reading=how, resume=resume, progress=say, score=score)
     print(f"{rows} rows written to {out}")
+
+# %% ../nbs/11_cli.ipynb #cfdc7108
+def _how_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> Any:  # data.Reading
+    "How comments for a run are read. A mistake in the first of them is told here, before the base is loaded."
+    from gemma_lora_sentiment.run import RunFolder, with_known_columns
+    from gemma_lora_sentiment.scale import read_chunks
+
+    how = _how(with_known_columns(file, reading, RunFolder(run).reading(), without=("label_column",)))
+    next(read_chunks(file, reading=how))
+    return how
 
 # %% ../nbs/11_cli.ipynb #daebbade
 def _decision_of_run(run: Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from gemma_lora_sentiment.run import (
     replaced_text,
     unfinished_run,
     whole_folder,
+    with_known_columns,
     write_json,
     write_rows,
 )
@@ -374,6 +375,8 @@ def evaluate_run(
     started = time.perf_counter()
     if Path(out).resolve() != Path(run).resolve() and RunFolder(out).file(DESCRIPTION, FOLDS_FILE):
         raise RunError(f"{out} holds another run, whose numbers this would replace. Give --out another folder.")
+    reading = with_known_columns(source, reading, RunFolder(run).reading())
+    read_comments(source, reading=reading_of(reading))  # its mistakes are told before the base is loaded
     clf = GemmaLoraClassifier.load(run, preset)
     rows = labelled_rows(source, clf, reading)
     say(rows.attrs["reading"]["text"])
@@ -383,10 +386,8 @@ def evaluate_run(
     for line in filter(None, (cautions[-1], why_not and f"no baseline: {why_not}")):
         say(line)
     more = {"reading": reading, "run": str(run)}
-    if any(cautions):
-        more["caution"] = " ".join(filter(None, cautions))
-    if why_not:
-        more["no_baseline"] = "the rows of its training are not there, or have changed"
+    more |= {"caution": " ".join(filter(None, cautions))} if any(cautions) else {}
+    more |= {"no_baseline": "the rows of its training are not there, or have changed"} if why_not else {}
     with whole_folder(out, obsolete=("influence.tsv",)) as folder:
         metrics, probabilities = judge_run(folder, rows, clf, baselines, comments=comments)
         if explain:

@@ -21,14 +21,23 @@ from typing import Any
 import pandas as pd
 
 from . import __version__
-from .data import Reading, describe_comments, duplicate_groups, fingerprint, write_table
+from gemma_lora_sentiment.data import (
+    Reading,
+    describe_comments,
+    duplicate_groups,
+    fingerprint,
+    is_id_name,
+    locate,
+    write_table,
+)
 from .files import RunError, hold, seal, unseal, whole_file, write_atomically
-from .tables import Dialect
+from .tables import Dialect, OpenTable, composed
 
 # %% auto #0
 __all__ = ['METRICS_FILE', 'FOLDS_FILE', 'METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT',
            'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions',
-           'device', 'settings_of', 'describe_run', 'place_of', 'replaced_text', 'plan_of', 'unfinished_run']
+           'device', 'settings_of', 'describe_run', 'place_of', 'with_known_columns', 'replaced_text', 'plan_of',
+           'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
 METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
@@ -169,6 +178,17 @@ class RunFolder:
         "What `run.json` says. `OSError` where there is none, `ValueError` where it is damaged."
         return json.loads((self.path / DESCRIPTION).read_text(encoding="utf-8"))
 
+    def reading(
+        self,
+        unfinished: bool = False,  # of the run that was begun here, not of the one that is here
+    ) -> dict[str, Any]:  # empty where no option was given, or no run is here
+        "Options with which the rows of the run were read. `RunError` where they cannot be told any more."
+        plan = self.path / CHECKPOINT / "plan.json"
+        if unfinished:
+            return dict(unseal(plan).get("reading") or {}) if plan.is_file() else {}
+        data = self.description().get("data") if self.file(DESCRIPTION) else None
+        return dict((data or {}).get("reading") or {})
+
     def is_finished(self) -> bool:
         "Whether a run is here, whole."
         return (self.path / DESCRIPTION).is_file() and not (self.path / CHECKPOINT).exists()
@@ -295,6 +315,37 @@ def place_of(
         return source
     return source if str(Path(source).resolve()) == path else path
 
+
+# %% ../nbs/05b_run.ipynb #7ae87360
+_COLUMNS = ("id_column", "comment_column", "label_column")
+
+
+def _names_in(source: str, reading: Reading) -> list[str]:  # composed
+    "The columns of a file, or of the first one of a folder; none where there is no such file."
+    path = locate(source)
+    if path.is_dir():  # as `predict` reads one
+        path = min((file for file in path.iterdir() if file.name[0] not in "._"), default=path)
+    if not path.is_file():
+        return []
+    fields = [name for name in reading.columns.values() if name is not None]
+    with OpenTable(path, reading.dialect, is_header=reading.is_header, is_id=is_id_name, fields=fields) as table:
+        names = table.names or next((batch.names for batch in table.batches(1)), [])  # JSON has no header
+    return [composed(str(name)) for name in names]
+
+
+def with_known_columns(
+    source: str,  # file, folder or name of the rows to be read
+    given: Mapping[str, Any] | None,  # options of this call
+    known: Mapping[str, Any] | None,  # those of an earlier one, as a run keeps them
+    without: Sequence[str] = (),  # options that this call has no use for
+) -> dict[str, Any]:  # options, as `reading_of` takes them
+    "Options of reading, with the columns of an earlier file where none is given and this file has them."
+    options = dict(given or {})
+    taken = {composed(str(options[name])) for name in _COLUMNS if name in options}
+    known = {name: (known or {}).get(name) for name in _COLUMNS if name not in options and name not in without}
+    known = {name: column for name, column in known.items() if column and composed(column) not in taken}
+    there = _names_in(source, reading_of({**options, **known})) if known else ()
+    return {**options, **{name: column for name, column in known.items() if composed(column) in there}}
 
 # %% ../nbs/05b_run.ipynb #51e36af8
 def replaced_text(

@@ -1531,6 +1531,62 @@ def test_a_run_remembers_how_its_file_was_read(tmp_path, tiny):
     assert "no baseline" not in judged.stderr
 
 
+def test_columns_are_named_once(tmp_path, tiny, monkeypatch):
+    def own(name, rows, header="번호,문의,분류"):
+        (tmp_path / name).write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n", encoding="utf-8")
+
+    own("own.csv", ROWS)
+    options = ["--comment-column", "문의", "--label-column", "분류", "--id-column", "번호"]
+    line = one_error_line(call(*train_arguments(tiny, "own.csv"), "--out", "run", "--quiet"), 2)
+    assert "no comment column" in line and "no label column" in line
+    assert "--comment-column and --label-column" in line and "if these are no names" in line
+    done(*train_arguments(tiny, "own.csv"), *options, "--out", "run")
+    own("new.csv", [row[:2] for row in ROWS[:7]], "번호,문의")
+    done("predict", "run", "new.csv", "--out", "out.tsv")
+    assert pd.read_csv("out.tsv", sep="\t").id.tolist() == [int(row[0]) for row in ROWS[:7]]
+    (tmp_path / "new.jsonl").write_text('{"문의": "맛있어요"}\n{"문의": "별로예요"}\n', encoding="utf-8")
+    done("predict", "run", "new.jsonl", "--out", "out.jsonl")
+    done("evaluate", "run", "own.csv", "--out", "judged")
+    described = json.loads(Path("judged", "metrics.json").read_text(encoding="utf-8"))["data"]
+    assert described["reading"] == {"comment_column": "문의", "label_column": "분류", "id_column": "번호"}
+    (tmp_path / "usual.tsv").write_text(tsv(ROWS[:7]), encoding="utf-8")  # another file's own columns
+    done("predict", "run", "usual.tsv", "--out", "usual.csv")
+    own("both.csv", [(*row, "별로예요") for row in ROWS[:7]], "번호,문의,분류,메모")
+    done("predict", "run", "both.csv", "--comment-column", "메모", "--out", "memo.tsv")  # what is given counts
+    assert set(pd.read_csv("memo.tsv", sep="\t").comment) == {"별로예요"}
+
+    own("other.csv", ROWS[:7], "번호,글,분류")
+    loaded = []
+    monkeypatch.setattr(GemmaLoraClassifier, "load", lambda *_, **__: loaded.append(1))
+    for command in ("predict", "evaluate"):
+        line = one_error_line(call(command, "run", "other.csv", "--out", f"{command}.tsv"), 2)
+        assert "no comment column" in line and not loaded  # before the base, which takes its time
+
+
+def test_columns_of_an_unfinished_run_are_those_it_goes_on_with(tmp_path, tiny, monkeypatch):
+    from gemma_lora_sentiment import training
+
+    lines = ["번호,문의,분류", *(",".join(row) for row in ROWS)]
+    (tmp_path / "own.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    saves, save = [], training.save_checkpoint
+
+    def stopping(*rest):
+        save(*rest)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    options = ["--comment-column", "문의", "--label-column", "분류"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(training, "save_checkpoint", stopping)
+        assert "--resume" in call(*train_arguments(tiny, "own.csv", 2), *options, "--out", "run").stderr
+    result = done(*train_arguments(tiny, "own.csv", 2), "--resume", "--out", "run")
+    assert "going on from" in result.stderr
+    described = json.loads(Path("run", "run.json").read_text(encoding="utf-8"))["data"]
+    assert described["reading"] == {"comment_column": "문의", "label_column": "분류"}
+
+
 def test_words_for_missing_labels_can_be_labels(tmp_path, tiny):
     words = [(i, comment, "None" if label == "0" else "some") for i, comment, label in ROWS]
     (tmp_path / "words.tsv").write_text(tsv(words), encoding="utf-8")
