@@ -378,6 +378,26 @@ def _repeat(
             warnings.warn(f"the run had {name} {then}, here is {here.get(name)}; the bits may differ.", stacklevel=2)
             break
 
+# %% ../nbs/11_cli.ipynb #13c345b7
+def _warn_of_recipe(
+    clf: Any,  # fitted
+    from_run: Path | None,  # run.json of the run that was repeated; None: there was none
+    given: dict[str, Any],  # options of this call; None where left out
+) -> None:
+    "Say what of the recipe is not the run's: no option takes its loss, clipping or schedule over."
+    if from_run is None or given["preset"] is not None or given["recipe"] is not None:
+        return
+    from gemma_lora_sentiment.training import Recipe
+
+    then, now = _description_of_run(from_run)["recipe"], vars(clf.recipe_)
+    then = {**vars(Recipe()), **then}  # what an earlier version did not know, it did not do
+    names = [name for name in now if name not in vars(clf) and then[name] != now[name]]
+    if names:
+        differs = "; ".join(f"{name} {then[name]}, here {now[name]}" for name in names)
+        remedy = "Its result needs the version that made it."
+        warnings.warn(f"the run's recipe had {differs}: this is another fit. {remedy}", stacklevel=2)
+
+
 # %% ../nbs/11_cli.ipynb #c67d0f61
 RowsOfRun = Annotated[
     str | None,
@@ -444,6 +464,7 @@ def train(
 
     say = functools.partial(_say, quiet)
     metrics = train_run(out, *job[:3], **job[3], resume=resume, comments=comments, say=say, started=started)
+    _warn_of_recipe(job[2], from_run, given)
     last = f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}"
     _print_result(metrics, out, comments, last)
 

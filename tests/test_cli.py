@@ -704,6 +704,19 @@ def test_run_repeated_from_its_description(tmp_path, good, trained):
         assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes(), name
 
 
+def test_a_recipe_that_cannot_be_repeated_is_named(tmp_path, good, run):
+    content = json.loads((run / "run.json").read_text())
+    recipe, now = dict(content["recipe"]), {"schedule": content["recipe"]["schedule"], "among_labels": 0.0}
+    assert now["schedule"] == "linear" and recipe.pop("among_labels") == now["among_labels"]  # an old run lacks the key
+    rewrite(run / "run.json", recipe={**recipe, "schedule": "constant", "global_clipnorm": 1.0})
+    result = done("train", good, "--from", run / "run.json", "--quiet", "--out", tmp_path / "again")
+    (line,) = result.stderr.splitlines()
+    assert "the run's recipe had schedule constant, here linear; global_clipnorm 1.0, here 0.0: " in line
+    assert "among_labels" not in line
+    given = ["--preset", content["settings"]["preset"]]  # which says itself that it is another job
+    assert done("train", good, "--from", run / "run.json", *given, "--quiet", "--out", tmp_path / "other").stderr == ""
+
+
 def test_options_win_over_the_description(tmp_path, good, trained):
     arguments = ["train", good, "--from", trained / "run" / "run.json", "--epochs", 1, "--seed", 3]
     done(*arguments, "--out", tmp_path / "run")
