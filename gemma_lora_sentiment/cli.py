@@ -420,11 +420,11 @@ def _is_done(out: Path, comments: bool) -> bool:
     return True
 
 
-def _columns_to_resume(out: Path, file: str | None, reading: dict[str, Any] | None) -> dict[str, Any] | None:
+def _columns_to_resume(out: Path, file: str, reading: dict[str, Any] | None) -> dict[str, Any]:
     "Options of reading, with the columns that the unfinished run was started with."
     from gemma_lora_sentiment.run import RunFolder, with_known_columns
 
-    return reading if file is None else with_known_columns(file, reading, RunFolder(out).reading(unfinished=True))
+    return with_known_columns(file, reading, RunFolder(out).reading(unfinished=True))
 
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
@@ -458,12 +458,11 @@ def train(
     given = {**_given(locals()), "validation_fraction": 0.2 if patience else None}
     if resume and _is_done(out, comments):
         return
-    reading = _columns_to_resume(out, file, reading) if resume else reading
-    started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit)
+    started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit, out if resume else None)
     from gemma_lora_sentiment.judge import train_run
 
-    say = functools.partial(_say, quiet)
-    metrics = train_run(out, *job[:3], **job[3], resume=resume, comments=comments, say=say, started=started)
+    how = {"resume": resume, "comments": comments, "say": functools.partial(_say, quiet), "started": started}
+    metrics = train_run(out, *job[:3], **job[3], **how)
     _warn_of_recipe(job[2], from_run, given)
     last = f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}"
     _print_result(metrics, out, comments, last)
@@ -476,11 +475,14 @@ def _job(
     reading: dict[str, Any] | None,
     from_run: Path | None,  # run.json of a run to repeat
     refit: bool | None,
+    unfinished: Path | None = None,  # folder of the run to go on with
 ) -> tuple[str, Any, Any, dict[str, Any]]:  # file, its rows, classifier, and of train_run: reading and refit
     "What is to be trained on what; every mistake is found here."
     earlier = _description_of_run(from_run) if from_run else None
     if file is None and earlier is None:
         raise ValueError("There is nothing to train on. Give FILE, or --from and the run.json of a run to repeat.")
+    if file is not None and unfinished is not None:
+        reading = _columns_to_resume(unfinished, file, reading)
     if file is None:
         from gemma_lora_sentiment.run import place_of
 

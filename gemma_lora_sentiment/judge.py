@@ -43,8 +43,10 @@ from gemma_lora_sentiment.run import (
     FOLDS_FILE,
     HISTORY,
     METRICS_FILE,
+    PREDICTIONS,
     REPORT,
     RunFolder,
+    damaged_file,
     describe_run,
     place_of,
     plan_of,
@@ -212,6 +214,31 @@ def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bo
         write_rows(folder / "conflicts.tsv", conflicts, comments)
 
 # %% ../nbs/06e_judge.ipynb #112b6244
+_NEEDED = ("n", "classes", *evaluation.METRICS)  # in metrics.json, for a report and a decision
+
+
+def _measured(run: RunFolder) -> dict[str, Any]:  # metrics
+    "Raise `RunError` where the metrics are not whole, `ValueError` where there are none."
+    metrics = run.metrics()
+    if lacking := [name for name in _NEEDED if name not in metrics]:
+        raise damaged_file(run.metrics_file(), f"it has no {lacking[0]}")
+    return metrics
+
+
+def _page_of(run: RunFolder, metrics: Mapping[str, Any], comments: bool = True, limit: int = 20) -> str:
+    "The report of a run's files with these metrics. `RunError` where a file is damaged."
+    tables, predictions = run.tables(), run.predictions(lambda column: column in ("label", "prediction"))
+    description = dict(metrics)
+    if run.metrics_file().name == METRICS_FILE and run.file(DESCRIPTION) and "command" not in metrics:
+        description |= run.description()  # those of `evaluate` and `cross-validate` tell it themselves
+    return report_html(
+        metrics, title=name_of((description.get("data") or {}).get("source", run.path.resolve().name)),
+        description=description, tables=tables if predictions is None else {**tables, "predictions": predictions},
+        figures=run.figures(), history=run.history(), limit=limit,
+        comments=comments and "comment" in tables.get("wrong", ["comment"]),
+    )  # fmt: skip
+
+
 def write_report(
     folder: str | Path,  # of train, evaluate or cross-validate
     *,
@@ -220,17 +247,7 @@ def write_report(
 ) -> Path:  # report.html in the folder
     "Write the report of a run from its files. `ValueError` where there is no metrics.json or cv.json."
     run = RunFolder(folder)
-    metrics, tables = run.metrics(), run.tables()
-    description = dict(metrics)
-    if run.metrics_file().name == METRICS_FILE and run.file(DESCRIPTION):
-        description |= run.description()
-    predictions = run.predictions(lambda column: column in ("label", "prediction"))
-    page = report_html(
-        metrics, title=name_of((description.get("data") or {}).get("source", run.path.resolve().name)),
-        description=description, tables=tables if predictions is None else {**tables, "predictions": predictions},
-        figures=run.figures(), history=run.history(), limit=limit,
-        comments=comments and "comment" in tables.get("wrong", ["comment"]),
-    )  # fmt: skip
+    page = _page_of(run, _measured(run), comments, limit)
     with whole_file(run.path / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.path / REPORT
@@ -324,7 +341,7 @@ def rows_of_run(
         if fingerprint(rows) != data["fingerprint"]:
             return None, f"{data['source']} has changed since the run"
         return _fitted_part(rows, description), ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RunError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return None, f"the run's training rows are not there ({reason})"
 
@@ -593,6 +610,36 @@ def _check_labels(run: Path, metrics: Mapping[str, Any], by: Path, table: pd.Dat
             problem = f"the metrics of {run} are for the labels {', '.join(ours)}, {what} for {', '.join(labels)}"
             raise ValueError(f"{problem}: they are of two runs. Evaluate the run again, or give another folder.")
 
+# %% ../nbs/06e_judge.ipynb #b634e737
+def _costs(cost: Sequence[str], classes: Sequence[Any]) -> dict[Any, float]:  # label -> cost of a mistake on it
+    spelled = by_key(classes)
+    try:
+        pairs = [text.rpartition("=") for text in cost]
+        return {spelled[label_key(label)]: float(number) for label, _, number in pairs}
+    except (KeyError, ValueError):
+        raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
+
+
+def _predicted(
+    run: Path,  # folder of the predictions
+    table: pd.DataFrame,  # of `predictions_of`, its labels checked
+    classes: Sequence[Any],  # in the order of the columns
+) -> tuple[list, np.ndarray, Any]:  # labels (n,), float64 (repeats, n, n_classes), which rows are copies (n,)
+    "Predictions as `choose_decision` takes them. Raises `RunError` where some of them are not there."
+    folder, spelled = RunFolder(run), by_key(classes)
+    n, file = _measured(folder)["n"], folder.file(*PREDICTIONS)
+    repeats = table["repeat"].nunique() if "repeat" in table else 1
+    if len(table) != repeats * n:
+        raise damaged_file(file, f"it has {len(table)} rows, and {folder.metrics_file().name} tells of {repeats * n}")
+    if "group" not in table and "comment" not in table:
+        raise damaged_file(file, "it has no column comment or group")
+    labels = [label_key(label) for label in table.label[:n]]
+    if unknown := [label for label in labels if label not in spelled]:
+        raise damaged_file(file, f"label {unknown[0]} is not one of {', '.join(spelled)}")
+    values = table[[f"p_{label}" for label in classes]].to_numpy(np.float64).reshape(repeats, n, -1)
+    groups = table.group[:n] if "group" in table else duplicate_groups(table.comment[:n])
+    return [spelled[label] for label in labels], values, groups
+
 # %% ../nbs/06e_judge.ipynb #f109fafe
 def decide_run(
     run: Path,  # folder of a run or a cross-validation
@@ -602,25 +649,15 @@ def decide_run(
 ) -> str:  # lines for a person
     "Choose threshold and band of a run and store them with it. Raises `ValueError` for costs that are none."
     folder, table = RunFolder(run), predictions_of(by or run)
-    metrics = folder.metrics()
+    metrics = _measured(folder)
     if by is not None:
         _check_same_job(run, by)
     _check_labels(run, metrics, by or run, table)
-    spelled = by_key(metrics["classes"])
-    try:
-        pairs = [text.rpartition("=") for text in cost]
-        costs = {spelled[label_key(label)]: float(number) for label, _, number in pairs}
-    except (KeyError, ValueError):
-        raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
-    repeats = table["repeat"].nunique() if "repeat" in table else 1
-    n = len(table) // repeats
-    values = table[[f"p_{label}" for label in metrics["classes"]]].to_numpy(np.float64).reshape(repeats, n, -1)
-    labels = [spelled[label_key(label)] for label in table.label[:n]]
+    labels, values, groups = _predicted(by or run, table, metrics["classes"])
+    costs = _costs(cost, metrics["classes"])
     metrics["decision"] = decision.choose_decision(
-        labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
-        groups=table.group[:n] if "group" in table else duplicate_groups(table.comment[:n]),
-    )  # fmt: skip
-    folder.write_metrics(metrics)
-    if folder.file(REPORT):
-        write_report(run)
+        labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy, groups=groups
+    )
+    page = _page_of(folder, metrics) if folder.file(REPORT) else None  # all is there before anything is replaced
+    folder.write_metrics(metrics, page)
     return decision.decision_text(metrics["decision"])

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ from .tables import Dialect, OpenTable, composed
 
 # %% auto #0
 __all__ = ['METRICS_FILE', 'FOLDS_FILE', 'METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT',
-           'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions',
-           'device', 'settings_of', 'describe_run', 'place_of', 'with_known_columns', 'replaced_text', 'plan_of',
-           'unfinished_run']
+           'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'damaged_file',
+           'RunFolder', 'versions', 'device', 'settings_of', 'describe_run', 'place_of', 'with_known_columns',
+           'replaced_text', 'plan_of', 'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
 METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
@@ -137,6 +137,70 @@ def reading_of(
     form = {name: value for name, value in (options or {}).items() if name in ("encoding", "delimiter", "sheet")}
     return Reading(Dialect(**form), **{name: value for name, value in (options or {}).items() if name not in form})
 
+# %% ../nbs/05b_run.ipynb #c3f4b839
+_OF_A_DECISION = ("classes", "temperature", "cost", "threshold", "confidence")  # what it is applied by
+_OBJECTS = ("data", "settings", "recipe", "choices", "versions", "device", "decision")
+
+
+def damaged_file(
+    path: Path,  # of a run
+    reason: object,  # how it is known
+) -> RunError:  # to be raised
+    "What is said of a file that is not as a command wrote it."
+    what = " ".join(str(reason).split())[:200]
+    return RunError(f"{path} is damaged ({what}). Restore it, or run the command that wrote it again.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    "An object, as a command wrote it. `RunError` where it is none."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, error) from None
+    if not isinstance(content, dict):
+        raise damaged_file(path, f"it holds no object, but {json.dumps(content)[:40]}")
+    for name in _OBJECTS:
+        if not isinstance(content.get(name) or {}, dict):
+            raise damaged_file(path, f"{name} is no object, but {json.dumps(content[name])[:40]}")
+    decision = content.get("decision")
+    if decision is not None and (lacking := [name for name in _OF_A_DECISION if name not in decision]):
+        raise damaged_file(path, f"its decision has no {lacking[0]}")
+    return content
+
+
+# %% ../nbs/05b_run.ipynb #98b168e3
+def _check_table(path: Path, table: pd.DataFrame) -> None:
+    "`RunError` where a row is cut, or where no number stands where one belongs."
+    if not isinstance(table.index, pd.RangeIndex):
+        raise damaged_file(path, "its rows have more fields than its header")
+    for name in table:
+        values, is_number = table[name], name.startswith("p_") or name == "suspicion"
+        wrong = pd.to_numeric(values, errors="coerce").isna() if is_number else values.isna()
+        if wrong.any():
+            line = int(wrong.to_numpy().argmax()) + 2
+            raise damaged_file(path, f"line {line} has no {'number' if is_number else 'field'} in column {name}")
+
+
+def _read_table(path: Path, columns: Callable[[str], bool] | None) -> pd.DataFrame:  # text
+    form = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": str, "keep_default_na": False, "usecols": columns}
+    try:
+        table = pd.read_csv(path, **form)
+    except ValueError as error:
+        raise damaged_file(path, error) from None
+    _check_table(path, table)
+    return table
+
+
+def _read_history(path: Path) -> pd.DataFrame | None:  # None: a run of no epochs has no columns
+    try:
+        table = pd.read_csv(path) if path.read_text(encoding="utf-8").strip() else None
+    except ValueError as error:
+        raise damaged_file(path, error) from None
+    if table is not None and (words := list(table.select_dtypes(exclude="number"))):
+        raise damaged_file(path, f"column {words[0]} holds no numbers")
+    return table
+
+
 # %% ../nbs/05b_run.ipynb #8ac95f24
 class RunFolder:
     """What lies in the folder of a run, of its evaluation, or of a cross-validation."""
@@ -163,20 +227,25 @@ class RunFolder:
         return found
 
     def metrics(self) -> dict[str, Any]:  # as they were written
-        "The metrics. `ValueError` where there are none, or where the file is damaged."
-        return json.loads(self.metrics_file().read_text(encoding="utf-8"))
+        "The metrics. `ValueError` where there are none, `RunError` where the file is damaged."
+        return _read_json(self.metrics_file())
 
     def write_metrics(
         self,
         metrics: dict[str, Any],  # in place of the old ones
+        report: str | None = None,  # the page that tells of them, in place of the old one; None leaves that
     ) -> None:
-        "Replace the metrics, whole or not at all."
-        with whole_file(self.metrics_file()) as temporary:
-            write_json(temporary, metrics)
+        "Replace the metrics, and the report with them: both are written before either takes its place."
+        with ExitStack() as files:
+            numbers = files.enter_context(whole_file(self.metrics_file()))
+            if report is not None:
+                page = files.enter_context(whole_file(self.path / REPORT))
+                page.write_text(report, encoding="utf-8")
+            write_json(numbers, metrics)
 
     def description(self) -> dict[str, Any]:  # of `describe_run`
-        "What `run.json` says. `OSError` where there is none, `ValueError` where it is damaged."
-        return json.loads((self.path / DESCRIPTION).read_text(encoding="utf-8"))
+        "What `run.json` says. `OSError` where there is none, `RunError` where it is damaged."
+        return _read_json(self.path / DESCRIPTION)
 
     def reading(
         self,
@@ -198,17 +267,20 @@ class RunFolder:
         *names: str,  # of files; the first that is there is meant
         columns: Callable[[str], bool] | None = None,  # which columns to read; None: all
     ) -> pd.DataFrame | None:  # text; None where there is no such file
-        "A table as it was written: tabs between, quotes are characters like others."
+        "A table as it was written: tabs between, quotes are characters like others. `RunError` where it is damaged."
         path = self.file(*names)
-        form = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": str, "keep_default_na": False, "usecols": columns}
-        return None if path is None else pd.read_csv(path, **form)
+        return None if path is None else _read_table(path, columns)
 
     def predictions(
         self,
         columns: Callable[[str], bool] | None = None,  # which columns to read; None: all
     ) -> pd.DataFrame | None:  # id, comment or group, label, prediction, p_<label> ...; text
-        "Predictions of rows that were not trained on."
-        return self.table(*PREDICTIONS, columns=columns)
+        "Predictions of rows that were not trained on. `RunError` where they are damaged."
+        table = self.table(*PREDICTIONS, columns=columns)
+        for name in ("label", "prediction") if table is not None else ():
+            if name not in table and (columns is None or columns(name)):
+                raise damaged_file(self.file(*PREDICTIONS), f"it has no column {name}")
+        return table
 
     def tables(self) -> dict[str, pd.DataFrame]:  # name without its suffix -> text
         "What a person should read: mistakes, likely label errors, copies with different labels, tokens that moved it."
@@ -223,10 +295,9 @@ class RunFolder:
                 if path.suffix in (".png", ".svg") and not path.name.startswith(".")}  # fmt: skip
 
     def history(self) -> pd.DataFrame | None:  # of training, a row an epoch
-        "The course of training; None where nothing was trained."
+        "The course of training; None where nothing was trained. `RunError` where the file is damaged."
         path = self.file(HISTORY)
-        trained = path is not None and path.read_text(encoding="utf-8").strip()  # a run of no epochs has no columns
-        return pd.read_csv(path) if trained else None
+        return None if path is None else _read_history(path)
 
     def with_comments(self) -> list[Path]:  # sorted
         "Tables that hold comments."
@@ -360,7 +431,7 @@ def replaced_text(
         preset, data = then["settings"]["preset"], then["data"]
         base = preset if "://" in preset else Path(preset).name
         which = f"the run of {base} on {data['rows']} rows of {Path(data['source']).name}, finished {then['finished']}"
-    except (ValueError, KeyError, TypeError):
+    except (RunError, KeyError, TypeError):
         which = "a run that cannot be read"
     return f"this replaces {which}, in {out}"
 

@@ -968,6 +968,51 @@ def test_decide_refuses_numbers_of_another_run(run):
     done("decide", run)
 
 
+DAMAGE = {  # file of a run: what it holds then, from what it held
+    "metrics.json": (lambda data: data[: len(data) // 2], lambda data: b"{}", lambda data: b"[1]", lambda data: b"null",
+                     lambda data: b"\xff\xfe", lambda data: json.dumps({**json.loads(data), "decision": 5}).encode(),
+                     lambda data: json.dumps({**json.loads(data), "decision": {"classes": ["0", "1"]}}).encode()),
+    "run.json": (lambda data: data[: len(data) // 2], lambda data: b"[1]", lambda data: b'{"data": 5}'),
+    "predictions.tsv": (lambda data: data[: len(data) // 2], lambda data: data[: data.rindex(b"\n", 0, -1) + 1],
+                        lambda data: data.replace(b"\tprediction\t", b"\tguess\t"), lambda data: bytes(range(256)),
+                        lambda data: data.replace(b"comment", b"words"), lambda data: b"",
+                        lambda data: data.replace(b"0.", b"o.")),
+    "wrong.tsv": (lambda data: data.rstrip(b"\n").rpartition(b"\t")[0], lambda data: bytes(range(256))),
+    "history.csv": (lambda data: bytes(range(128, 256)), lambda data: data.replace(b"0.", b"o.")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name, cases in DAMAGE.items() for case in range(len(cases))])
+def test_a_damaged_file_is_named_and_the_folder_left_as_it_was(name, case, run):
+    if name == "wrong.tsv":  # with a row of it, whatever this random base got wrong
+        (run / name).write_text("id\tcomment\tlabel\tprediction\tp_0\tp_1\n7\t굿\t1\t0\t0.6\t0.4\n", encoding="utf-8")
+    (run / name).write_bytes(DAMAGE[name][case]((run / name).read_bytes()))
+    before = tree(run)
+    line = one_error_line(call("decide", run, "--cost", "0=5"), 2)
+    assert f"{run / name} is damaged (" in line and "Restore it" in line
+    assert tree(run) == before
+
+
+def test_predict_names_a_damaged_decision(tmp_path, good, run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for decision in (5, {"classes": ["0", "1"]}):
+        (run / "metrics.json").write_text(json.dumps({**metrics, "decision": decision}))
+        line = fails(tmp_path, tmp_path / "new" / "out.tsv", "predict", run, good, "--calibrated")
+        assert f"{run / 'metrics.json'} is damaged" in line and "decision" in line
+
+
+def test_a_report_that_cannot_be_written_leaves_the_decision_as_it_was(run, monkeypatch):
+    from gemma_lora_sentiment import judge
+
+    before = tree(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "report_html", lambda *_, **__: "\ud800")  # what no file can hold
+        one_error_line(call("decide", run, "--cost", "0=5"), 2)
+    assert tree(run) == before
+    done("decide", run, "--cost", "0=5")
+    assert tree(run)["metrics.json"] != before["metrics.json"] and tree(run)["report.html"] != before["report.html"]
+
+
 def test_suggest(tmp_path, trained):
     (tmp_path / "new.txt").write_text("\n".join(f"{PHRASES[i % 6]} {i}" for i in range(30)), encoding="utf-8")
     result = done("suggest", trained / "run", tmp_path / "new.txt", "--out", tmp_path / "next.tsv", "--number", 4)
@@ -1027,6 +1072,16 @@ def test_the_rows_of_a_run_are_found_from_another_folder(tmp_path, tiny, monkeyp
     older = {name: value for name, value in data.items() if name != "path"}
     rewrite(tmp_path / "run" / "run.json", data={**older, "source": str(tmp_path / "train.tsv")})
     assert "no baseline" not in done("evaluate", "../run", "../new.tsv", "--out", "judged").stderr
+
+
+def test_the_report_of_a_run_that_is_evaluated_in_its_folder_says_so(tmp_path, run):
+    new = tsv([("y", "처음 보는 말이에요", "1"), ("z", "또 다른 말", "0")])
+    (tmp_path / "new.tsv").write_text(new, encoding="utf-8")
+    done("evaluate", run, tmp_path / "new.tsv", "--out", run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "A saved run, judged on the 2 comments of a file." in page and "were held out" not in page
+    done("decide", run)
+    assert "A saved run, judged on the 2 comments" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_evaluate_says_which_rows_the_run_was_trained_on(tmp_path, good, tiny, run):
