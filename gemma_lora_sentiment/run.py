@@ -174,11 +174,12 @@ def _check_table(path: Path, table: pd.DataFrame) -> None:
     if not isinstance(table.index, pd.RangeIndex):
         raise damaged_file(path, "its rows have more fields than its header")
     for name in table:
-        values, is_number = table[name], name.startswith("p_") or name == "suspicion"
-        wrong = pd.to_numeric(values, errors="coerce").isna() if is_number else values.isna()
+        if name.startswith("p_") or name == "suspicion":
+            what, wrong = "number", pd.to_numeric(table[name], errors="coerce").isna()
+        else:  # a field that is not there is read as an empty one
+            what, wrong = "text", (table[name] == "") & (name in ("label", "prediction"))
         if wrong.any():
-            line = int(wrong.to_numpy().argmax()) + 2
-            raise damaged_file(path, f"line {line} has no {'number' if is_number else 'field'} in column {name}")
+            raise damaged_file(path, f"line {int(wrong.to_numpy().argmax()) + 2} has no {what} in column {name}")
 
 
 def _read_table(path: Path, columns: Callable[[str], bool] | None) -> pd.DataFrame:  # text
