@@ -387,10 +387,8 @@ def _warn_of_recipe(
     "Say what of the recipe is not the run's: no option takes its loss, clipping or schedule over."
     if from_run is None or given["preset"] is not None or given["recipe"] is not None:
         return
-    from gemma_lora_sentiment.training import Recipe
-
     then, now = _description_of_run(from_run)["recipe"], vars(clf.recipe_)
-    then = {**vars(Recipe()), **then}  # what an earlier version did not know, it did not do
+    then = {**vars(type(clf.recipe_)()), **then}  # what an earlier version did not know, it did not do
     names = [name for name in now if name not in vars(clf) and then[name] != now[name]]
     if names:
         differs = "; ".join(f"{name} {then[name]}, here {now[name]}" for name in names)

@@ -12,7 +12,7 @@ import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,8 +169,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # %% ../nbs/05b_run.ipynb #98b168e3
-def _check_table(path: Path, table: pd.DataFrame) -> None:
-    "`RunError` where a row is cut, or where no number stands where one belongs."
+def _check_table(path: Path, table: pd.DataFrame, needed: Iterable[str]) -> None:  # columns
+    "`RunError` where a column or a part of a row is not there, or where no number stands where one belongs."
+    if lacking := [name for name in needed if name not in table]:
+        raise damaged_file(path, f"it has no column {lacking[0]}")
     if not isinstance(table.index, pd.RangeIndex):
         raise damaged_file(path, "its rows have more fields than its header")
     for name in table:
@@ -182,13 +184,13 @@ def _check_table(path: Path, table: pd.DataFrame) -> None:
             raise damaged_file(path, f"line {int(wrong.to_numpy().argmax()) + 2} has no {what} in column {name}")
 
 
-def _read_table(path: Path, columns: Callable[[str], bool] | None) -> pd.DataFrame:  # text
+def _read_table(path: Path, columns: Callable[[str], bool] | None, needed: Iterable[str] = ()) -> pd.DataFrame:  # text
     form = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": str, "keep_default_na": False, "usecols": columns}
     try:
         table = pd.read_csv(path, **form)
     except ValueError as error:
         raise damaged_file(path, error) from None
-    _check_table(path, table)
+    _check_table(path, table, needed)
     return table
 
 
@@ -277,11 +279,8 @@ class RunFolder:
         columns: Callable[[str], bool] | None = None,  # which columns to read; None: all
     ) -> pd.DataFrame | None:  # id, comment or group, label, prediction, p_<label> ...; text
         "Predictions of rows that were not trained on. `RunError` where they are damaged."
-        table = self.table(*PREDICTIONS, columns=columns)
-        for name in ("label", "prediction") if table is not None else ():
-            if name not in table and (columns is None or columns(name)):
-                raise damaged_file(self.file(*PREDICTIONS), f"it has no column {name}")
-        return table
+        path, needed = self.file(*PREDICTIONS), filter(columns, ("label", "prediction"))
+        return None if path is None else _read_table(path, columns, needed)
 
     def tables(self) -> dict[str, pd.DataFrame]:  # name without its suffix -> text
         "What a person should read: mistakes, likely label errors, copies with different labels, tokens that moved it."
