@@ -616,8 +616,8 @@ def suggest(
 
     _check_table(out)
     _check_apart(out, file)
+    rows = _read(file, _columns_of_run(run, file, reading), labelled=False)
     clf = GemmaLoraClassifier.load(run, preset)
-    rows = _read(file, reading, labelled=False)
     check_folder(out)
     _say_how_read(quiet, rows)
     _say(quiet, f"scoring {len(rows)} comments")
@@ -663,12 +663,18 @@ def predict(
     print(f"{rows} rows written to {out}")
 
 # %% ../nbs/11_cli.ipynb #cfdc7108
+def _columns_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> dict[str, Any]:
+    "Options of reading comments without labels, with the columns of the run's own file where this one has them."
+    from gemma_lora_sentiment.run import RunFolder, with_known_columns
+
+    return with_known_columns(file, reading, RunFolder(run).reading(), without=("label_column",))
+
+
 def _how_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> Any:  # data.Reading
     "How comments for a run are read. A mistake in the first of them is told here, before the base is loaded."
-    from gemma_lora_sentiment.run import RunFolder, with_known_columns
     from gemma_lora_sentiment.scale import read_chunks
 
-    how = _how(with_known_columns(file, reading, RunFolder(run).reading(), without=("label_column",)))
+    how = _how(_columns_of_run(run, file, reading))
     next(read_chunks(file, reading=how))
     return how
 

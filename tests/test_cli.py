@@ -1614,6 +1614,7 @@ def test_columns_are_named_once(tmp_path, tiny, monkeypatch):
     assert pd.read_csv("out.tsv", sep="\t").id.tolist() == [int(row[0]) for row in ROWS[:7]]
     (tmp_path / "new.jsonl").write_text('{"문의": "맛있어요"}\n{"문의": "별로예요"}\n', encoding="utf-8")
     done("predict", "run", "new.jsonl", "--out", "out.jsonl")
+    done("suggest", "run", "new.csv", "--out", "next.tsv", "--number", 2)
     done("evaluate", "run", "own.csv", "--out", "judged")
     described = json.loads(Path("judged", "metrics.json").read_text(encoding="utf-8"))["data"]
     assert described["reading"] == {"comment_column": "문의", "label_column": "분류", "id_column": "번호"}
@@ -1626,7 +1627,7 @@ def test_columns_are_named_once(tmp_path, tiny, monkeypatch):
     own("other.csv", ROWS[:7], "번호,글,분류")
     loaded = []
     monkeypatch.setattr(GemmaLoraClassifier, "load", lambda *_, **__: loaded.append(1))
-    for command in ("predict", "evaluate"):
+    for command in ("predict", "evaluate", "suggest"):
         line = one_error_line(call(command, "run", "other.csv", "--out", f"{command}.tsv"), 2)
         assert "no comment column" in line and not loaded  # before the base, which takes its time
 
