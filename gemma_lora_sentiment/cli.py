@@ -317,7 +317,7 @@ def _description_of_run(path: Path) -> dict[str, Any]:
         settings = {name: value for name, value in dict(run["settings"]).items() if name != "checkpoint_dir"}
         data, recipe = {**run["data"]}, {**run["recipe"]}
         known = {"settings": settings, "data": {name: data[name] for name in ("source", "rows", "fingerprint")}}
-        known["data"]["reading"] = {**data.get("reading", {})}
+        known["data"] |= {"path": data.get("path"), "reading": {**data.get("reading", {})}}
         known |= {"recipe": recipe, "refit": run.get("refit", True), "versions": {**run["versions"]}}
         known["quantization"] = run.get("quantization", settings.get("quantization"))  # earlier versions had no "auto"
         return known | {name: run[name] for name in ("dtype", "base_fingerprint", "device")}
@@ -378,6 +378,24 @@ def _repeat(
             warnings.warn(f"the run had {name} {then}, here is {here.get(name)}; the bits may differ.", stacklevel=2)
             break
 
+# %% ../nbs/11_cli.ipynb #13c345b7
+def _warn_of_recipe(
+    clf: Any,  # fitted
+    from_run: Path | None,  # run.json of the run that was repeated; None: there was none
+    given: dict[str, Any],  # options of this call; None where left out
+) -> None:
+    "Say what of the recipe is not the run's: no option takes its loss, clipping or schedule over."
+    if from_run is None or given["preset"] is not None or given["recipe"] is not None:
+        return
+    then, now = _description_of_run(from_run)["recipe"], vars(clf.recipe_)
+    then = {**vars(type(clf.recipe_)()), **then}  # what an earlier version did not know, it did not do
+    names = [name for name in now if name not in vars(clf) and then[name] != now[name]]
+    if names:
+        differs = "; ".join(f"{name} {then[name]}, here {now[name]}" for name in names)
+        remedy = "Its result needs the version that made it."
+        warnings.warn(f"the run's recipe had {differs}: this is another fit. {remedy}", stacklevel=2)
+
+
 # %% ../nbs/11_cli.ipynb #c67d0f61
 RowsOfRun = Annotated[
     str | None,
@@ -398,6 +416,13 @@ def _is_done(out: Path, comments: bool) -> bool:
     if not comments:
         _warn_of_comments(out)
     return True
+
+
+def _columns_to_resume(out: Path, file: str, reading: dict[str, Any] | None) -> dict[str, Any]:
+    "Options of reading, with the columns that the unfinished run was started with."
+    from gemma_lora_sentiment.run import RunFolder, with_known_columns
+
+    return with_known_columns(file, reading, RunFolder(out).reading(unfinished=True))
 
 # %% ../nbs/11_cli.ipynb #7abab779
 @app.command()
@@ -431,11 +456,12 @@ def train(
     given = {**_given(locals()), "validation_fraction": 0.2 if patience else None}
     if resume and _is_done(out, comments):
         return
-    started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit)
+    started, job = time.perf_counter(), _job(quiet, given, file, reading, from_run, refit, out if resume else None)
     from gemma_lora_sentiment.judge import train_run
 
-    say = functools.partial(_say, quiet)
-    metrics = train_run(out, *job[:3], **job[3], resume=resume, comments=comments, say=say, started=started)
+    how = {"resume": resume, "comments": comments, "say": functools.partial(_say, quiet), "started": started}
+    metrics = train_run(out, *job[:3], **job[3], **how)
+    _warn_of_recipe(job[2], from_run, given)
     last = f"{metrics['n']} held-out rows, {metrics['seconds']:.0f} s; run saved in {out}"
     _print_result(metrics, out, comments, last)
 
@@ -447,13 +473,18 @@ def _job(
     reading: dict[str, Any] | None,
     from_run: Path | None,  # run.json of a run to repeat
     refit: bool | None,
+    unfinished: Path | None = None,  # folder of the run to go on with
 ) -> tuple[str, Any, Any, dict[str, Any]]:  # file, its rows, classifier, and of train_run: reading and refit
     "What is to be trained on what; every mistake is found here."
     earlier = _description_of_run(from_run) if from_run else None
     if file is None and earlier is None:
         raise ValueError("There is nothing to train on. Give FILE, or --from and the run.json of a run to repeat.")
+    if file is not None and unfinished is not None:
+        reading = _columns_to_resume(unfinished, file, reading)
     if file is None:
-        file, reading = earlier["data"]["source"], reading or earlier["data"]["reading"]
+        from gemma_lora_sentiment.run import place_of
+
+        file, reading = place_of(earlier["data"]), reading or earlier["data"]["reading"]
     refit = (earlier["refit"] if earlier else True) if refit is None else refit
     rows = _read(file, reading)  # before the classifier's imports: a bad file is told at once
     if earlier:
@@ -585,8 +616,8 @@ def suggest(
 
     _check_table(out)
     _check_apart(out, file)
+    rows = _read(file, _columns_of_run(run, file, reading), labelled=False)
     clf = GemmaLoraClassifier.load(run, preset)
-    rows = _read(file, reading, labelled=False)
     check_folder(out)
     _say_how_read(quiet, rows)
     _say(quiet, f"scoring {len(rows)} comments")
@@ -624,12 +655,28 @@ def predict(
 
     _check_table(out)
     _check_apart(out, file)
-    decision = _decision_of_run(run) if calibrated else None
+    decision, how = _decision_of_run(run) if calibrated else None, _how_of_run(run, file, reading)
     score = ray_workers(workers, address) if engine == "ray" else None
     clf = GemmaLoraClassifier.load(run, preset, devices=devices, strategy=strategy)
-    say, how = functools.partial(_say, quiet), _how(reading)
+    say = functools.partial(_say, quiet)
     rows = predict_file(clf, file, out, decision=decision, reading=how, resume=resume, progress=say, score=score)
     print(f"{rows} rows written to {out}")
+
+# %% ../nbs/11_cli.ipynb #cfdc7108
+def _columns_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> dict[str, Any]:
+    "Options of reading comments without labels, with the columns of the run's own file where this one has them."
+    from gemma_lora_sentiment.run import RunFolder, with_known_columns
+
+    return with_known_columns(file, reading, RunFolder(run).reading(), without=("label_column",))
+
+
+def _how_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> Any:  # data.Reading
+    "How comments for a run are read. A mistake in the first of them is told here, before the base is loaded."
+    from gemma_lora_sentiment.scale import read_chunks
+
+    how = _how(_columns_of_run(run, file, reading))
+    next(read_chunks(file, reading=how))
+    return how
 
 # %% ../nbs/11_cli.ipynb #daebbade
 def _decision_of_run(run: Path) -> dict[str, Any]:

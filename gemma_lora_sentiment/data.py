@@ -655,24 +655,29 @@ def _further_blanks(batches: Iterator[Batch], roles: dict[str, object], at: _Pla
     return blank
 
 
+# %% ../nbs/00_data.ipynb #a29b15d5
 def _roles(
     names: Iterable[object], labelled: bool, reading: Reading, at: _Place, table: OpenTable | None = None
 ) -> dict[str, object]:
     "What `find_columns` finds; a `DataError` where a column that is needed is not there."
     names = list(names)
     roles = find_columns(names, **reading.columns, source=at.source)
-    for role in ("comment", "label") if labelled else ("comment",):
-        if roles[role] is None:
-            remedy = f"Name it with {role}_column=..., or add a header line."
-            if role == "label":
-                remedy = "Name it with label_column=..., or pass labelled=False for comments to predict."
-            if role == "comment" and (mark := _mark_in(names, reading)):
-                problem = f"no comment column among {listed(names)}: the header has {mark!r} between names, too."
-                raise at.error(f"{problem} Use one delimiter throughout, or pass delimiter=... with it.", column=role)
-            wanted = ", ".join(_SYNONYMS[role])
-            remedy = remedy if table is None else _remedy_in(table, role, remedy)
-            raise at.error(f"no {role} column among {listed(names)} (wanted: {wanted}). {remedy}", column=role)
-    return roles
+    missing = [role for role in (("comment", "label") if labelled else ("comment",)) if roles[role] is None]
+    if not missing:
+        return roles
+    role = missing[0]
+    if role == "comment" and (mark := _mark_in(names, reading)):
+        problem = f"no comment column among {listed(names)}: the header has {mark!r} between names, too."
+        raise at.error(f"{problem} Use one delimiter throughout, or pass delimiter=... with it.", column=role)
+    wanted = [f"(wanted: {', '.join(_SYNONYMS[each])})" for each in missing]
+    problem = f"no {role} column among {listed(names)} {', and no label column '.join(wanted)}."
+    remedy = "Name it with label_column=..., or pass labelled=False for comments to predict."
+    if role == "comment":
+        it, options = "them" if missing[1:] else "it", " and ".join(f"{each}_column=..." for each in missing)
+        remedy = f"Name {it} with {options}, or add a header line if these are no names."
+    remedy = remedy if table is None else _remedy_in(table, role, remedy)
+    raise at.error(f"{problem} {remedy}", column=role)
+
 
 # %% ../nbs/00_data.ipynb #76ef1d2f
 def _remedy_in(table: OpenTable, role: str, remedy: str) -> str:

@@ -17,8 +17,9 @@ from sklearn.base import clone
 
 # %% auto #0
 __all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
-           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'baselines_of_run', 'evaluate_run',
-           'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
+           'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'rows_of_run', 'trained_on',
+           'baselines_of_run', 'evaluate_run', 'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs',
+           'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #e2e1c0b7
 from . import decision, evaluation, figures, intervals, labelling
@@ -28,6 +29,7 @@ from gemma_lora_sentiment.data import (
     duplicate_groups,
     fingerprint,
     label_key,
+    leaked_comments,
     read_comments,
     split_comments,
     write_table,
@@ -41,13 +43,18 @@ from gemma_lora_sentiment.run import (
     FOLDS_FILE,
     HISTORY,
     METRICS_FILE,
+    PREDICTIONS,
     REPORT,
     RunFolder,
+    damaged_file,
     describe_run,
+    place_of,
     plan_of,
     reading_of,
+    replaced_text,
     unfinished_run,
     whole_folder,
+    with_known_columns,
     write_json,
     write_rows,
 )
@@ -207,6 +214,31 @@ def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bo
         write_rows(folder / "conflicts.tsv", conflicts, comments)
 
 # %% ../nbs/06e_judge.ipynb #112b6244
+_NEEDED = ("n", "classes", *evaluation.METRICS)  # in metrics.json, for a report and a decision
+
+
+def _measured(run: RunFolder) -> dict[str, Any]:  # metrics
+    "Raise `RunError` where the metrics are not whole, `ValueError` where there are none."
+    metrics = run.metrics()
+    if lacking := [name for name in _NEEDED if name not in metrics]:
+        raise damaged_file(run.metrics_file(), f"it has no {lacking[0]}")
+    return metrics
+
+
+def _page_of(run: RunFolder, metrics: Mapping[str, Any], comments: bool = True, limit: int = 20) -> str:
+    "The report of a run's files with these metrics. `RunError` where a file is damaged."
+    tables, predictions = run.tables(), run.predictions(lambda column: column in ("label", "prediction"))
+    description = dict(metrics)
+    if run.metrics_file().name == METRICS_FILE and run.file(DESCRIPTION) and "command" not in metrics:
+        description |= run.description()  # those of `evaluate` and `cross-validate` tell it themselves
+    return report_html(
+        metrics, title=name_of((description.get("data") or {}).get("source", run.path.resolve().name)),
+        description=description, tables=tables if predictions is None else {**tables, "predictions": predictions},
+        figures=run.figures(), history=run.history(), limit=limit,
+        comments=comments and "comment" in tables.get("wrong", ["comment"]),
+    )  # fmt: skip
+
+
 def write_report(
     folder: str | Path,  # of train, evaluate or cross-validate
     *,
@@ -215,17 +247,7 @@ def write_report(
 ) -> Path:  # report.html in the folder
     "Write the report of a run from its files. `ValueError` where there is no metrics.json or cv.json."
     run = RunFolder(folder)
-    metrics, tables = run.metrics(), run.tables()
-    description = dict(metrics)
-    if run.metrics_file().name == METRICS_FILE and run.file(DESCRIPTION):
-        description |= run.description()
-    predictions = run.predictions(lambda column: column in ("label", "prediction"))
-    page = report_html(
-        metrics, title=name_of((description.get("data") or {}).get("source", run.path.resolve().name)),
-        description=description, tables=tables if predictions is None else {**tables, "predictions": predictions},
-        figures=run.figures(), history=run.history(), limit=limit,
-        comments=comments and "comment" in tables.get("wrong", ["comment"]),
-    )  # fmt: skip
+    page = _page_of(run, _measured(run), comments, limit)
     with whole_file(run.path / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.path / REPORT
@@ -279,12 +301,12 @@ def train_run(
     started = time.perf_counter() if started is None else started
     kept, held_out = split_comments(rows, 0.2, clf.seed)
     caution = seen_before(source, str(clf.preset))
-    say(rows.attrs["reading"]["text"])
-    say(describe_comments(rows).to_string(header=False))
-    plan = plan_of(rows, clf, refit)
+    told = [rows.attrs["reading"]["text"], describe_comments(rows).to_string(header=False), replaced_text(out)]
+    for text in filter(None, told):
+        say(text)
     with (
         whole_folder(out, obsolete=(CHECKPOINT, "conflicts.tsv")) as folder,
-        unfinished_run(out, plan, resume, say) as checkpoints,
+        unfinished_run(out, plan_of(rows, clf, refit, source, reading), resume, say) as checkpoints,
     ):
         clf.set_params(checkpoint_dir=checkpoints)
         say(f"fitting on {len(kept)} rows, {len(held_out)} held out")
@@ -302,20 +324,55 @@ def train_run(
     return metrics
 
 # %% ../nbs/06e_judge.ipynb #a61734c9
+def _fitted_part(rows: pd.DataFrame, description: Mapping[str, Any]) -> pd.DataFrame:
+    "Of a run's rows those that the saved adapter was fitted on."
+    has_held_out = description.get("command") == "train" and description.get("refit") is False
+    return split_comments(rows, 0.2, description["settings"]["seed"])[0] if has_held_out else rows
+
+
+def rows_of_run(
+    run: Path,  # folder of a saved run
+) -> tuple[pd.DataFrame | None, str]:  # id, comment, label; None and why not
+    "The rows that a saved run was fitted on, where they are still there and unchanged."
+    try:
+        description = RunFolder(run).description()
+        data = description["data"]
+        rows = read_comments(place_of(data), reading=reading_of(data.get("reading")))
+        if fingerprint(rows) != data["fingerprint"]:
+            return None, f"{data['source']} has changed since the run"
+        return _fitted_part(rows, description), ""
+    except (OSError, ValueError, KeyError, TypeError, RunError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return None, f"the run's training rows are not there ({reason})"
+
+
+def trained_on(
+    rows: pd.DataFrame,  # id, comment, label: to judge by
+    run: Path,  # folder of a saved run
+    training: pd.DataFrame | None,  # of `rows_of_run`; None: these rows are known to be the run's by their fingerprint
+) -> str:  # a caution; empty where no row is known to be one of them
+    "Say how many of the rows a run was fitted on."
+    if training is None and RunFolder(run).file(DESCRIPTION):
+        description = RunFolder(run).description()
+        is_same = (description.get("data") or {}).get("fingerprint") == fingerprint(rows)
+        training = _fitted_part(rows, description) if is_same else None
+    many = 0 if training is None else len(leaked_comments(training, rows))
+    if not many:
+        return ""
+    are = "is a training row" if many == 1 else "are training rows"
+    which = f"{many} of these {len(rows)} comments {are} of the run (case and punctuation aside)"
+    return f"{which}: what is measured on them says nothing about new comments."
+
+
+# %% ../nbs/06e_judge.ipynb #fbdef647
 def baselines_of_run(
     run: Path,  # folder of a saved run
     clf: Any,  # loaded from it
 ) -> tuple[dict[str, Any] | None, str]:  # fitted baselines or None, and why not
     "What a saved run is compared with, fitted on the rows that it was fitted on."
-    try:
-        data = RunFolder(run).description()["data"]
-        rows = read_comments(data["source"], reading=reading_of(data.get("reading")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return None, f"no baseline: the run's training rows are not there ({reason})"
-    if fingerprint(rows) != data["fingerprint"]:
-        return None, f"no baseline: {data['source']} has changed since the run"
-    return fitted_baselines(rows, clf), ""
+    rows, why_not = rows_of_run(run)
+    return (None, f"no baseline: {why_not}") if rows is None else (fitted_baselines(rows, clf), "")
+
 
 # %% ../nbs/06e_judge.ipynb #ee3d3c54
 def evaluate_run(
@@ -335,15 +392,19 @@ def evaluate_run(
     started = time.perf_counter()
     if Path(out).resolve() != Path(run).resolve() and RunFolder(out).file(DESCRIPTION, FOLDS_FILE):
         raise RunError(f"{out} holds another run, whose numbers this would replace. Give --out another folder.")
+    reading = with_known_columns(source, reading, RunFolder(run).reading())
+    read_comments(source, reading=reading_of(reading))  # its mistakes are told before the base is loaded
     clf = GemmaLoraClassifier.load(run, preset)
     rows = labelled_rows(source, clf, reading)
     say(rows.attrs["reading"]["text"])
-    baselines, why_not = baselines_of_run(run, clf)
-    if why_not:
-        say(why_not)
-    more = {"reading": reading, "run": str(run), **seen_before(source, str(clf.preset))}
-    if why_not:
-        more["no_baseline"] = "the rows of its training are not there, or have changed"
+    training, why_not = rows_of_run(run)
+    baselines = None if training is None else fitted_baselines(training, clf)
+    cautions = [*seen_before(source, str(clf.preset)).values(), trained_on(rows, run, training)]
+    for line in filter(None, (cautions[-1], why_not and f"no baseline: {why_not}")):
+        say(line)
+    more = {"reading": reading, "run": str(run)}
+    more |= {"caution": " ".join(filter(None, cautions))} if any(cautions) else {}
+    more |= {"no_baseline": "the rows of its training are not there, or have changed"} if why_not else {}
     with whole_folder(out, obsolete=("influence.tsv",)) as folder:
         metrics, probabilities = judge_run(folder, rows, clf, baselines, comments=comments)
         if explain:
@@ -531,6 +592,54 @@ def _check_same_job(run: Path, by: Path) -> None:
             what = {"data": "other rows", "base_fingerprint": "another base", "recipe": "another recipe"}[name]
             raise ValueError(f"{by} has {what} than {run}. Cross-validate the run's file with the run's options.")
 
+# %% ../nbs/06e_judge.ipynb #abe34303
+def _labels_of_run(run: Path) -> list[str] | None:  # by `label_key`, sorted; None where no run.json tells
+    if RunFolder(run).file(DESCRIPTION) is None:
+        return None
+    counted = (RunFolder(run).description().get("data") or {}).get("summary") or {}
+    start = "rows of label "
+    return sorted(label_key(name.removeprefix(start)) for name in counted if name.startswith(start)) or None
+
+
+def _check_labels(run: Path, metrics: Mapping[str, Any], by: Path, table: pd.DataFrame) -> None:
+    "`ValueError` unless the numbers of `run` and the predictions of `by` are of the labels that the run has."
+    ours = sorted(map(label_key, metrics["classes"]))
+    predicted = sorted(label_key(name.removeprefix("p_")) for name in table if name.startswith("p_"))
+    for what, labels in ((f"the {DESCRIPTION} of {run}", _labels_of_run(run)), (f"the predictions of {by}", predicted)):
+        if labels is not None and labels != ours:
+            problem = f"the metrics of {run} are for the labels {', '.join(ours)}, {what} for {', '.join(labels)}"
+            raise ValueError(f"{problem}: they are of two runs. Evaluate the run again, or give another folder.")
+
+# %% ../nbs/06e_judge.ipynb #b634e737
+def _costs(cost: Sequence[str], classes: Sequence[Any]) -> dict[Any, float]:  # label -> cost of a mistake on it
+    spelled = by_key(classes)
+    try:
+        pairs = [text.rpartition("=") for text in cost]
+        return {spelled[label_key(label)]: float(number) for label, _, number in pairs}
+    except (KeyError, ValueError):
+        raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
+
+
+def _predicted(
+    run: Path,  # folder of the predictions
+    table: pd.DataFrame,  # of `predictions_of`, its labels checked
+    classes: Sequence[Any],  # in the order of the columns
+) -> tuple[list, np.ndarray, Any]:  # labels (n,), float64 (repeats, n, n_classes), which rows are copies (n,)
+    "Predictions as `choose_decision` takes them. Raises `RunError` where some of them are not there."
+    folder, spelled = RunFolder(run), by_key(classes)
+    n, file = _measured(folder)["n"], folder.file(*PREDICTIONS)
+    repeats = table["repeat"].nunique() if "repeat" in table else 1
+    if len(table) != repeats * n:
+        raise damaged_file(file, f"it has {len(table)} rows, and {folder.metrics_file().name} tells of {repeats * n}")
+    if "group" not in table and "comment" not in table:
+        raise damaged_file(file, "it has no column comment or group")
+    labels = [label_key(label) for label in table.label[:n]]
+    if unknown := [label for label in labels if label not in spelled]:
+        raise damaged_file(file, f"label {unknown[0]} is not one of {', '.join(spelled)}")
+    values = table[[f"p_{label}" for label in classes]].to_numpy(np.float64).reshape(repeats, n, -1)
+    groups = table.group[:n] if "group" in table else duplicate_groups(table.comment[:n])
+    return [spelled[label] for label in labels], values, groups
+
 # %% ../nbs/06e_judge.ipynb #f109fafe
 def decide_run(
     run: Path,  # folder of a run or a cross-validation
@@ -540,24 +649,15 @@ def decide_run(
 ) -> str:  # lines for a person
     "Choose threshold and band of a run and store them with it. Raises `ValueError` for costs that are none."
     folder, table = RunFolder(run), predictions_of(by or run)
-    metrics = folder.metrics()
+    metrics = _measured(folder)
     if by is not None:
         _check_same_job(run, by)
-    spelled = by_key(metrics["classes"])
-    try:
-        pairs = [text.rpartition("=") for text in cost]
-        costs = {spelled[label_key(label)]: float(number) for label, _, number in pairs}
-    except (KeyError, ValueError):
-        raise ValueError(f"--cost wants LABEL=NUMBER, with a label of {', '.join(spelled)}, for example 1=5.") from None
-    repeats = table["repeat"].nunique() if "repeat" in table else 1
-    n = len(table) // repeats
-    values = table[[f"p_{label}" for label in metrics["classes"]]].to_numpy(np.float64).reshape(repeats, n, -1)
-    labels = [spelled[label_key(label)] for label in table.label[:n]]
+    _check_labels(run, metrics, by or run, table)
+    labels, values, groups = _predicted(by or run, table, metrics["classes"])
+    costs = _costs(cost, metrics["classes"])
     metrics["decision"] = decision.choose_decision(
-        labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy,
-        groups=table.group[:n] if "group" in table else duplicate_groups(table.comment[:n]),
-    )  # fmt: skip
-    folder.write_metrics(metrics)
-    if folder.file(REPORT):
-        write_report(run)
+        labels, values, metrics["classes"], cost=costs or None, accuracy=accuracy, groups=groups
+    )
+    page = _page_of(folder, metrics) if folder.file(REPORT) else None  # all is there before anything is replaced
+    folder.write_metrics(metrics, page)
     return decision.decision_text(metrics["decision"])

@@ -12,8 +12,8 @@ import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,23 @@ from typing import Any
 import pandas as pd
 
 from . import __version__
-from .data import Reading, describe_comments, duplicate_groups, fingerprint, write_table
+from gemma_lora_sentiment.data import (
+    Reading,
+    describe_comments,
+    duplicate_groups,
+    fingerprint,
+    is_id_name,
+    locate,
+    write_table,
+)
 from .files import RunError, hold, seal, unseal, whole_file, write_atomically
-from .tables import Dialect
+from .tables import Dialect, OpenTable, composed
 
 # %% auto #0
 __all__ = ['METRICS_FILE', 'FOLDS_FILE', 'METRICS_FILES', 'DESCRIPTION', 'REPORT', 'HISTORY', 'FIGURES', 'CHECKPOINT',
-           'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'RunFolder', 'versions',
-           'device', 'settings_of', 'describe_run', 'plan_of', 'unfinished_run']
+           'PREDICTIONS', 'TABLES', 'whole_folder', 'write_json', 'write_rows', 'reading_of', 'damaged_file',
+           'RunFolder', 'versions', 'device', 'settings_of', 'describe_run', 'place_of', 'with_known_columns',
+           'replaced_text', 'plan_of', 'unfinished_run']
 
 # %% ../nbs/05b_run.ipynb #3985e7a8
 METRICS_FILE = "metrics.json"  # of train, evaluate and quickstart
@@ -128,6 +137,73 @@ def reading_of(
     form = {name: value for name, value in (options or {}).items() if name in ("encoding", "delimiter", "sheet")}
     return Reading(Dialect(**form), **{name: value for name, value in (options or {}).items() if name not in form})
 
+# %% ../nbs/05b_run.ipynb #c3f4b839
+_OF_A_DECISION = ("classes", "temperature", "cost", "threshold", "confidence")  # what it is applied by
+_OBJECTS = ("data", "settings", "recipe", "choices", "versions", "device", "decision")
+
+
+def damaged_file(
+    path: Path,  # of a run
+    reason: object,  # how it is known
+) -> RunError:  # to be raised
+    "What is said of a file that is not as a command wrote it."
+    what = " ".join(str(reason).split())[:200]
+    return RunError(f"{path} is damaged ({what}). Restore it, or run the command that wrote it again.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    "An object, as a command wrote it. `RunError` where it is none."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, error) from None
+    if not isinstance(content, dict):
+        raise damaged_file(path, f"it holds no object, but {json.dumps(content)[:40]}")
+    for name in _OBJECTS:
+        if not isinstance(content.get(name) or {}, dict):
+            raise damaged_file(path, f"{name} is no object, but {json.dumps(content[name])[:40]}")
+    decision = content.get("decision")
+    if decision is not None and (lacking := [name for name in _OF_A_DECISION if name not in decision]):
+        raise damaged_file(path, f"its decision has no {lacking[0]}")
+    return content
+
+
+# %% ../nbs/05b_run.ipynb #98b168e3
+def _check_table(path: Path, table: pd.DataFrame, needed: Iterable[str]) -> None:  # columns
+    "`RunError` where a column or a part of a row is not there, or where no number stands where one belongs."
+    if lacking := [name for name in needed if name not in table]:
+        raise damaged_file(path, f"it has no column {lacking[0]}")
+    if not isinstance(table.index, pd.RangeIndex):
+        raise damaged_file(path, "its rows have more fields than its header")
+    for name in table:
+        if name.startswith("p_") or name == "suspicion":
+            what, wrong = "number", pd.to_numeric(table[name], errors="coerce").isna()
+        else:  # a field that is not there is read as an empty one
+            what, wrong = "text", (table[name] == "") & (name in ("label", "prediction"))
+        if wrong.any():
+            raise damaged_file(path, f"line {int(wrong.to_numpy().argmax()) + 2} has no {what} in column {name}")
+
+
+def _read_table(path: Path, columns: Callable[[str], bool] | None, needed: Iterable[str] = ()) -> pd.DataFrame:  # text
+    form = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": str, "keep_default_na": False, "usecols": columns}
+    try:
+        table = pd.read_csv(path, **form)
+    except ValueError as error:
+        raise damaged_file(path, error) from None
+    _check_table(path, table, needed)
+    return table
+
+
+def _read_history(path: Path) -> pd.DataFrame | None:  # None: a run of no epochs has no columns
+    try:
+        table = pd.read_csv(path) if path.read_text(encoding="utf-8").strip() else None
+    except ValueError as error:
+        raise damaged_file(path, error) from None
+    if table is not None and (words := list(table.select_dtypes(exclude="number"))):
+        raise damaged_file(path, f"column {words[0]} holds no numbers")
+    return table
+
+
 # %% ../nbs/05b_run.ipynb #8ac95f24
 class RunFolder:
     """What lies in the folder of a run, of its evaluation, or of a cross-validation."""
@@ -154,20 +230,36 @@ class RunFolder:
         return found
 
     def metrics(self) -> dict[str, Any]:  # as they were written
-        "The metrics. `ValueError` where there are none, or where the file is damaged."
-        return json.loads(self.metrics_file().read_text(encoding="utf-8"))
+        "The metrics. `ValueError` where there are none, `RunError` where the file is damaged."
+        return _read_json(self.metrics_file())
 
     def write_metrics(
         self,
         metrics: dict[str, Any],  # in place of the old ones
+        report: str | None = None,  # the page that tells of them, in place of the old one; None leaves that
     ) -> None:
-        "Replace the metrics, whole or not at all."
-        with whole_file(self.metrics_file()) as temporary:
-            write_json(temporary, metrics)
+        "Replace the metrics, and the report with them: both are written before either takes its place."
+        with ExitStack() as files:
+            numbers = files.enter_context(whole_file(self.metrics_file()))
+            if report is not None:
+                page = files.enter_context(whole_file(self.path / REPORT))
+                page.write_text(report, encoding="utf-8")
+            write_json(numbers, metrics)
 
     def description(self) -> dict[str, Any]:  # of `describe_run`
-        "What `run.json` says. `OSError` where there is none, `ValueError` where it is damaged."
-        return json.loads((self.path / DESCRIPTION).read_text(encoding="utf-8"))
+        "What `run.json` says. `OSError` where there is none, `RunError` where it is damaged."
+        return _read_json(self.path / DESCRIPTION)
+
+    def reading(
+        self,
+        unfinished: bool = False,  # of the run that was begun here, not of the one that is here
+    ) -> dict[str, Any]:  # empty where no option was given, or no run is here
+        "Options with which the rows of the run were read. `RunError` where they cannot be told any more."
+        plan = self.path / CHECKPOINT / "plan.json"
+        if unfinished:
+            return dict(unseal(plan).get("reading") or {}) if plan.is_file() else {}
+        data = self.description().get("data") if self.file(DESCRIPTION) else None
+        return dict((data or {}).get("reading") or {})
 
     def is_finished(self) -> bool:
         "Whether a run is here, whole."
@@ -178,17 +270,17 @@ class RunFolder:
         *names: str,  # of files; the first that is there is meant
         columns: Callable[[str], bool] | None = None,  # which columns to read; None: all
     ) -> pd.DataFrame | None:  # text; None where there is no such file
-        "A table as it was written: tabs between, quotes are characters like others."
+        "A table as it was written: tabs between, quotes are characters like others. `RunError` where it is damaged."
         path = self.file(*names)
-        form = {"sep": "\t", "quoting": csv.QUOTE_NONE, "dtype": str, "keep_default_na": False, "usecols": columns}
-        return None if path is None else pd.read_csv(path, **form)
+        return None if path is None else _read_table(path, columns)
 
     def predictions(
         self,
         columns: Callable[[str], bool] | None = None,  # which columns to read; None: all
     ) -> pd.DataFrame | None:  # id, comment or group, label, prediction, p_<label> ...; text
-        "Predictions of rows that were not trained on."
-        return self.table(*PREDICTIONS, columns=columns)
+        "Predictions of rows that were not trained on. `RunError` where they are damaged."
+        path, needed = self.file(*PREDICTIONS), filter(columns, ("label", "prediction"))
+        return None if path is None else _read_table(path, columns, needed)
 
     def tables(self) -> dict[str, pd.DataFrame]:  # name without its suffix -> text
         "What a person should read: mistakes, likely label errors, copies with different labels, tokens that moved it."
@@ -203,10 +295,9 @@ class RunFolder:
                 if path.suffix in (".png", ".svg") and not path.name.startswith(".")}  # fmt: skip
 
     def history(self) -> pd.DataFrame | None:  # of training, a row an epoch
-        "The course of training; None where nothing was trained."
+        "The course of training; None where nothing was trained. `RunError` where the file is damaged."
         path = self.file(HISTORY)
-        trained = path is not None and path.read_text(encoding="utf-8").strip()  # a run of no epochs has no columns
-        return pd.read_csv(path) if trained else None
+        return None if path is None else _read_history(path)
 
     def with_comments(self) -> list[Path]:  # sorted
         "Tables that hold comments."
@@ -266,6 +357,8 @@ def describe_run(
     name, recipe = clf.resolve_recipe(base) if base else (clf.recipe_name_, clf.recipe_)
     summary, more = describe_comments(rows)["value"].to_dict(), {**more}
     data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows), "summary": summary}
+    if Path(source).expanduser().is_file():  # a name such as sample_test is the same everywhere
+        data["path"] = str(Path(source).expanduser().resolve())
     if reading := more.pop("reading", None):
         data["reading"] = reading
     return {
@@ -283,32 +376,113 @@ def describe_run(
         "device": device(),
     }
 
+# %% ../nbs/05b_run.ipynb #494ec850
+def place_of(
+    data: Mapping[str, Any],  # of a description
+) -> str:  # path or name, to be read
+    "Where the rows of a run are: the name that was given where it still leads to the file, else the file's full path."
+    source, path = data["source"], data.get("path")  # which earlier versions did not keep
+    if path is None or Path(source).expanduser().is_absolute() or not Path(path).is_file():
+        return source
+    return source if str(Path(source).resolve()) == path else path
+
+
+# %% ../nbs/05b_run.ipynb #7ae87360
+_COLUMNS = ("id_column", "comment_column", "label_column")
+
+
+def _names_in(source: str, reading: Reading) -> list[str]:  # composed
+    "The columns of a file, or of the first one of a folder; none where there is no such file."
+    path = locate(source)
+    if path.is_dir():  # as `predict` reads one
+        path = min((file for file in path.iterdir() if file.name[0] not in "._"), default=path)
+    if not path.is_file():
+        return []
+    fields = [name for name in reading.columns.values() if name is not None]
+    with OpenTable(path, reading.dialect, is_header=reading.is_header, is_id=is_id_name, fields=fields) as table:
+        names = table.names or next((batch.names for batch in table.batches(1)), [])  # JSON has no header
+    return [composed(str(name)) for name in names]
+
+
+def with_known_columns(
+    source: str,  # file, folder or name of the rows to be read
+    given: Mapping[str, Any] | None,  # options of this call
+    known: Mapping[str, Any] | None,  # those of an earlier one, as a run keeps them
+    without: Sequence[str] = (),  # options that this call has no use for
+) -> dict[str, Any]:  # options, as `reading_of` takes them
+    "Options of reading, with the columns of an earlier file where none is given and this file has them."
+    options = dict(given or {})
+    taken = {composed(str(options[name])) for name in _COLUMNS if name in options}
+    known = {name: (known or {}).get(name) for name in _COLUMNS if name not in options and name not in without}
+    known = {name: column for name, column in known.items() if column and composed(column) not in taken}
+    there = _names_in(source, reading_of({**options, **known})) if known else ()
+    return {**options, **{name: column for name, column in known.items() if composed(column) in there}}
+
+# %% ../nbs/05b_run.ipynb #51e36af8
+def replaced_text(
+    out: Path,  # folder that a run is to be written to
+) -> str:  # empty where no run is there
+    "Say which run another one takes the place of."
+    folder = RunFolder(out)
+    if not folder.file(DESCRIPTION):
+        return ""
+    try:
+        then = folder.description()
+        preset, data = then["settings"]["preset"], then["data"]
+        base = preset if "://" in preset else Path(preset).name
+        which = f"the run of {base} on {data['rows']} rows of {Path(data['source']).name}, finished {then['finished']}"
+    except (RunError, KeyError, TypeError):
+        which = "a run that cannot be read"
+    return f"this replaces {which}, in {out}"
+
 # %% ../nbs/05b_run.ipynb #0df1b82b
+_NOT_COMPARED = ("source", "reading")  # of a plan: for messages, and for whoever goes on with it
+
+
 def plan_of(
     rows: pd.DataFrame,  # id, comment, label
     clf: Any,  # unfitted
     refit: bool,  # whether the saved adapter is fitted on all rows
+    source: str | None = None,  # file or name of the rows
+    reading: Mapping[str, Any] | None = None,  # options with which they were read
 ) -> dict[str, Any]:  # as JSON holds it
     "All that decides what a run comes to."
     base = clf.choose_base()
     plan = {"rows": len(rows), "data": fingerprint(rows), **settings_of(clf), "refit": refit}
     plan |= {"platform": device()["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
     plan |= {"resolved_quantization": base.quantization} if clf.quantization == "auto" else {}
-    return json.loads(json.dumps(plan, default=str))
+    return json.loads(json.dumps({**plan, "source": source, "reading": dict(reading or {})}, default=str))
 
 
-def _planned(folder: Path, plan: dict[str, Any], resume: bool) -> bool:  # whether there is a run to go on with
-    "Raise `RunError` where it is of another plan, `ValueError` where the folder is no run's."
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:  # of two plans; empty where there is none
+    "The first thing in which they differ, as who gave it knows it: a digest tells nobody anything."
     from gemma_lora_sentiment.checkpoint import difference
 
+    then, now = ({"source": None, **plan} for plan in (then, now))
+    if then.get("data") != now["data"]:
+        was, given = (f"{plan['rows']} rows of {plan['source'] or 'a file'}" for plan in (then, now))
+        what = " with other comments or labels, or in another order" if then["rows"] == now["rows"] else ""
+        return f"it was started on {was}, and is given {given}{what}"
+    differs = difference(*({name: plan[name] for name in plan if name not in _NOT_COMPARED} for plan in (then, now)))
+    return f"the base at {now['preset']} has changed" if differs.startswith("base_fingerprint ") else differs
+
+
+# %% ../nbs/05b_run.ipynb #e99a04c0
+def _planned(folder: Path, plan: dict[str, Any], resume: bool) -> bool:  # whether there is a run to go on with
+    "Raise `RunError` where it is of another plan, `ValueError` where the folder is no run's."
     if not (folder / "plan.json").is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
             raise ValueError(f"{folder} is not of an unfinished run. Move it away, or give another --out.")
         return False
-    if resume and (differs := difference(unseal(folder / "plan.json"), plan)):
+    if resume and (differs := _difference(unseal(folder / "plan.json"), plan)):
         what = "Give the file and options it was started with, or leave out --resume to start anew."
         raise RunError(f"{folder} is of another run: {differs}. {what}")
     return True
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob("*/checkpoint.json"))
+
 
 # %% ../nbs/05b_run.ipynb #c0325eca
 @contextmanager
@@ -322,8 +496,9 @@ def unfinished_run(
     folder = out / CHECKPOINT
     made = [path for path in (folder, out) if not path.exists()]
     known = _planned(folder, plan, resume)
-    if known and resume:
-        say(f"going on from {folder}")
+    if resume:
+        nothing = f"there is no checkpoint in {out}: this starts from the beginning"
+        say(f"going on from {folder}" if known and _has_checkpoint(folder) else nothing)
     try:
         if not (known and resume):
             if known:
@@ -332,11 +507,12 @@ def unfinished_run(
             write_atomically(folder / "plan.json", seal(plan))
         yield folder
     except BaseException as error:
-        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, MemoryError))
-        if (known and resume) or (stopped and any(folder.glob("*/checkpoint.json"))):
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                say("stopped; the same command with --resume goes on")
-        else:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        may_go_on = stopped or isinstance(error, (OSError, MemoryError))
+        if stopped:
+            goes_on = "stopped; the same command with --resume goes on"
+            say(goes_on if _has_checkpoint(folder) else "stopped before the first checkpoint; nothing was kept")
+        if not (known and resume) and not (may_go_on and _has_checkpoint(folder)):
             shutil.rmtree(folder, ignore_errors=True)
             if out in made and not any(out.iterdir()):
                 out.rmdir()

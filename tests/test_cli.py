@@ -692,7 +692,9 @@ def test_resume_of_a_finished_run_does_nothing(run, good, tiny):
 
 def test_resume_with_nothing_to_resume_starts(tmp_path, good, tiny, trained):
     (tmp_path / "run").mkdir()
-    done(*train_arguments(tiny, good, 2), "--resume", "--out", tmp_path / "run")
+    result = done(*train_arguments(tiny, good, 2), "--resume", "--out", tmp_path / "run")
+    assert "no checkpoint" in result.stderr and "from the beginning" in result.stderr
+    assert "replaces" not in result.stderr and "going on" not in result.stderr
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(trained / "run")
 
 
@@ -700,6 +702,19 @@ def test_run_repeated_from_its_description(tmp_path, good, trained):
     done("train", good, "--from", trained / "run" / "run.json", "--out", tmp_path / "run")
     for name in ("adapter_model.safetensors", "adapter_config.json", "classifier.json", "wrong.tsv"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes(), name
+
+
+def test_a_recipe_that_cannot_be_repeated_is_named(tmp_path, good, run):
+    content = json.loads((run / "run.json").read_text())
+    recipe, now = dict(content["recipe"]), {"schedule": content["recipe"]["schedule"], "among_labels": 0.0}
+    assert now["schedule"] == "linear" and recipe.pop("among_labels") == now["among_labels"]  # an old run lacks the key
+    rewrite(run / "run.json", recipe={**recipe, "schedule": "constant", "global_clipnorm": 1.0})
+    result = done("train", good, "--from", run / "run.json", "--quiet", "--out", tmp_path / "again")
+    (line,) = result.stderr.splitlines()
+    assert "the run's recipe had schedule constant, here linear; global_clipnorm 1.0, here 0.0: " in line
+    assert "among_labels" not in line
+    given = ["--preset", content["settings"]["preset"]]  # which says itself that it is another job
+    assert done("train", good, "--from", run / "run.json", *given, "--quiet", "--out", tmp_path / "other").stderr == ""
 
 
 def test_options_win_over_the_description(tmp_path, good, trained):
@@ -713,8 +728,10 @@ def test_options_win_over_the_description(tmp_path, good, trained):
 
 def test_training_over_an_earlier_run_replaces_it(tmp_path, good, tiny, run):
     (run / "notes.txt").write_text("my own")
-    old = adapter_bytes(run)
-    done(*train_arguments(tiny, good, 1), "--seed", 5, "--out", run)
+    old, then = adapter_bytes(run), json.loads((run / "run.json").read_text())["finished"]
+    result = done(*train_arguments(tiny, good, 1), "--seed", 5, "--out", run)
+    said = f"this replaces the run of tiny on 24 rows of train.tsv, finished {then}, in {run}"
+    assert result.stderr.splitlines().count(said) == 1
     assert adapter_bytes(run) != old and (run / "notes.txt").read_text() == "my own"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a run", "good.tsv"]
 
@@ -933,6 +950,69 @@ def test_decide_refuses(cost, run):
     assert tree(run) == before
 
 
+def test_decide_refuses_numbers_of_another_run(run):
+    three = json.loads((run / "run.json").read_text())
+    three["data"]["summary"]["rows of label 2"] = 4
+    rewrite(run / "run.json", data=three["data"])  # as after `evaluate` of an earlier version with this folder as --out
+    before = tree(run)
+    line = one_error_line(call("decide", run), 2)
+    assert "labels 0, 1," in line and "run.json" in line and "0, 1, 2" in line and tree(run) == before
+    del three["data"]["summary"]["rows of label 2"]
+    rewrite(run / "run.json", data=three["data"])
+    text = (run / "predictions.tsv").read_text(encoding="utf-8")
+    (run / "predictions.tsv").write_text(text.replace("\tp_1\n", "\tp_2\n"), encoding="utf-8")
+    before = tree(run)
+    line = one_error_line(call("decide", run), 2)
+    assert "predictions" in line and "for 0, 2" in line and tree(run) == before
+    (run / "predictions.tsv").write_text(text, encoding="utf-8")
+    done("decide", run)
+
+
+DAMAGE = {  # file of a run: what it holds then, from what it held
+    "metrics.json": (lambda data: data[: len(data) // 2], lambda data: b"{}", lambda data: b"[1]", lambda data: b"null",
+                     lambda data: b"\xff\xfe", lambda data: json.dumps({**json.loads(data), "decision": 5}).encode(),
+                     lambda data: json.dumps({**json.loads(data), "decision": {"classes": ["0", "1"]}}).encode()),
+    "run.json": (lambda data: data[: len(data) // 2], lambda data: b"[1]", lambda data: b'{"data": 5}'),
+    "predictions.tsv": (lambda data: data[: len(data) // 2], lambda data: data[: data.rindex(b"\n", 0, -1) + 1],
+                        lambda data: data.replace(b"\tprediction\t", b"\tguess\t"), lambda data: bytes(range(256)),
+                        lambda data: data.replace(b"comment", b"words"), lambda data: b"",
+                        lambda data: data.replace(b"0.", b"o.")),
+    "wrong.tsv": (lambda data: data.rstrip(b"\n").rpartition(b"\t")[0], lambda data: bytes(range(256))),
+    "history.csv": (lambda data: bytes(range(128, 256)), lambda data: data.replace(b"0.", b"o.")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name, cases in DAMAGE.items() for case in range(len(cases))])
+def test_a_damaged_file_is_named_and_the_folder_left_as_it_was(name, case, run):
+    if name == "wrong.tsv":  # with a row of it, whatever this random base got wrong
+        (run / name).write_text("id\tcomment\tlabel\tprediction\tp_0\tp_1\n7\t굿\t1\t0\t0.6\t0.4\n", encoding="utf-8")
+    (run / name).write_bytes(DAMAGE[name][case]((run / name).read_bytes()))
+    before = tree(run)
+    line = one_error_line(call("decide", run, "--cost", "0=5"), 2)
+    assert f"{run / name} is damaged (" in line and "Restore it" in line
+    assert tree(run) == before
+
+
+def test_predict_names_a_damaged_decision(tmp_path, good, run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for decision in (5, {"classes": ["0", "1"]}):
+        (run / "metrics.json").write_text(json.dumps({**metrics, "decision": decision}))
+        line = fails(tmp_path, tmp_path / "new" / "out.tsv", "predict", run, good, "--calibrated")
+        assert f"{run / 'metrics.json'} is damaged" in line and "decision" in line
+
+
+def test_a_report_that_cannot_be_written_leaves_the_decision_as_it_was(run, monkeypatch):
+    from gemma_lora_sentiment import judge
+
+    before = tree(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "report_html", lambda *_, **__: "\ud800")  # what no file can hold
+        one_error_line(call("decide", run, "--cost", "0=5"), 2)
+    assert tree(run) == before
+    done("decide", run, "--cost", "0=5")
+    assert tree(run)["metrics.json"] != before["metrics.json"] and tree(run)["report.html"] != before["report.html"]
+
+
 def test_suggest(tmp_path, trained):
     (tmp_path / "new.txt").write_text("\n".join(f"{PHRASES[i % 6]} {i}" for i in range(30)), encoding="utf-8")
     result = done("suggest", trained / "run", tmp_path / "new.txt", "--out", tmp_path / "next.tsv", "--number", 4)
@@ -972,6 +1052,57 @@ def test_evaluate_with_and_without_the_rows_of_training(tmp_path, good, tiny, ru
     assert without["baseline_accuracy"] is None and METRICS <= set(without)
     assert without["accuracy"] == metrics["accuracy"] and without["log_loss"] == metrics["log_loss"]
     assert "no baseline" in result.stderr and "accuracy" in result.stdout
+
+
+def test_the_rows_of_a_run_are_found_from_another_folder(tmp_path, tiny, monkeypatch):
+    (tmp_path / "train.tsv").write_text(tsv(ROWS), encoding="utf-8")
+    new = tsv([("y", "처음 보는 말이에요", "1"), ("z", "또 다른 말", "0")])
+    (tmp_path / "new.tsv").write_text(new, encoding="utf-8")
+    done(*train_arguments(tiny, "train.tsv"), "--out", "run")
+    data = json.loads(Path("run", "run.json").read_text(encoding="utf-8"))["data"]
+    assert (data["source"], data["path"]) == ("train.tsv", str(tmp_path / "train.tsv"))
+    assert str(tmp_path) not in Path("run", "report.html").read_text(encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "train.tsv").write_text(tsv(ROWS[:9]), encoding="utf-8")  # another file of the same name
+    result = done("evaluate", "../run", "../new.tsv", "--out", "judged")
+    assert "no baseline" not in result.stderr and "TF-IDF" in result.stdout
+    done("train", "--from", "../run/run.json", "--out", "again")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "elsewhere" / "again")
+    older = {name: value for name, value in data.items() if name != "path"}
+    rewrite(tmp_path / "run" / "run.json", data={**older, "source": str(tmp_path / "train.tsv")})
+    assert "no baseline" not in done("evaluate", "../run", "../new.tsv", "--out", "judged").stderr
+
+
+def test_the_report_of_a_run_that_is_evaluated_in_its_folder_says_so(tmp_path, run):
+    new = tsv([("y", "처음 보는 말이에요", "1"), ("z", "또 다른 말", "0")])
+    (tmp_path / "new.tsv").write_text(new, encoding="utf-8")
+    done("evaluate", run, tmp_path / "new.tsv", "--out", run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "A saved run, judged on the 2 comments of a file." in page and "were held out" not in page
+    done("decide", run)
+    assert "A saved run, judged on the 2 comments" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_evaluate_says_which_rows_the_run_was_trained_on(tmp_path, good, tiny, run):
+    rewrite(run / "run.json", data__source=str(good))
+    rows = [*ROWS[:6], ("x", ROWS[6][1].replace(" ", "  ") + "!!", ROWS[6][2]), ("y", "처음 보는 말이에요", "1")]
+    (tmp_path / "mixed.tsv").write_text(tsv(rows), encoding="utf-8")
+    result = done("evaluate", run, tmp_path / "mixed.tsv", "--out", tmp_path / "mixed")
+    said = "7 of these 8 comments are training rows of the run"
+    assert said in result.stderr and said in (tmp_path / "mixed" / "report.html").read_text(encoding="utf-8")
+    caution = json.loads((tmp_path / "mixed" / "metrics.json").read_text())["caution"]
+    assert caution.startswith(said) and "nothing about new comments" in caution
+    (tmp_path / "new.tsv").write_text(tsv([rows[-1], ("z", "또 다른 말", "0")]), encoding="utf-8")
+    result = done("evaluate", run, tmp_path / "new.tsv", "--out", tmp_path / "new")
+    assert "training rows" not in result.stderr
+    assert "caution" not in json.loads((tmp_path / "new" / "metrics.json").read_text())
+    good.rename(tmp_path / "moved.tsv")  # by the fingerprint
+    result = done("evaluate", run, tmp_path / "moved.tsv", "--out", tmp_path / "moved")
+    assert "24 of these 24 comments are training rows" in result.stderr and "no baseline" in result.stderr
+    done(*train_arguments(tiny, tmp_path / "moved.tsv"), "--no-refit", "--out", tmp_path / "part")
+    result = done("evaluate", tmp_path / "part", tmp_path / "moved.tsv", "--out", tmp_path / "of part")
+    assert "19 of these 24 comments are training rows" in result.stderr  # five were held out
 
 
 def test_evaluate_on_rows_of_one_class(tmp_path, trained):
@@ -1466,6 +1597,63 @@ def test_a_run_remembers_how_its_file_was_read(tmp_path, tiny):
     assert adapters[0] == adapters[1]
     judged = done("evaluate", tmp_path / "run", tmp_path / "own.txt", *options, "--out", tmp_path / "judged")
     assert "no baseline" not in judged.stderr
+
+
+def test_columns_are_named_once(tmp_path, tiny, monkeypatch):
+    def own(name, rows, header="번호,문의,분류"):
+        (tmp_path / name).write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n", encoding="utf-8")
+
+    own("own.csv", ROWS)
+    options = ["--comment-column", "문의", "--label-column", "분류", "--id-column", "번호"]
+    line = one_error_line(call(*train_arguments(tiny, "own.csv"), "--out", "run", "--quiet"), 2)
+    assert "no comment column" in line and "no label column" in line
+    assert "--comment-column and --label-column" in line and "if these are no names" in line
+    done(*train_arguments(tiny, "own.csv"), *options, "--out", "run")
+    own("new.csv", [row[:2] for row in ROWS[:7]], "번호,문의")
+    done("predict", "run", "new.csv", "--out", "out.tsv")
+    assert pd.read_csv("out.tsv", sep="\t").id.tolist() == [int(row[0]) for row in ROWS[:7]]
+    (tmp_path / "new.jsonl").write_text('{"문의": "맛있어요"}\n{"문의": "별로예요"}\n', encoding="utf-8")
+    done("predict", "run", "new.jsonl", "--out", "out.jsonl")
+    done("suggest", "run", "new.csv", "--out", "next.tsv", "--number", 2)
+    done("evaluate", "run", "own.csv", "--out", "judged")
+    described = json.loads(Path("judged", "metrics.json").read_text(encoding="utf-8"))["data"]
+    assert described["reading"] == {"comment_column": "문의", "label_column": "분류", "id_column": "번호"}
+    (tmp_path / "usual.tsv").write_text(tsv(ROWS[:7]), encoding="utf-8")  # another file's own columns
+    done("predict", "run", "usual.tsv", "--out", "usual.csv")
+    own("both.csv", [(*row, "별로예요") for row in ROWS[:7]], "번호,문의,분류,메모")
+    done("predict", "run", "both.csv", "--comment-column", "메모", "--out", "memo.tsv")  # what is given counts
+    assert set(pd.read_csv("memo.tsv", sep="\t").comment) == {"별로예요"}
+
+    own("other.csv", ROWS[:7], "번호,글,분류")
+    loaded = []
+    monkeypatch.setattr(GemmaLoraClassifier, "load", lambda *_, **__: loaded.append(1))
+    for command in ("predict", "evaluate", "suggest"):
+        line = one_error_line(call(command, "run", "other.csv", "--out", f"{command}.tsv"), 2)
+        assert "no comment column" in line and not loaded  # before the base, which takes its time
+
+
+def test_columns_of_an_unfinished_run_are_those_it_goes_on_with(tmp_path, tiny, monkeypatch):
+    from gemma_lora_sentiment import training
+
+    lines = ["번호,문의,분류", *(",".join(row) for row in ROWS)]
+    (tmp_path / "own.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    saves, save = [], training.save_checkpoint
+
+    def stopping(*rest):
+        save(*rest)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    options = ["--comment-column", "문의", "--label-column", "분류"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(training, "save_checkpoint", stopping)
+        assert "--resume" in call(*train_arguments(tiny, "own.csv", 2), *options, "--out", "run").stderr
+    result = done(*train_arguments(tiny, "own.csv", 2), "--resume", "--out", "run")
+    assert "going on from" in result.stderr
+    described = json.loads(Path("run", "run.json").read_text(encoding="utf-8"))["data"]
+    assert described["reading"] == {"comment_column": "문의", "label_column": "분류"}
 
 
 def test_words_for_missing_labels_can_be_labels(tmp_path, tiny):

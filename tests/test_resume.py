@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from gemma_lora_sentiment import GemmaLoraClassifier, checkpoint, training
 from gemma_lora_sentiment.adapter import new_adapter
 from gemma_lora_sentiment.cli import app
-from gemma_lora_sentiment.files import RunError, hold, seal
+from gemma_lora_sentiment.files import RunError, hold, seal, unseal
 from gemma_lora_sentiment.model import jax, keras, load_base, tiny_gemma
 from gemma_lora_sentiment.prompt import LabelWords
 from gemma_lora_sentiment.training import OutOfMemory, Recipe, Rows, train_adapter
@@ -729,12 +729,38 @@ def test_resume_with_other_data_or_base_is_refused(unfinished, tiny, rows_file, 
     before = files(unfinished)
     other = tmp_path / "other.tsv"
     other.write_text(rows_file.read_text().replace("맛있어요 0", "맛없어요 0"))
-    assert "data was" in train(tiny, other, unfinished, "--resume", status=2)
+    line = train(tiny, other, unfinished, "--resume", status=2)
+    assert f"started on 60 rows of {rows_file}, and is given 60 rows of {other} with other comments" in line
     other.write_text(rows_file.read_text() + "99\t하나 더\t1\n")
-    assert "rows was 60 and is 61" in train(tiny, other, unfinished, "--resume", status=2)
+    line = train(tiny, other, unfinished, "--resume", status=2)
+    assert f"started on 60 rows of {rows_file}, and is given 61 rows of {other}. Give the file" in line
     base = tiny_gemma(tmp_path / "base", seed=5)
     assert "base" in train(base, rows_file, unfinished, "--resume", status=2)
     assert files(unfinished) == before
+
+
+def test_a_plan_of_an_earlier_version_is_gone_on_with(unfinished, tiny, rows_file, tmp_path):
+    path = unfinished / "checkpoint" / "plan.json"
+    plan = {name: value for name, value in unseal(path).items() if name not in ("source", "reading")}
+    path.write_text(seal(plan), encoding="utf-8")
+    other = tmp_path / "other.tsv"
+    other.write_text(rows_file.read_text() + "99\t하나 더\t1\n")
+    assert "started on 60 rows of a file, and is given 61" in train(tiny, other, unfinished, "--resume", status=2)
+    train(tiny, rows_file, unfinished, "--resume")
+    assert (unfinished / "run.json").is_file()
+
+
+def test_a_training_that_is_stopped_before_its_first_checkpoint_says_that_nothing_is_kept(
+    tiny, rows_file, tmp_path, monkeypatch
+):
+    arguments = ["train", rows_file, "--preset", tiny, "--epochs", 2, "--rank", 4, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+        after_saves(patch, 0, interrupt)
+        result = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert result.exit_code in (1, 130) and "--resume" not in result.stderr
+    assert "stopped before the first checkpoint; nothing was kept" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.tsv"]
 
 
 @pytest.mark.parametrize("name", ["plan.json", "checkpoint.json", "state"])
