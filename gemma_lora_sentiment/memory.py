@@ -47,7 +47,8 @@ def memory_estimate(
     few = 2 * positions <= length  # then the last block is computed there alone
     held = len(kept) * config.hidden_dim + max(kept) if rematerialize else sum(kept[:-1] if few else kept)
     widest = max(config.layers, key=lambda layer: layer.ffw_dim)
-    now = item * (_WIDE * widest.ffw_dim + _NARROW * config.hidden_dim) + 4 * _PAIRS * widest.heads * length
+    wide = _WIDE + 2 * quantized  # with the two that are made again
+    now = item * (wide * widest.ffw_dim + _NARROW * config.hidden_dim) + 4 * _PAIRS * widest.heads * length
     unpacked = item * config.hidden_dim * widest.ffw_dim if quantized else 0  # the largest kernel
     activations = int(tokens * (item * held + now) + unpacked)
     activations += 4 * _LOGITS * batch_size * positions * config.vocabulary_size

@@ -25,12 +25,29 @@ __all__ = ['compiler_options', 'lend', 'put', 'score_labels', 'scoring_batch_siz
            'label_probabilities', 'next_states', 'next_log_probabilities', 'mean_states', 'generate']
 
 # %% ../nbs/03d_scoring.ipynb #4a7272c5
+_QUICKLY = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}  # on a CPU
+
+
+@lru_cache
+def _is_known(option: str) -> bool:  # to this version of XLA
+    try:
+        jax.jit(lambda: 0, compiler_options={option: _QUICKLY[option]}).lower().compile()
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
 def compiler_options(
     platform: str | None = None,  # "cpu", "gpu" or "tpu"; that of JAX by default
+    quickly: bool = False,  # a CPU shall not take long over it
 ) -> dict[str, Any] | None:  # for `jax.jit`
     "What every program of this package is compiled with."
+    platform = platform or jax.default_backend()
     wanted = os.environ.get("GEMMA_LORA_SENTIMENT_XLA_SEARCH", "").strip() == "1"
-    if (platform or jax.default_backend()) != "gpu" or wanted:
+    if platform == "cpu" and quickly:  # who names an option in XLA_FLAGS has decided
+        left = [name for name in _QUICKLY if name not in os.environ.get("XLA_FLAGS", "") and _is_known(name)]
+        return {name: _QUICKLY[name] for name in left} or None
+    if platform != "gpu" or wanted:
         return None
     return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 

@@ -107,7 +107,7 @@ def _program(
         return jax.tree.map(partial(jnp.where, runs), new, dict(state)), logs
 
     mapped = jax.vmap(one, in_axes=(0, None, 0, 0, 0, 0))
-    return jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options(quickly=True))
 
 
 def _steps(

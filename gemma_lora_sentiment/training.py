@@ -527,7 +527,7 @@ def _step_program(
     everywhere = {} if mesh is None else {
         "out_shardings": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     }  # fmt: skip
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **everywhere)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(quickly=True), **everywhere)
 
 # %% ../nbs/04_training.ipynb #220996bb
 _SIDE_BY_SIDE_CORES = 4
@@ -893,7 +893,7 @@ def fit_identity(
 ) -> dict[str, Any]:  # as JSON can hold it
     "Everything that decides the bits of a fit."
     settings = {"base": base.fingerprint, "dtype": base.dtype, "quantization": base.quantization, **more}
-    settings["arithmetic"] = 3  # raised when a version computes other bits, which must not mix with those of before
+    settings["arithmetic"] = 4  # raised when a version computes other bits, which must not mix with those of before
     settings |= {**vars(recipe), "target_layers": list(start.targets), "lora_alpha": start.alpha}
     for name, part in (("rows", rows), ("validation_rows", validation)):
         settings[name] = 0 if part is None else len(part)

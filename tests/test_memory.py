@@ -87,6 +87,19 @@ def test_the_estimate_holds_for_every_family(family, tmp_path):
     assert 0.75 < memory_estimate(base, 4, batch_size=8, length=64)["activations"] / planned < 1.4
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_quantized_base_keeps_less_for_the_backward_pass(quantization, tmp_path):
+    folder = tiny_gemma(tmp_path, "gemma3", intermediate_dim=1024, num_layers=6)
+    bases = [load_base(folder, "float32", each) for each in (None, quantization)]
+    planned, estimated = np.array([
+        (step_bytes(lowered(base, step(base, 8, 64, 2))),
+         memory_estimate(base, 4, batch_size=8, length=64)["activations"]) for base in bases
+    ]).T  # fmt: skip
+    wide = 5 * 2 * 1024 * 8 * 64 * 4  # gate and up of all blocks but the last
+    assert planned[0] - planned[1] > 0.7 * wide and estimated[0] - estimated[1] > 0.7 * wide
+    assert (0.75 < estimated / planned).all() and (estimated / planned < 1.4).all()
+
+
 @pytest.mark.parametrize("batch_size, length, positions", [(4, 32, 2), (16, 64, 2), (8, 128, 2), (4, 64, 63)])
 def test_the_estimate_is_what_xla_plans(batch_size, length, positions, base):
     compiled = lowered(base, step(base, batch_size, length, positions)).compile()

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from gemma_lora_sentiment import model as room
-from gemma_lora_sentiment import training
+from gemma_lora_sentiment import scoring, training
 from gemma_lora_sentiment.adapter import RunError, lora_scales, new_adapter, stacked_lora
 from gemma_lora_sentiment.backend import ModelError, choose_dtype, without_tensorflow
 from gemma_lora_sentiment.gemma import hidden_at, logits_of, with_scales
@@ -525,6 +525,24 @@ def test_kernels_are_not_tried_out_on_a_gpu_unless_asked_for(monkeypatch):
     assert float(jax.jit(lambda x: 2 * x, compiler_options=options)(1.0)) == 2.0  # XLA knows every name
     monkeypatch.setenv("GEMMA_LORA_SENTIMENT_XLA_SEARCH", "1")
     assert compiler_options("gpu") is None
+
+
+def test_a_cpu_takes_less_time_over_a_step_unless_flags_say_otherwise(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    options = compiler_options("cpu", quickly=True)
+    assert options["xla_backend_optimization_level"] == 1
+    assert float(jax.jit(lambda x: 2 * x, compiler_options=options)(1.0)) == 2.0
+    monkeypatch.setattr(scoring, "_is_known", lambda option: option == "xla_backend_optimization_level")  # older XLA
+    assert compiler_options("cpu", quickly=True) == {"xla_backend_optimization_level": 1}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert compiler_options("cpu", quickly=True) is None
+    assert "xla_backend_optimization_level" not in compiler_options("gpu", quickly=True)
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(scoring, "_QUICKLY", {"xla_no_such_option": 1})
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compiler_options("cpu", quickly=True) is None
 
 
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])

@@ -465,6 +465,22 @@ def test_every_batch_fits_its_lines_and_every_row_comes_once_an_epoch():
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.parametrize("platform, dear", [("cpu", 1024), ("gpu", 4096)])
+def test_lines_are_chosen_for_the_epochs_that_they_must_hold(platform, dear, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    lengths = np.clip(np.random.default_rng(0).gamma(6, 2.9, 300) + 20, 24, 83).astype(int) + 2
+
+    def cost(packing):  # of a token among its line's neighbours
+        return packing.lines * packing.length * (1 + packing.length / dear)
+
+    chosen = Packing.of(lengths, 16, 4)
+    others = [Packing.of(lengths, 16, 4, lines=lines) for lines in (1, 2, 3, 4, 6, 8, 12, 16)]
+    assert cost(chosen) == min(map(cost, others))
+    after_one = Packing.of(lengths, 16, 1)  # three lines, which later epochs make longer
+    assert platform != "cpu" or cost(chosen) < cost(Packing.of(lengths, 16, 4, lines=after_one.lines))
+    assert Packing.of(lengths, 16, 40).lines == chosen.lines
+
+
 def test_shapes_are_chosen_by_what_they_cost():
     rng = np.random.default_rng(2)
     prompts = [np.full(n, 5, np.int32) for n in rng.integers(5, 60, 200)]
