@@ -18,7 +18,7 @@ from .gemma import GemmaConfig, Layer
 # %% auto #0
 __all__ = ['memory_estimate', 'memory_text', 'step_bytes', 'fitting_batch']
 
-# %% ../nbs/02a_memory.ipynb #fbf03d7c
+# %% ../nbs/02a_memory.ipynb #9bd30c4a
 def _kept_of_a_block(
     config: GemmaConfig,
     layer: Layer,
@@ -29,7 +29,7 @@ def _kept_of_a_block(
     heads = (layer.heads + 2 * layer.key_heads) * layer.head_dim
     return wide * config.hidden_dim + heads + (0 if quantized else 2 * layer.ffw_dim)
 
-
+# %% ../nbs/02a_memory.ipynb #fbf03d7c
 def memory_estimate(
     base: Base,
     rank: int,  # of LoRA

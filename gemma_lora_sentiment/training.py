@@ -194,10 +194,16 @@ def _compile_tokens() -> int:
 def _padded(lengths: np.ndarray, buckets: tuple[int, ...]) -> int:  # tokens
     return int(np.asarray(buckets)[assign_buckets(lengths, buckets)].sum())
 
-# %% ../nbs/04_training.ipynb #a152dc4a
+# %% ../nbs/04_training.ipynb #917f47ed
 _EPOCHS_TRIED = 4  # for each number of lines: later epochs hardly need longer ones
 
 
+def _price(packing: Packing) -> float:  # of a step's tokens, in those of short lines
+    # tokens of a line whose attention costs as much as all else
+    dear = 1024 if jax.default_backend() == "cpu" else 4096
+    return packing.lines * packing.length * (1 + packing.length / dear)
+
+# %% ../nbs/04_training.ipynb #a152dc4a
 @dataclass(frozen=True)
 class Packing:
     """Lines into which the rows of a step are packed."""
@@ -223,10 +229,7 @@ class Packing:
         sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
         candidates = {min(n, -(-most // replicas)) * replicas for n in sizes}
         some = min(epochs, _EPOCHS_TRIED)
-        found = [cls._longest(lengths, batch_size, some, seed, lines) for lines in sorted(candidates)]
-        # A token costs more in a longer line, where its row's neighbours are computed and thrown away.
-        dear = 1024 if jax.default_backend() == "cpu" else 4096  # tokens of a line that cost as much as all else
-        best = min(found, key=lambda packing: packing.lines * packing.length * (1 + packing.length / dear))
+        best = min((cls._longest(lengths, batch_size, some, seed, lines) for lines in sorted(candidates)), key=_price)
         return best if some == epochs else cls._longest(lengths, batch_size, epochs, seed, best.lines)
 
     @classmethod
