@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from .files import RunError, damaged, digest, hold, seal, sync_folder, unseal, write_atomically
 
 # %% auto #0
-__all__ = ['fit_name', 'difference', 'save_checkpoint', 'load_checkpoint', 'on_first_process', 'kept_fit']
+__all__ = ['ARITHMETIC', 'fit_name', 'difference', 'save_checkpoint', 'load_checkpoint', 'on_first_process', 'kept_fit']
 
 # %% ../nbs/03a_checkpoint.ipynb #8692725a
 def fit_name(
@@ -46,6 +46,9 @@ def difference(
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:28] + "..." + text[-28:]
+
+# %% ../nbs/03a_checkpoint.ipynb #075af22b
+ARITHMETIC = 4
 
 # %% ../nbs/03a_checkpoint.ipynb #9b0ad570
 _FORMAT = 1

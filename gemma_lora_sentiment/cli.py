@@ -665,9 +665,15 @@ def predict(
 # %% ../nbs/11_cli.ipynb #cfdc7108
 def _columns_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> dict[str, Any]:
     "Options of reading comments without labels, with the columns of the run's own file where this one has them."
+    from gemma_lora_sentiment.files import RunError
     from gemma_lora_sentiment.run import RunFolder, with_known_columns
 
-    return with_known_columns(file, reading, RunFolder(run).reading(), without=("label_column",))
+    try:
+        known = RunFolder(run).reading()
+    except RunError as error:  # the adapter may be whole, and the columns named
+        warnings.warn(f"the run's columns are not known: {error}", stacklevel=2)
+        known = {}
+    return with_known_columns(file, reading, known, without=("label_column",))
 
 
 def _how_of_run(run: Path, file: str, reading: dict[str, Any] | None) -> Any:  # data.Reading

@@ -389,6 +389,7 @@ def place_of(
 
 # %% ../nbs/05b_run.ipynb #7ae87360
 _COLUMNS = ("id_column", "comment_column", "label_column")
+_OBJECTS_READ = 1_000  # of JSON, any of which may name a column that others lack
 
 
 def _names_in(source: str, reading: Reading) -> list[str]:  # composed
@@ -400,7 +401,7 @@ def _names_in(source: str, reading: Reading) -> list[str]:  # composed
         return []
     fields = [name for name in reading.columns.values() if name is not None]
     with OpenTable(path, reading.dialect, is_header=reading.is_header, is_id=is_id_name, fields=fields) as table:
-        names = table.names or next((batch.names for batch in table.batches(1)), [])  # JSON has no header
+        names = table.names or next((batch.names for batch in table.batches(_OBJECTS_READ)), [])  # JSON has no header
     return [composed(str(name)) for name in names]
 
 
@@ -447,8 +448,10 @@ def plan_of(
     reading: Mapping[str, Any] | None = None,  # options with which they were read
 ) -> dict[str, Any]:  # as JSON holds it
     "All that decides what a run comes to."
+    from gemma_lora_sentiment.checkpoint import ARITHMETIC
+
     base = clf.choose_base()
-    plan = {"rows": len(rows), "data": fingerprint(rows), **settings_of(clf), "refit": refit}
+    plan = {"rows": len(rows), "data": fingerprint(rows), **settings_of(clf), "refit": refit, "arithmetic": ARITHMETIC}
     plan |= {"platform": device()["platform"], "resolved_dtype": base.dtype, "base_fingerprint": base.fingerprint}
     plan |= {"resolved_quantization": base.quantization} if clf.quantization == "auto" else {}
     return json.loads(json.dumps({**plan, "source": source, "reading": dict(reading or {})}, default=str))
@@ -459,6 +462,8 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:  # of t
     from gemma_lora_sentiment.checkpoint import difference
 
     then, now = ({"source": None, **plan} for plan in (then, now))
+    if then.get("arithmetic") != now.get("arithmetic"):
+        return "it was begun by a version of this package that computes otherwise"
     if then.get("data") != now["data"]:
         was, given = (f"{plan['rows']} rows of {plan['source'] or 'a file'}" for plan in (then, now))
         what = " with other comments or labels, or in another order" if then["rows"] == now["rows"] else ""

@@ -39,7 +39,7 @@ __all__ = ['RECIPES', 'ADAM', 'CHECKPOINT_SECONDS', 'Recipe', 'recipe_for', 'rat
 
 # %% ../nbs/04_training.ipynb #2d814942
 from .adapter import Adapter, lora_scales, stacked_lora, unstacked_lora
-from .checkpoint import kept_fit, load_checkpoint, on_first_process, save_checkpoint
+from .checkpoint import ARITHMETIC, kept_fit, load_checkpoint, on_first_process, save_checkpoint
 from .files import RunError, digest
 from .gemma import GemmaConfig, block_bytes, drop_inputs, hidden_at, logits_of, with_scales
 from .memory import fitting_batch, memory_estimate, memory_text
@@ -896,7 +896,7 @@ def fit_identity(
 ) -> dict[str, Any]:  # as JSON can hold it
     "Everything that decides the bits of a fit."
     settings = {"base": base.fingerprint, "dtype": base.dtype, "quantization": base.quantization, **more}
-    settings["arithmetic"] = 4  # raised when a version computes other bits, which must not mix with those of before
+    settings["arithmetic"] = ARITHMETIC
     settings |= {**vars(recipe), "target_layers": list(start.targets), "lora_alpha": start.alpha}
     for name, part in (("rows", rows), ("validation_rows", validation)):
         settings[name] = 0 if part is None else len(part)

@@ -1615,6 +1615,9 @@ def test_columns_are_named_once(tmp_path, tiny, monkeypatch):
     (tmp_path / "new.jsonl").write_text('{"문의": "맛있어요"}\n{"문의": "별로예요"}\n', encoding="utf-8")
     done("predict", "run", "new.jsonl", "--out", "out.jsonl")
     done("suggest", "run", "new.csv", "--out", "next.tsv", "--number", 2)
+    late = '{"문의": "맛있어요", "label": 1}\n{"문의": "별로예요", "분류": 0, "label": 1}\n'  # not in the first object
+    (tmp_path / "late.jsonl").write_text(late, encoding="utf-8")
+    assert "the label is missing" in one_error_line(call("evaluate", "run", "late.jsonl", "--out", "late"), 2)
     done("evaluate", "run", "own.csv", "--out", "judged")
     described = json.loads(Path("judged", "metrics.json").read_text(encoding="utf-8"))["data"]
     assert described["reading"] == {"comment_column": "문의", "label_column": "분류", "id_column": "번호"}
@@ -1630,6 +1633,16 @@ def test_columns_are_named_once(tmp_path, tiny, monkeypatch):
     for command in ("predict", "evaluate", "suggest"):
         line = one_error_line(call(command, "run", "other.csv", "--out", f"{command}.tsv"), 2)
         assert "no comment column" in line and not loaded  # before the base, which takes its time
+
+
+def test_a_damaged_description_of_a_run_does_not_stop_its_adapter(tmp_path, tiny, monkeypatch):
+    rows = "".join(f"{row[1]},{row[2]}\n" for row in ROWS)
+    (tmp_path / "own.csv").write_text(f"문의,label\n{rows}", encoding="utf-8")
+    done(*train_arguments(tiny, "own.csv"), "--comment-column", "문의", "--out", "run")
+    (tmp_path / "run" / "run.json").write_text("{", encoding="utf-8")
+    told = done("predict", "run", "own.csv", "--comment-column", "문의", "--out", "out.tsv").stderr
+    assert "the run's columns are not known" in told and "run.json is damaged" in told
+    assert len(pd.read_csv("out.tsv", sep="\t")) == len(ROWS)
 
 
 def test_columns_of_an_unfinished_run_are_those_it_goes_on_with(tmp_path, tiny, monkeypatch):

@@ -750,6 +750,17 @@ def test_a_plan_of_an_earlier_version_is_gone_on_with(unfinished, tiny, rows_fil
     assert (unfinished / "run.json").is_file()
 
 
+def test_a_run_of_a_version_that_computes_other_bits_is_not_gone_on_with(unfinished, tiny, rows_file):
+    path = unfinished / "checkpoint" / "plan.json"
+    before = unseal(path)
+    for arithmetic in (None, before["arithmetic"] - 1):  # versions before this one kept none
+        plan = {name: value for name, value in before.items() if name != "arithmetic"}
+        path.write_text(seal(plan if arithmetic is None else {**plan, "arithmetic": arithmetic}), encoding="utf-8")
+        line = train(tiny, rows_file, unfinished, "--resume", status=2)
+        assert "a version of this package that computes otherwise" in line and "leave out --resume" in line
+        assert not (unfinished / "run.json").exists()
+
+
 def test_a_training_that_is_stopped_before_its_first_checkpoint_says_that_nothing_is_kept(
     tiny, rows_file, tmp_path, monkeypatch
 ):
