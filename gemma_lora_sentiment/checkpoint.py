@@ -172,7 +172,7 @@ def kept_fit(
     parent: str | Path | None,  # where fits keep their checkpoints; None: nothing is kept
     settings: Mapping[str, Any],  # all that this fit depends on
     together: bool = False,  # several processes compute this fit; the first one holds the lock
-) -> Iterator[tuple[Path, Mapping[str, Any]] | None]:  # its folder and settings, as `save_checkpoint` takes them
+) -> Iterator[tuple[Path, Mapping[str, Any]] | None]:  # its folder and settings, as save_checkpoint takes them
     "Inside, no other process writes to the checkpoint of this fit. Raises `RunError` where another one does already."
     if parent is None:
         yield None

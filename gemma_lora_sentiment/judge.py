@@ -349,7 +349,7 @@ def rows_of_run(
 def trained_on(
     rows: pd.DataFrame,  # id, comment, label: to judge by
     run: Path,  # folder of a saved run
-    training: pd.DataFrame | None,  # of `rows_of_run`; None: these rows are known to be the run's by their fingerprint
+    training: pd.DataFrame | None,  # of rows_of_run; None: these rows are known to be the run's by their fingerprint
 ) -> str:  # a caution; empty where no row is known to be one of them
     "Say how many of the rows a run was fitted on."
     if training is None and RunFolder(run).file(DESCRIPTION):

@@ -410,7 +410,7 @@ def with_known_columns(
     given: Mapping[str, Any] | None,  # options of this call
     known: Mapping[str, Any] | None,  # those of an earlier one, as a run keeps them
     without: Sequence[str] = (),  # options that this call has no use for
-) -> dict[str, Any]:  # options, as `reading_of` takes them
+) -> dict[str, Any]:  # options, as reading_of takes them
     "Options of reading, with the columns of an earlier file where none is given and this file has them."
     options = dict(given or {})
     taken = {composed(str(options[name])) for name in _COLUMNS if name in options}
