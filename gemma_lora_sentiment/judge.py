@@ -18,8 +18,7 @@ from sklearn.base import clone
 # %% auto #0
 __all__ = ['unfitted_baselines', 'fitted_baselines', 'zero_shot', 'add_analysis', 'comparison_text', 'prediction_table',
            'labelled_rows', 'judge_run', 'write_report', 'seen_before', 'train_run', 'rows_of_run', 'trained_on',
-           'baselines_of_run', 'evaluate_run', 'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs',
-           'decide_run']
+           'evaluate_run', 'cross_validate_run', 'quickstart_run', 'predictions_of', 'compare_runs', 'decide_run']
 
 # %% ../nbs/06e_judge.ipynb #e2e1c0b7
 from . import decision, evaluation, figures, intervals, labelling
@@ -215,6 +214,7 @@ def _write_conflicts(folder: Path, rows: pd.DataFrame, groups: Any, comments: bo
 
 # %% ../nbs/06e_judge.ipynb #112b6244
 _NEEDED = ("n", "classes", *evaluation.METRICS)  # in metrics.json, for a report and a decision
+_HELD_OUT = 0.2  # of a run's rows, for its metrics
 
 
 def _measured(run: RunFolder) -> dict[str, Any]:  # metrics
@@ -299,7 +299,7 @@ def train_run(
 ) -> dict[str, Any]:  # metrics of the held-out fifth
     "Fine-tune, judge on a held-out fifth, save. Raises `DataError` and `RunError` as the parts do."
     started = time.perf_counter() if started is None else started
-    kept, held_out = split_comments(rows, 0.2, clf.seed)
+    kept, held_out = split_comments(rows, _HELD_OUT, clf.seed)
     caution = seen_before(source, str(clf.preset))
     told = [rows.attrs["reading"]["text"], describe_comments(rows).to_string(header=False), replaced_text(out)]
     for text in filter(None, told):
@@ -327,7 +327,7 @@ def train_run(
 def _fitted_part(rows: pd.DataFrame, description: Mapping[str, Any]) -> pd.DataFrame:
     "Of a run's rows those that the saved adapter was fitted on."
     has_held_out = description.get("command") == "train" and description.get("refit") is False
-    return split_comments(rows, 0.2, description["settings"]["seed"])[0] if has_held_out else rows
+    return split_comments(rows, _HELD_OUT, description["settings"]["seed"])[0] if has_held_out else rows
 
 
 def rows_of_run(
@@ -362,16 +362,6 @@ def trained_on(
     are = "is a training row" if many == 1 else "are training rows"
     which = f"{many} of these {len(rows)} comments {are} of the run (case and punctuation aside)"
     return f"{which}: what is measured on them says nothing about new comments."
-
-
-# %% ../nbs/06e_judge.ipynb #fbdef647
-def baselines_of_run(
-    run: Path,  # folder of a saved run
-    clf: Any,  # loaded from it
-) -> tuple[dict[str, Any] | None, str]:  # fitted baselines or None, and why not
-    "What a saved run is compared with, fitted on the rows that it was fitted on."
-    rows, why_not = rows_of_run(run)
-    return (None, f"no baseline: {why_not}") if rows is None else (fitted_baselines(rows, clf), "")
 
 
 # %% ../nbs/06e_judge.ipynb #ee3d3c54

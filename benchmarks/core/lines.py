@@ -22,7 +22,6 @@ from gemma_lora_sentiment import gemma
 from gemma_lora_sentiment.adapter import new_adapter, stacked_lora
 from gemma_lora_sentiment.memory import memory_estimate
 from gemma_lora_sentiment.model import load_base, lora_targets
-from gemma_lora_sentiment.prompt import LabelWords
 from gemma_lora_sentiment.scoring import compiler_options, put
 from gemma_lora_sentiment.training import (
     BatchSequence,
@@ -37,8 +36,8 @@ from gemma_lora_sentiment.training import (
 )
 
 from ..shapes import SHAPES, random_base
+from .joined import WORDS
 
-WORDS = LabelWords(("0", "1"), ("0", "1"), ((20,), (21,)), (1,))
 LEFT_OUT = {"all": (), "not up": ("up",), "neither gate nor up": ("gate", "up"), "nothing": gemma.KEPT}
 
 

@@ -1,6 +1,6 @@
 """Fits side by side against the same fits one by one, and one by one with blocks computed otherwise.
 
-    python -m benchmarks.core.side_by_side BASE TARR OUT.jsonl
+    python -m benchmarks.core.side_by_side BASE TARR OUT.jsonl [--rate 1e-3]
 
 Four fits of 170 to 200 of the competition's comments, four epochs at the rate of the recipe, judged on the other 100:
 the largest and the median difference in a probability. On a CPU fits are side by side here too.
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("tarr")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--rate", type=float, help="in the place of the recipe's, which it goes by otherwise")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = read_comments(arguments.tarr)
@@ -48,12 +49,14 @@ def main() -> None:
     judged = rows.comment[200:].tolist()
     with arguments.out.open("a", encoding="utf-8") as out:
         for targets in ("all", ("query", "value")):
-            clf = GemmaLoraClassifier(arguments.base, recipe="gemma", target_layers=targets, epochs=4, dtype="float32")
+            clf = GemmaLoraClassifier(arguments.base, recipe="gemma", target_layers=targets, epochs=4, dtype="float32",
+                                      learning_rate=arguments.rate or "auto")  # fmt: skip
             with jax.default_matmul_precision("highest"):
                 alone = probabilities(clf, parts, judged, together=False, apart=False)
                 together = probabilities(clf, parts, judged, together=True, apart=False)
                 apart = probabilities(clf, parts[:2], judged, together=False, apart=True)
-            line = {"device": jax.devices()[0].device_kind, "targets": targets, "dtype": "float32, exact products"}
+            line = {"device": jax.devices()[0].device_kind, "base": arguments.base, "targets": targets}
+            line |= {"rate": arguments.rate or "the recipe's", "dtype": "float32, exact products"}
             line |= {"side by side": differences(together, alone), "blocks apart": differences(apart, alone[:2])}
             print(json.dumps(line), file=out, flush=True)
 
